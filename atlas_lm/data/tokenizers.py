@@ -1,0 +1,205 @@
+"""Text to token ids and back, with the number of raw bytes that each token stands for.
+
+Byte counts make losses comparable between tokenizers: bits per byte is the sum of nats over the scored tokens, divided
+by ln 2 and by the raw bytes that those tokens stand for.
+"""
+
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import tokenizers as hf_tokenizers
+
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # looked for in this order
+
+
+class Encoded(NamedTuple):
+    """One document of n tokens and b raw bytes."""
+
+    ids: np.ndarray  # (n,) int64, never the separator
+    n_bytes: np.ndarray  # (n,) int64, raw bytes per token; the sum is at most b (a tail without a token is left out)
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the package knows of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the separator included."""
+
+    @property
+    def separator_id(self) -> int:
+        """The id that follows every document and occurs nowhere else."""
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Token ids (n,) int64, without separator."""
+
+    def encode_batch(self, names: Sequence[str], raws: Sequence[bytes]) -> list[Encoded]:
+        """Encode documents; `names` are for error messages."""
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of token ids; separators stand for no text."""
+
+    def fingerprint(self) -> str:
+        """Hash of everything that `encode` depends on."""
+
+
+class ByteTokenizer:
+    """Every byte is a token; id 256 separates documents. Takes any bytes, valid UTF-8 or not."""
+
+    vocab_size = 257
+    separator_id = 256
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Token ids (n,) int64, one per byte of the (UTF-8) text."""
+        raw = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
+
+    def encode_batch(self, names: Sequence[str], raws: Sequence[bytes]) -> list[Encoded]:
+        """One token per byte."""
+        return [Encoded(self.encode(raw), np.ones(len(raw), dtype=np.int64)) for raw in raws]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of the ids, with U+FFFD for what is no UTF-8. ValueError for ids outside the vocabulary."""
+        values = _checked(ids, self.vocab_size)
+        return values[values < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def fingerprint(self) -> str:
+        """Constant: there is nothing to configure."""
+        return "bytes-257"
+
+
+class JsonTokenizer:
+    """Any `tokenizer.json` of the Hugging Face `tokenizers` library.
+
+    `separator` is the token put after every document; by default the first of `SEPARATORS` that the vocabulary holds.
+    ValueError: no such file, not a tokenizer, or no separator.
+    """
+
+    def __init__(self, path: str | Path, separator: str | None = None) -> None:
+        if not Path(path).is_file():
+            raise ValueError(f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json")
+        try:
+            self._tokenizer = hf_tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{str(path)!r} is not a tokenizer.json ({error}): write it again") from error
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not a separator
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._separator = separator or next((s for s in SEPARATORS if self._tokenizer.token_to_id(s) is not None), "")
+        found = self._tokenizer.token_to_id(self._separator)
+        if found is None:
+            raise ValueError(
+                f"{str(path)!r} has no separator token {separator or SEPARATORS}: name one of its special tokens"
+            )
+        self._separator_id = int(found)
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1 (ids may have holes)."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def separator_id(self) -> int:
+        """Id of the separator token."""
+        return self._separator_id
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Token ids (n,) int64. ValueError when bytes are no UTF-8."""
+        raw = text.encode() if isinstance(text, str) else text
+        return self.encode_batch(["text"], [raw])[0].ids
+
+    def encode_batch(self, names: Sequence[str], raws: Sequence[bytes]) -> list[Encoded]:
+        """Encode documents in parallel. ValueError names the document that is no UTF-8."""
+        texts = [_utf8(name, raw) for name, raw in zip(names, raws, strict=True)]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [
+            self._with_bytes(name, text, encoding.ids, encoding.offsets)
+            for name, text, encoding in zip(names, texts, encodings, strict=True)
+        ]
+
+    def _with_bytes(self, name: str, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+        tokens = np.asarray(ids, dtype=np.int64)
+        if (tokens == self._separator_id).any():
+            raise ValueError(f"{name}: the text encodes to the separator {self._separator!r}: name another separator")
+        if not len(tokens):
+            return Encoded(tokens, np.zeros(0, dtype=np.int64))
+        # A token stands for the bytes up to its end, skipped characters included; bytes of one character that are
+        # spread over several tokens count for the first of them.
+        ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64)[:, 1])
+        return Encoded(tokens, np.diff(_byte_offsets(text)[ends], prepend=0))
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of the ids, special tokens left out. ValueError for ids outside the vocabulary."""
+        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist())
+
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer's JSON and of the separator."""
+        text = f"{self._separator}\n{self._tokenizer.to_str()}"
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write tokenizer.json."""
+        self._tokenizer.save(str(path))
+
+
+def load_tokenizer(spec: str | Tokenizer) -> Tokenizer:
+    """`"bytes"`, the path of a tokenizer.json, or an object that already is a tokenizer."""
+    if not isinstance(spec, str | Path):
+        if isinstance(spec, Tokenizer):
+            return spec
+        raise ValueError(f"tokenizer={spec!r} is no tokenizer: give 'bytes' or the path of a tokenizer.json")
+    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec)
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int) -> hf_tokenizers.Tokenizer:
+    """Byte-level BPE (as GPT-2's) of `vocab_size` ids, the separator included. The same texts give the same result.
+
+    ValueError: fewer ids than bytes + separator, or a corpus too small to yield that many.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size={vocab_size} is below 257 (256 bytes and a separator); 4096 suits a small corpus")
+    tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
+    trainer = hf_tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATORS[0]],
+        initial_alphabet=hf_tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((raw.decode(errors="replace") for raw in texts), trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: this corpus yields only {tokenizer.get_vocab_size()} tokens, lower vocab_size"
+        )
+    return tokenizer
+
+
+def _utf8(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: not UTF-8 at byte {error.start} ({raw[error.start]:#04x}): "
+            "convert the document, or use tokenizer=bytes, which takes any bytes"
+        ) from error
+
+
+def _byte_offsets(text: str) -> np.ndarray:
+    """(len(text) + 1,) int64: where each character begins in UTF-8."""
+    if text.isascii():
+        return np.arange(len(text) + 1, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(widths)])
+
+
+def _checked(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+    if values.size and (values.min() < 0 or values.max() >= vocab_size):
+        raise ValueError(f"token ids must be in [0, {vocab_size}), got {values.min()} to {values.max()}")
+    return values
