@@ -20,7 +20,10 @@ from atlas_lm.data.source import SPLITS, UNSCORED, Sample, SequenceDataset, Spli
 
 @dataclass(frozen=True)
 class RecallLayout:
-    """Sizes of one sequence. With K = num_symbols / 2, ids are keys [0, K), values [K, 2K), filler [2K, 2K + num_filler)."""
+    """Sizes of one sequence.
+
+    With K = num_symbols / 2 the token ids are: keys [0, K), values [K, 2K), filler [2K, 2K + num_filler).
+    """
 
     num_pairs: int
     num_symbols: int

@@ -1,0 +1,254 @@
+"""Tokenize a corpus once and write it to shards for `data=tokens`.
+
+    python -m atlas_lm.data.prepare source=stdlib out=shards/stdlib
+    python -m atlas_lm.data.prepare source=text files='[corpus/**/*.txt]' out=shards/mine tokenizer=bpe vocab_size=4096
+
+    source       stdlib, text or hf; further keys are the source's own (conf/data/<source>.yaml explains them)
+    out          folder to write to
+    tokenizer    bytes (default), the path of a tokenizer.json, or bpe: trained on the training split
+    vocab_size   ids of a bpe tokenizer
+    block_mb     raw text per shard of a split, MB (default 64); a block is what a killed run has to repeat
+
+The same command after a kill goes on where it stopped, and the result has the same bytes as an uninterrupted run.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from atlas_lm.data.hf import HuggingFaceSource
+from atlas_lm.data.packed import PackedSource, Packer, token_dtype
+from atlas_lm.data.source import SPLITS, Document
+from atlas_lm.data.stdlib import StdlibSource
+from atlas_lm.data.text import TextSource
+from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
+from atlas_lm.data.tokens import FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
+
+SOURCES: dict[str, Callable[..., PackedSource]] = {
+    "stdlib": StdlibSource,
+    "text": TextSource,
+    "hf": HuggingFaceSource,
+}
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    tokenizer: str = "bytes",
+    vocab_size: int | None = None,
+    block_mb: float = 64,
+    **options: Any,
+) -> Path:
+    """Write shards and index.json into `out` and return it; see the module's docstring for the arguments.
+
+    ValueError: bad arguments, bad documents (all are read once before the first is encoded), a folder that holds
+    something else, or a corpus that is not the one an interrupted run began with.
+    """
+    if (tokenizer == "bpe") != (vocab_size is not None):
+        raise ValueError(
+            f"tokenizer={tokenizer} with vocab_size={vocab_size}: bpe needs a vocab_size, no other has one"
+        )
+    if not block_mb > 0:
+        raise ValueError(f"block_mb={block_mb} must be above 0; 64 is usual")
+    documents = _source(source, options).documents
+    folder = Path(out)
+    settings = {
+        "source": source, "options": options, "vocab_size": vocab_size, "block_mb": block_mb,
+        "tokenizer": "bpe" if tokenizer == "bpe" else load_tokenizer(tokenizer).fingerprint(),
+    }  # fmt: skip
+    if not _begin(folder, settings):
+        return folder
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    ) as progress:
+        reading = progress.add_task("reading", total=None)
+        total = 0
+        for document in documents():
+            total += len(document.raw)
+            progress.update(reading, completed=total)
+        progress.update(reading, total=total)
+        chosen = _tokenizer(folder, tokenizer, vocab_size, documents)
+        writing = progress.add_task("writing", total=total)
+        parts = []
+        for number, block in enumerate(_blocks(documents(), int(block_mb * 1e6))):
+            parts.append(_part(folder, number, block, chosen))
+            progress.advance(writing, sum(len(document.raw) for document in block))
+    _finish(folder, settings, chosen, parts)
+    return folder
+
+
+def _source(name: str, options: dict[str, Any]) -> PackedSource:
+    if name not in SOURCES:
+        raise ValueError(f"source={name} is unknown: use one of {', '.join(SOURCES)}")
+    known = set(inspect.signature(SOURCES[name]).parameters) - {"tokenizer"}
+    if unknown := set(options) - known:
+        raise ValueError(f"source={name} has no {', '.join(sorted(unknown))}: it knows {', '.join(sorted(known))}")
+    try:
+        return SOURCES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"source={name}: {error}; it knows {', '.join(sorted(known))}") from error
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether there is something left to write. ValueError when the folder holds anything but this very corpus."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "index.json").exists():
+        if canonical(read_index(folder)["settings"]) != canonical(settings):
+            raise ValueError(f"{str(folder)!r} holds shards written with other settings: choose another out=")
+        _remove_leftovers(folder)
+        return False
+    marker = folder / "settings.json"
+    if not marker.exists():
+        if any(path.suffix != ".tmp" for path in folder.iterdir()):
+            raise ValueError(f"{str(folder)!r} is not empty and was not written by prepare: choose another out=")
+        write_durably(marker, canonical(settings))
+    elif marker.read_bytes() != canonical(settings):
+        raise ValueError(f"{str(folder)!r} was begun with other settings: use the same ones, or delete the folder")
+    return True
+
+
+def _tokenizer(
+    folder: Path, spec: str, vocab_size: int | None, documents: Callable[[], Iterator[Document]]
+) -> Tokenizer:
+    """The tokenizer, its tokenizer.json written to the folder if it has one."""
+    if spec == "bytes":
+        return load_tokenizer(spec)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        if spec == "bpe":
+            assert vocab_size is not None
+            text = train_bpe((d.raw for d in documents() if d.split == "train"), vocab_size).to_str()
+            write_durably(path, text.encode())
+        else:
+            write_durably(path, Path(spec).read_bytes())
+    return JsonTokenizer(path)
+
+
+def _blocks(documents: Iterator[Document], block_bytes: int) -> Iterator[list[Document]]:
+    block: list[Document] = []
+    size = 0
+    for document in documents:
+        block.append(document)
+        size += len(document.raw)
+        if size >= block_bytes:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _part(folder: Path, number: int, block: list[Document], tokenizer: Tokenizer) -> dict[str, SplitEntry]:
+    """Write one shard per split, then a manifest; with the manifest already there only check the block against it."""
+    digest = blake2b(digest_size=16)
+    for document in block:
+        digest.update(f"{document.split} {len(document.raw)}\n".encode() + document.raw)
+    manifest = folder / f"part-{number:05d}.json"
+    if manifest.exists():
+        part = json.loads(manifest.read_bytes())
+        if part["block"] != digest.hexdigest():
+            raise ValueError(f"the corpus changed since {str(folder)!r} was begun: delete the folder and run again")
+        for entry in part["splits"].values():
+            for file in (*entry["token_files"], *entry["raw_files"], *entry["length_files"]):
+                verify(folder, file)
+        return part["splits"]
+    splits: dict[str, SplitEntry] = {}
+    for split in SPLITS:
+        packer = Packer(tokenizer, keep_raw=split != "train")
+        for document in block:
+            if document.split == split:
+                packer.add(document)
+        splits[split] = _write_split(folder / f"{split}-{number:05d}", packer)
+    write_durably(manifest, canonical({"block": digest.hexdigest(), "splits": splits}))
+    return splits
+
+
+def _write_split(stem: Path, packer: Packer) -> SplitEntry:
+    tokens, raw, lengths, n_bytes = packer.arrays()
+    data = {
+        "tokens": tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(),
+        "raw": raw,
+        "lengths": lengths.astype("<u4").tobytes(),
+    }
+    files = {
+        kind: [write_durably(stem.with_name(f"{stem.name}.{kind}"), content)] if content else []
+        for kind, content in data.items()
+    }
+    return {
+        "tokens": len(tokens),
+        "bytes": n_bytes,
+        "token_files": files["tokens"],
+        "raw_files": files["raw"],
+        "length_files": files["lengths"],
+    }
+
+
+def _finish(
+    folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, parts: Sequence[dict[str, SplitEntry]]
+) -> None:
+    """Write index.json, the sign that everything is there, and remove what only an interrupted run needs."""
+    if not any(part[split]["tokens"] for part in parts for split in SPLITS):
+        raise ValueError("the corpus is empty: there is no document, or all of them are empty")
+    index: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": settings,
+        "tokenizer": tokenizer.fingerprint(),
+        "tokenizer_json": isinstance(tokenizer, JsonTokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer.vocab_size).__name__,
+        "splits": {split: _joined([part[split] for part in parts]) for split in SPLITS},
+    }
+    write_durably(folder / "index.json", canonical({**index, "checksum": checksum(canonical(index))}))
+    _remove_leftovers(folder)
+
+
+def _joined(entries: Sequence[SplitEntry]) -> SplitEntry:
+    return {
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
+        "token_files": [file for entry in entries for file in entry["token_files"]],
+        "raw_files": [file for entry in entries for file in entry["raw_files"]],
+        "length_files": [file for entry in entries for file in entry["length_files"]],
+    }
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in (*folder.glob("part-*.json"), *folder.glob("*.tmp"), folder / "settings.json"):
+        path.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: key=value arguments. 0 when the shards are written, 1 with a one-line message when not."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        for word in words:
+            if "=" not in word:
+                raise ValueError(f"{word!r} is not key=value, e.g. source=stdlib out=shards/stdlib")
+        try:
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=True)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"cannot read the arguments ({str(error).splitlines()[0]})") from error
+        for key in ("source", "out"):
+            if not isinstance(given.get(key), str):
+                raise ValueError(f"{key}= is missing, e.g. source=stdlib out=shards/stdlib")
+        folder = prepare(**given)
+        for split, entry in read_index(folder)["splits"].items():
+            print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Token shards on disk, as `prepare` writes them, memory-mapped.
+
+index.json            sizes, checksums, tokenizer hash; written last, so its presence means that all is there
+tokenizer.json        absent for bytes
+train-00000.tokens    uint16 (uint32 above 65536 ids), little-endian
+validation-00000.tokens, .raw (the documents' bytes), .lengths (uint32 raw bytes per token); test likewise
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
+from atlas_lm.data.source import SPLITS, Split
+from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = "atlas-lm tokens 1"
+AGAIN = "delete the folder and run atlas_lm.data.prepare again"
+
+
+class FileEntry(TypedDict):
+    """One file of a split."""
+
+    file: str
+    size: int  # bytes
+    blake2b: str
+
+
+class SplitEntry(TypedDict):
+    """One split; the lists are in the order of the stream."""
+
+    tokens: int
+    bytes: int  # raw bytes that the tokens stand for
+    token_files: list[FileEntry]
+    raw_files: list[FileEntry]
+    length_files: list[FileEntry]
+
+
+class ShardedArray:
+    """Files of one dtype, read by slices as if they were one array; (n,) little-endian unsigned."""
+
+    def __init__(self, paths: Sequence[Path], dtype: str) -> None:
+        self._paths = list(paths)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        sizes = [path.stat().st_size // self._dtype.itemsize for path in self._paths]
+        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, where: slice, /) -> np.ndarray:
+        first, last, step = where.indices(len(self))
+        assert step == 1
+        parts = []
+        shard = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while first < last:
+            start, end = int(self._starts[shard]), int(self._starts[shard + 1])
+            parts.append(self._map(shard)[first - start : min(last, end) - start])
+            first, shard = min(last, end), shard + 1
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=self._dtype)
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self._paths[shard], dtype=self._dtype, mode="r")
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a pickled map would carry the whole file to each worker
+
+
+class TokensSource:
+    """Shards written by `python -m atlas_lm.data.prepare`.
+
+    All checksums are verified in `setup`, which reads every file once (about a second per GB).
+    ValueError: no index, a damaged or missing file, another tokenizer than the shards were written with.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._folder = Path(path)
+        self._index = read_index(self._folder)
+        own = self._folder / "tokenizer.json"
+        self._tokenizer = load_tokenizer(str(own) if self._index["tokenizer_json"] else "bytes")
+        if self._tokenizer.fingerprint() != self._index["tokenizer"]:
+            raise ValueError(f"{str(own)!r} is not the tokenizer that wrote these shards: {AGAIN}")
+        self._streams: dict[Split, TokenStream] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._tokenizer.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that wrote the shards."""
+        return self._tokenizer
+
+    def setup(self) -> None:
+        """Verify and map all shards, once."""
+        if not self._streams:
+            self._streams = {split: self._stream(split) for split in SPLITS}
+
+    def dataset(self, split: Split, seq_len: int | None) -> PackedDataset:
+        """Sequences of `seq_len` tokens. ValueError when the split is empty or shorter than one of them."""
+        self.setup()
+        return PackedDataset(self._streams[split], seq_len, split)
+
+    def bytes_per_token(self, split: Split) -> float:
+        """Raw bytes per token of the whole split, separators counted as tokens."""
+        entry = self._index["splits"][split]
+        return entry["bytes"] / entry["tokens"] if entry["tokens"] else math.nan
+
+    def _stream(self, split: Split) -> TokenStream:
+        entry: SplitEntry = self._index["splits"][split]
+        for file in (*entry["token_files"], *entry["raw_files"], *entry["length_files"]):
+            verify(self._folder, file)
+        digest = blake2b(key=self._tokenizer.fingerprint().encode(), digest_size=16)
+        for file in entry["token_files"]:
+            digest.update(file["blake2b"].encode())
+        held_out = None
+        if split != "train":
+            raw = b"".join((self._folder / file["file"]).read_bytes() for file in entry["raw_files"])
+            lengths = ShardedArray([self._folder / file["file"] for file in entry["length_files"]], "uint32")
+            held_out = HeldOutBytes(raw, byte_ends(lengths[:]))
+        tokens = ShardedArray([self._folder / file["file"] for file in entry["token_files"]], self._index["dtype"])
+        assert len(tokens) == entry["tokens"]
+        return TokenStream(tokens, self._tokenizer.separator_id, entry["bytes"], digest.hexdigest(), held_out)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of index.json. ValueError: missing, damaged, or of another format."""
+    path = folder / "index.json"
+    if not path.is_file():
+        raise ValueError(f"no token shards in {str(folder)!r}: write them with python -m atlas_lm.data.prepare")
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): {AGAIN}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is not of the format {FORMAT!r}: {AGAIN}")
+    if index.pop("checksum", None) != checksum(canonical(index)):
+        raise ValueError(f"{str(path)!r} is damaged (its checksum differs): {AGAIN}")
+    return index
+
+
+def verify(folder: Path, entry: FileEntry) -> None:
+    """ValueError unless the file is there with the size and content that the index tells."""
+    path = folder / entry["file"]
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is missing: {AGAIN}")
+    if path.stat().st_size != entry["size"]:
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes instead of {entry['size']}: {AGAIN}")
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    if digest.hexdigest() != entry["blake2b"]:
+        raise ValueError(f"{str(path)!r} is damaged (its checksum differs): {AGAIN}")
+
+
+def write_durably(path: Path, data: bytes) -> FileEntry:
+    """Write under a temporary name, sync, rename: the file is there whole or not at all, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return {"file": path.name, "size": len(data), "blake2b": checksum(data)}
+
+
+def canonical(value: object) -> bytes:
+    """JSON that is equal for equal values."""
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def checksum(data: bytes) -> str:
+    """blake2b, 128 bits."""
+    return blake2b(data, digest_size=16).hexdigest()
