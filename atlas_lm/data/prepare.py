@@ -20,6 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{word!r} is not key=value, e.g. source=stdlib out=shards/stdlib")
         try:
             given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=True)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"cannot read the arguments ({str(error).splitlines()[0]})") from error
         for key in ("source", "out"):
             if not isinstance(given.get(key), str):

@@ -79,13 +79,13 @@ class ResumableLoader(DataLoader[Sample]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that `state` counts. ValueError if this loader would give them in another order."""
+        if not isinstance(self.sampler, EpochSampler):
+            raise ValueError("overfit_batches replaces the sampler, so a run cannot be resumed with it: leave it out")
         if "epoch" not in state or "batches" not in state:
             raise ValueError(
                 f"the checkpoint's data position is {state}, not of ResumableLoader: its run cannot be resumed exactly "
                 "(overfit_batches does that); start a new run from its weights"
             )
-        if not isinstance(self.sampler, EpochSampler):
-            raise ValueError("overfit_batches replaces the sampler, so a run cannot be resumed with it: leave it out")
         epoch, batches = int(state["epoch"]), int(state["batches"])
         for key, now in self._identity(self.sampler, epoch).items():
             if state.get(key) != now:

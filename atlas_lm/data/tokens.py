@@ -86,6 +86,8 @@ class TokensSource:
         self._folder = Path(path)
         self._index = read_index(self._folder)
         own = self._folder / "tokenizer.json"
+        if self._index["tokenizer_json"] and not own.is_file():
+            raise ValueError(f"{str(own)!r} is missing: {AGAIN}")
         self._tokenizer = load_tokenizer(str(own) if self._index["tokenizer_json"] else "bytes")
         if self._tokenizer.fingerprint() != self._index["tokenizer"]:
             raise ValueError(f"{str(own)!r} is not the tokenizer that wrote these shards: {AGAIN}")

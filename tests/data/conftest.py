@@ -1,0 +1,4 @@
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would print a warning
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
