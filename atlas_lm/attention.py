@@ -1,0 +1,79 @@
+"""Sliding-window attention with rotary positions, at a cost linear in the sequence (SPEC M12)."""
+
+# B batch, H heads, T tokens, D head dim, W window, K blocks, C tokens of a block, M model width
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+
+class AttentionState(NamedTuple):
+    """The rolling cache: the last W − 1 keys and values. Constant size."""
+
+    k: Tensor  # (B, H, W−1, D), already rotated
+    v: Tensor  # (B, H, W−1, D)
+    valid: Tensor  # (W−1,) bool: slots that hold a token
+    position: int  # of the next token
+
+
+def rotate(x_BHTD: Tensor, position: int, base: float) -> Tensor:
+    """Rotary position embedding (RoPE, arXiv 2104.09864) of T tokens that start at `position`."""
+    D, T = x_BHTD.size(-1), x_BHTD.size(-2)
+    wide = torch.float64 if x_BHTD.dtype == torch.float64 else torch.float32
+    frequency = base ** (-torch.arange(0, D, 2, device=x_BHTD.device, dtype=wide) / D)
+    angle = torch.arange(position, position + T, device=x_BHTD.device, dtype=wide).unsqueeze(-1) * frequency
+    cos, sin = angle.cos().to(x_BHTD.dtype), angle.sin().to(x_BHTD.dtype)
+    x, y = x_BHTD.chunk(2, dim=-1)
+    return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
+
+
+def window_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tensor, window: int) -> Tensor:
+    """Each token attends to itself and the `window` − 1 before it: (B, H, T, D).
+
+    k and v hold T + window − 1 tokens, the cache first. Works on blocks of one window: no T×T mask.
+    """
+    T = q_BHTD.size(2)
+    C = min(window, T)
+    K = -(-T // C)
+    missing = K * C - T
+    q = nnf.pad(q_BHTD, (0, 0, 0, missing)).unflatten(2, (K, C))
+    span = window - 1 + C
+    k, v = (nnf.pad(x, (0, 0, 0, missing)).unfold(2, span, C).mT for x in (k_BHTD, v_BHTD))
+    ones = torch.ones(C, span, dtype=torch.bool, device=q.device)
+    mask = ones.triu() & ones.tril(window - 1) & nnf.pad(valid, (0, missing)).unfold(0, span, C).unsqueeze(1)
+    mask = mask | ~mask.any(-1, keepdim=True)  # padded queries: any finite value will do
+    y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.flatten(2, 3)[:, :, :T]
+
+
+class SlidingWindowAttention(nn.Module):
+    """Projections, RoPE and window attention; heads are merged again, the output projection is the block's."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, window: int, rope_base: float) -> None:
+        super().__init__()
+        if window < 1:
+            raise ValueError(f"the attention window must be at least 1 token, got {window}")
+        self.heads, self.window, self.rope_base = heads, window, rope_base
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+
+    def initial_state(self, batch: int) -> AttentionState:
+        weight = self.qkv.weight
+        cache = weight.new_zeros(batch, self.heads, self.window - 1, self.head_dim)
+        valid = torch.zeros(self.window - 1, dtype=torch.bool, device=weight.device)
+        return AttentionState(cache, cache, valid, 0)
+
+    def forward(self, x_BTM: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """(B, T, M) → (B, T, H·D) and the cache behind the last token."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x_BTM).chunk(3, dim=-1))
+        q, k = (rotate(y, state.position, self.rope_base) for y in (q, k))
+        k, v = torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2)
+        valid = torch.cat([state.valid, state.valid.new_ones(q.size(2))])
+        y = window_attention(q, k, v, valid, self.window)
+        keep = slice(k.size(2) - self.window + 1, None)
+        after = AttentionState(k[:, :, keep], v[:, :, keep], valid[keep], state.position + q.size(2))
+        return y.transpose(1, 2).flatten(2), after

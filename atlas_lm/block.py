@@ -1,0 +1,160 @@
+"""The MAG block: window attention and memory side by side, fused by a gate, then SwiGLU (SPEC M12; Titans §4.2)."""
+
+# B batch, H heads, T tokens, D head dim, M model width
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from atlas_lm.attention import AttentionState, SlidingWindowAttention
+from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
+
+FUSIONS = ("multiplicative", "normalised_product", "convex")
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over the last `width` tokens, the identity at first."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"the width of the short convolution must be at least 1 token, got {width}")
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # enough of the past to bind a value to the key before it from the first step on
+        nn.init.normal_(self.weight, std=0.3 * self.width**-0.5)
+        self.weight[-1] += 1.0
+
+    def forward(self, x_BTM: Tensor, tail_BWM: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, M) and the last width − 1 inputs before it → (B, T, M) and the new tail."""
+        T = x_BTM.size(1)
+        row = torch.cat([tail_BWM.to(x_BTM.dtype), x_BTM], dim=1)
+        y = sum(row[:, i : i + T] * self.weight[i] for i in range(self.width))
+        assert isinstance(y, Tensor)
+        return y, row[:, row.size(1) - self.width + 1 :]
+
+
+class SwiGLU(nn.Module):
+    """W_down(SiLU(W_gate x) ⊙ W_up x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(nnf.silu(gate) * up)
+
+
+class BlockState(NamedTuple):
+    """What a block carries between two calls."""
+
+    attention: AttentionState
+    conv: Tensor | None  # (B, conv−1, 3·H·D)
+    memory: HierarchyState | None
+
+
+class MemoryBranch(nn.Module):
+    """Projections, short convolution and unit norms around a memory hierarchy: (B, T, M) → (B, T, H·D)."""
+
+    def __init__(self, spec: MemorySpec, conv: int) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        width = spec.heads * spec.head_dim
+        self.qkv = nn.Linear(spec.dim, 3 * width, bias=False)
+        self.conv = CausalConv(3 * width, conv)
+        self.hierarchy = Hierarchy(spec)
+        self.norm = nn.RMSNorm(spec.head_dim)
+
+    def initial_conv(self, batch: int) -> Tensor:
+        return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
+
+    def forward(
+        self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, HierarchyState | None]:
+        qkv, conv = self.conv(self.qkv(x_BTM), conv)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
+        q, k = nnf.normalize(q, dim=-1), nnf.normalize(k, dim=-1)
+        y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT)
+        return self.norm(y_BHTD.to(x_BTM.dtype)).transpose(1, 2).flatten(2), conv, state
+
+
+class Block(nn.Module):
+    """One layer. Without a memory (`spec` None) the feed-forward is wider by `extra_hidden` instead."""
+
+    def __init__(
+        self, spec: MemorySpec | None, dim: int, heads: int, head_dim: int, hidden: int, window: int,
+        rope_base: float, conv: int, fusion: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
+        width = heads * head_dim
+        self.norm = nn.RMSNorm(dim)
+        self.attention = SlidingWindowAttention(dim, heads, head_dim, window, rope_base)
+        self.memory = None if spec is None else MemoryBranch(spec, conv)
+        self.fusion = None if spec is None else Fusion(fusion, width)
+        self.out = nn.Linear(width, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim)
+        self.ffn = SwiGLU(dim, hidden)
+
+    def initial_state(self, batch: int, restart: bool) -> BlockState:
+        """The state of a stream (nothing is ever reset)."""
+        memory = self.memory
+        return BlockState(
+            self.attention.initial_state(batch),
+            None if memory is None else memory.initial_conv(batch),
+            None if memory is None else memory.hierarchy.initial_state(batch, restart),
+        )
+
+    def forward(
+        self, x_BTM: Tensor, state: BlockState | None, restart_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, BlockState | None]:
+        """(B, T, M) → (B, T, M), the fusion gates (B, T, H·D) and, with a state, the next state."""
+        y = self.norm(x_BTM)
+        attended, cache = self.attention(y, state.attention if state else self.attention.initial_state(y.size(0)))
+        conv, memory_state, gate = None, None, None
+        if self.memory is not None and self.fusion is not None:
+            tail = state.conv if state and state.conv is not None else self.memory.initial_conv(y.size(0))
+            remembered, conv, memory_state = self.memory(y, tail, state.memory if state else None, restart_BT)
+            attended, gate = self.fusion(attended, remembered)
+        x_BTM = x_BTM + self.out(attended)
+        x_BTM = x_BTM + self.ffn(self.ffn_norm(x_BTM))
+        return x_BTM, gate, BlockState(cache, conv, memory_state) if state else None
+
+
+class Fusion(nn.Module):
+    """How the memory acts on the attention's output; a gate g of 0 takes the memory branch out (SPEC M12).
+
+    multiplicative:      attention ⊙ g,                       g = σ(Linear(memory))
+    normalised_product:  RMSNorm(attention) ⊙ g,              g = σ(memory ⊙ w), memory already normalised (Titans)
+    convex:              g ⊙ memory + (1 − g) ⊙ attention,    g = σ(Linear(memory))
+    """
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "normalised_product":
+            self.norm = nn.RMSNorm(width)
+            self.weight = nn.Parameter(torch.ones(width))
+        else:
+            self.gate = nn.Linear(width, width)
+
+    def forward(self, attended: Tensor, remembered: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B, T, H·D) → the fused output and the gate."""
+        if self.kind == "normalised_product":
+            gate = torch.sigmoid(remembered * self.weight)
+            return self.norm(attended) * gate, gate
+        gate = torch.sigmoid(self.gate(remembered))
+        if self.kind == "convex":
+            return gate * remembered + (1 - gate) * attended, gate
+        return attended * gate, gate

@@ -1,0 +1,88 @@
+"""Feature maps φ that raise the capacity of a memory (SPEC M1; ATLAS §3.1).
+
+A memory that is linear in φ can hold about dim(φ) pairs, so degree 2 lifts it from O(d) to O(d²). Every map here is
+scaled so that φ of a unit vector has unit norm: write strengths then mean the same for every map.
+"""
+
+# B batch (any leading axes), D head dim, F feature dim, R rank
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+CONSTANT_WEIGHT = 1 / 32  # share of ‖φ‖² in the constant: a bias for the memory, small, since it is common to all keys
+LINEAR_WEIGHT = 1 / 4  # share in the linear part where a quadratic part exists (crosstalk E[(q·k)²] = 1/D)
+
+
+def monomial_weights(degree: int) -> tuple[float, ...]:
+    """Share of ‖φ‖² in the monomials of degree 0, 1, …: κ(x, y) = Σ_p weight_p (x·y)^p for unit vectors."""
+    if degree == 1:
+        return CONSTANT_WEIGHT, 1 - CONSTANT_WEIGHT
+    if degree == 2:
+        return CONSTANT_WEIGHT, LINEAR_WEIGHT, 1 - CONSTANT_WEIGHT - LINEAR_WEIGHT
+    raise ValueError(f"polynomial degree must be 1 or 2, got {degree}; use features=sketch for a cheaper degree 2")
+
+
+class Monomials(nn.Module):
+    """All monomials up to `degree` (1 or 2): C(D+degree, degree) features. ATLAS §3.1.
+
+    (B, D) → (B, F). Inner products are the polynomial kernel Σ_p w_p (x·y)^p.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, dim: int, degree: int) -> None:
+        super().__init__()
+        self.weights = monomial_weights(degree)
+        self.degree = degree
+        rows, columns = torch.triu_indices(dim, dim)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+        self.dim_out = 1 + dim + (len(rows) if degree == 2 else 0)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        constant = torch.full_like(x_BD[..., :1], self.weights[0] ** 0.5)
+        parts = [constant, x_BD * self.weights[1] ** 0.5]
+        if self.degree == 2:
+            # x_i x_j stands twice in (x·y)², hence the √2 off the diagonal
+            scale = torch.where(self.rows == self.columns, 1.0, 2.0).to(x_BD).mul(self.weights[2]).sqrt()
+            parts.append(x_BD[..., self.rows] * x_BD[..., self.columns] * scale)
+        return torch.cat(parts, dim=-1)
+
+
+class Sketch(nn.Module):
+    """1, x and a learned low-rank sketch (A x) ⊙ (B x) of the degree-2 monomials: 1 + D + R features. SPEC M1.
+
+    (B, D) → (B, 1+D+R). The sketch is brought to unit norm, so the map of a unit vector has unit norm for every A, B.
+    """
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(
+                f"the rank of a feature sketch must be at least 1, got {rank}; use features=linear instead"
+            )
+        self.left_RD = nn.Parameter(torch.randn(rank, dim))
+        self.right_RD = nn.Parameter(torch.randn(rank, dim))
+        self.weights = monomial_weights(2)
+        self.dim_out = 1 + dim + rank
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        products_BR = nnf.linear(x_BD, self.left_RD) * nnf.linear(x_BD, self.right_RD)
+        sketch_BR = nnf.normalize(products_BR.to(x_BD.dtype), dim=-1)
+        constant = torch.full_like(x_BD[..., :1], self.weights[0] ** 0.5)
+        return torch.cat([constant, x_BD * self.weights[1] ** 0.5, sketch_BR * self.weights[2] ** 0.5], dim=-1)
+
+
+def build_features(kind: str, dim: int, rank: int) -> Monomials | Sketch:
+    """`kind` is linear (degree 1), quadratic (all of degree 2) or sketch (degree 2 with `rank` features)."""
+    if kind == "linear":
+        return Monomials(dim, 1)
+    if kind == "quadratic":
+        return Monomials(dim, 2)
+    if kind == "sketch":
+        return Sketch(dim, rank)
+    raise ValueError(f"unknown features {kind!r}; choose linear, quadratic or sketch")

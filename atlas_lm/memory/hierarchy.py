@@ -1,0 +1,235 @@
+"""The memory hierarchy of TNT: one global memory and N local ones (SPEC M8; TNT eq 5–7, 13–15).
+
+The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights of
+its chunk's start. Each local memory takes short chunks, starts anew from its W_init at every shard, and is read with the
+projected query. Shards of one sequence run in parallel, as batch. The outputs are summed.
+
+With a state (streaming) nothing is reset: prefill and decode see one endless shard (SPEC M14).
+"""
+
+# B batch, H heads, T tokens, D head dim, F feature dim, E hidden dim, N local memories
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from atlas_lm.memory.chunked import scan
+from atlas_lm.memory.features import CONSTANT_WEIGHT, build_features
+from atlas_lm.memory.network import Network, Weights, build_network
+from atlas_lm.memory.newton_schulz import STEPS
+from atlas_lm.memory.projection import ProjectionState, persistent_state, project
+from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, check_rule, initial_state
+
+
+class MemorySpec(NamedTuple):
+    """What a hierarchy is built from. Sizes in tokens unless said otherwise."""
+
+    dim: int  # model width, the input of the gates
+    heads: int
+    head_dim: int  # D
+    local_chunks: tuple[int, ...]  # C_L of each local memory
+    global_chunk: int  # C_G
+    shard: int  # S_L: local memories start anew after so many tokens
+    network: str = "gated_mlp"
+    residual: bool = False  # M adds the raw input
+    features: str = "sketch"
+    rank: int = 447  # features of the quadratic sketch
+    hidden: int = 64  # E
+    context: int = 1  # c of the Omega rule
+    update: str = "gradient"
+    newton_schulz_steps: int = STEPS
+    persistent_keys: int = 64  # N_p per head
+    eta_max: float = 1.0  # write strength at an open gate: the share of an error that is corrected
+    half_life: float = 1024.0  # of a memory at first, in tokens
+    radius: float = 8.0  # bound on the root mean square of a fast matrix
+
+
+class HierarchyState(NamedTuple):
+    """Everything that a layer's memory carries between two calls."""
+
+    global_memory: MemoryState
+    local_memories: tuple[MemoryState, ...]
+    projection: ProjectionState
+
+
+class FastMemory(nn.Module):
+    """One memory: its learned initial weights W_init per head, and its gates."""
+
+    # biases of the gates before training: write with 3/4 of full strength, momentum 1/4
+    ETA, THETA, GAMMA = 1.0, -1.0, 1.0
+
+    def __init__(self, spec: MemorySpec, chunk: int, read: str, features: int) -> None:
+        super().__init__()
+        network = build_network(spec.network, spec.residual)
+        self.rule = check_rule(
+            Rule(network, chunk, spec.context, spec.update, read, spec.radius, spec.newton_schulz_steps)
+        )
+        self.eta_max = spec.eta_max
+        self.heads = spec.heads
+        shapes = network.shapes(spec.head_dim, features, spec.hidden)
+        self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
+        self.gates = nn.Linear(spec.dim, 4 * spec.heads)
+        self.half_life = spec.half_life
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        initialise_weights(self.rule.network, list(self.initial))
+        nn.init.normal_(self.gates.weight, std=0.02)
+        # σ(bias) = 2^(−1/half-life): per token even α = 0.99 would empty a memory within one chunk of 512
+        alpha = -math.log(2 ** (1 / self.half_life) - 1)
+        bias = torch.tensor([alpha, self.ETA, self.THETA, self.GAMMA], device=self.gates.bias.device)
+        self.gates.bias.copy_(bias.repeat_interleave(self.heads))
+
+    def weights(self, batch: int) -> Weights:
+        """W_init for every sequence: (B, H, rows, columns) per layer."""
+        return tuple(w.expand(batch, *w.shape) for w in self.initial)
+
+    def open(self, x_BTM: Tensor) -> Gates:
+        """The gates of every token, from the model's hidden states: each (B, H, T)."""
+        alpha, eta, theta, gamma = self.gates(x_BTM).float().sigmoid().to(_wide(x_BTM)).mT.chunk(4, dim=1)
+        return Gates(alpha, eta * self.eta_max, theta, gamma)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Gates and fast weights are kept in at least float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def initialise_weights(network: Network, weights: list[nn.Parameter]) -> None:
+    """W_init such that a memory begins empty and first writes into its input layer.
+
+    There the quadratic features lend their capacity (F numbers per output) whatever the hidden width; a random start
+    would write into the output layer, whose capacity is E. So: gates open and constant, W_up near zero, W_down with
+    orthogonal columns.
+    """
+    if network.kind == "linear":
+        nn.init.zeros_(weights[0])
+        return
+    w_in, w_out = weights
+    scale = 1.5 if network.kind == "gated_mlp" else 3.0  # the slope of SiLU·up at an open gate is 1.76, GELU's at 0: ½
+    nn.init.normal_(w_in, std=0.02)
+    for head in w_out:
+        nn.init.orthogonal_(head, gain=scale)
+    if network.kind == "gated_mlp":
+        gate = w_in.chunk(2, dim=-1)[0]
+        gate.mul_(5.0)
+        gate[:, 0] = 2.0 / CONSTANT_WEIGHT**0.5  # feature 0 is the constant
+
+
+class Hierarchy(nn.Module):
+    """One global and N local memories over shared q, k, v, feature map and persistent keys."""
+
+    def __init__(self, spec: MemorySpec) -> None:
+        super().__init__()
+        if spec.shard < 1 or spec.global_chunk < 1 or spec.shard % spec.global_chunk:
+            raise ValueError(
+                f"the shard length must be a multiple of the global chunk, got shard {spec.shard} and global_chunk "
+                f"{spec.global_chunk}; set shard to {max(1, spec.shard // max(1, spec.global_chunk)) * spec.global_chunk}"
+            )
+        if spec.persistent_keys < 1:
+            raise ValueError(f"persistent_keys must be at least 1, got {spec.persistent_keys}")
+        if not 0 < spec.eta_max <= 1:
+            raise ValueError(f"eta_max must lie in (0, 1], got {spec.eta_max}; above 1 a write overshoots its error")
+        if not spec.half_life > 0:
+            raise ValueError(f"half_life must be a positive number of tokens, got {spec.half_life}")
+        self.spec = spec
+        self.features = build_features(spec.features, spec.head_dim, spec.rank)
+        F = self.features.dim_out
+        self.persistent_keys = nn.Parameter(torch.empty(spec.heads, spec.persistent_keys, spec.head_dim))
+        self.global_memory = FastMemory(spec, spec.global_chunk, "chunk", F)
+        self.local_memories = nn.ModuleList(FastMemory(spec, c, "token", F) for c in spec.local_chunks)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.persistent_keys, std=self.spec.head_dim**-0.5)
+
+    @property
+    def local_chunks(self) -> tuple[int, ...]:
+        return tuple(memory.rule.chunk for memory in self.local_memories)
+
+    def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
+        """Change C_L of every local memory, with no rebuild (SPEC M13). Any size ≥ 1; streams must be prefilled again."""
+        if len(chunks) != len(self.local_memories):
+            raise ValueError(
+                f"this model has {len(self.local_memories)} local memories, got {len(chunks)} chunk sizes {list(chunks)}"
+            )
+        for memory, chunk in zip(self.local_memories, chunks, strict=True):
+            memory.rule = check_rule(memory.rule._replace(chunk=int(chunk)))
+
+    def initial_state(self, batch: int, restart: bool = False) -> HierarchyState:
+        """A stream that has seen nothing. `restart`: its calls will mark document starts."""
+        F = self.features.dim_out
+
+        def start(memory: FastMemory) -> MemoryState:
+            return initial_state(memory.rule, memory.weights(batch), F, restart)
+
+        local = tuple(start(memory) for memory in self.local_memories)
+        return HierarchyState(start(self.global_memory), local, persistent_state(self.persistent_keys, batch))
+
+    def forward(
+        self,
+        x_BTM: Tensor,
+        q_BHTD: Tensor,
+        k_BHTD: Tensor,
+        v_BHTD: Tensor,
+        state: HierarchyState | None = None,
+        restart_BT: Tensor | None = None,
+    ) -> tuple[Tensor, HierarchyState | None]:
+        """Learn every token and answer every query: (B, H, T, D). q and k have unit norm; x opens the gates.
+
+        Without a state the local memories start anew at each shard; with one nothing is reset and a new state comes back.
+        `restart_BT` (bool) marks document starts: there every memory starts anew.
+        """
+        B, H, T, _ = q_BHTD.shape
+        phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
+        restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
+        tokens = Tokens(k_BHTD, phi_k, v_BHTD, self.global_memory.open(x_BTM), restart)
+        streaming = state is not None
+        state = state or self.initial_state(B, restart is not None)
+        memory = self.global_memory
+        y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(B), q_BHTD, phi_q, tokens)
+        if not self.local_memories:
+            return y_BHTD, HierarchyState(global_state, (), state.projection) if streaming else None
+
+        shards = _Shards(T, T if streaming else self.spec.shard)
+        q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
+        restart = None if restart is None else shards.fold(restart)
+        persistent = persistent_state(self.persistent_keys, q.size(0))
+        q, projection = project(q, k, state.projection if streaming else persistent, persistent, restart)
+        phi_q = self.features(q)
+        local_states = []
+        for n, memory in enumerate(self.local_memories):
+            initial = memory.weights(q.size(0))
+            before = state.local_memories[n] if streaming else initial_state(memory.rule, initial, phi.size(-1), restart is not None)  # fmt: skip  # noqa: E501
+            gates = Gates(*(shards.fold(gate) for gate in memory.open(x_BTM)))
+            y, after = scan(memory.rule, before, initial, q, phi_q, Tokens(k, phi, v, gates, restart))
+            y_BHTD = y_BHTD + shards.unfold(y)
+            local_states.append(after)
+        return y_BHTD, HierarchyState(global_state, tuple(local_states), projection) if streaming else None
+
+
+class _Shards(NamedTuple):
+    """Cut sequences into shards that run as batch, and back."""
+
+    tokens: int
+    shard: int
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(B, H, T, …) → (B·S, H, shard, …), zeros behind the end."""
+        length = min(self.shard, self.tokens)
+        missing = -self.tokens % length
+        if missing:
+            x = nnf.pad(x, (0, 0, 0, missing) if x.dim() == 4 else (0, missing))
+        return x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+
+    def unfold(self, y: Tensor) -> Tensor:
+        """(B·S, H, shard, …) → (B, H, T, …)."""
+        count = -(-self.tokens // y.size(2))
+        return y.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)[:, :, : self.tokens]

@@ -1,0 +1,84 @@
+"""Persistent memory and the Q–K projection (SPEC M9, M10; TNT App. C, eq 13–15).
+
+    M_t = M_persistent + Σ_{i≤t} k_i k_iᵀ,   n_t = norm_persistent + Σ_{i≤t} ‖k_i‖²,   q'_t = M_t q_t / n_t, to unit norm
+
+A query is moved into the space of the keys that the shard has seen: a memory answers only what it was asked in its own
+terms. At a reset both M and n go back to the persistent values: without the denominator the persistent keys would be
+either drowned or too loud.
+"""
+
+# B batch, H heads, T tokens, D head dim, P persistent keys, C block
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+BLOCK = 64  # tokens at a time: the result does not depend on it
+
+
+class ProjectionState(NamedTuple):
+    """The running sums of one shard."""
+
+    M: Tensor  # (B, H, D, D)
+    n: Tensor  # (B, H)
+
+
+def persistent_state(keys_HPD: Tensor, batch: int) -> ProjectionState:
+    """M_persistent and norm_persistent, derived from the keys on use so that they cannot go stale (SPEC M10)."""
+    M_HDD = keys_HPD.mT @ keys_HPD
+    n_H = keys_HPD.square().sum(dim=(-2, -1))
+    return ProjectionState(M_HDD.expand(batch, -1, -1, -1), n_H.expand(batch, -1))
+
+
+def project(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    state: ProjectionState,
+    persistent: ProjectionState,
+    restart_BHT: Tensor | None = None,
+) -> tuple[Tensor, ProjectionState]:
+    """Project every query onto the keys up to its own: (B, H, T, D) with unit norm, and the state behind the last token.
+
+    Computed as q M_ξ + tril(q Kᵀ) K block by block: no D×D matrix per token. `restart_BHT` (bool) marks the tokens at
+    which M and n go back to `persistent`.
+    """
+    outputs = []
+    for start in range(0, k_BHTD.size(2), BLOCK):
+        now = slice(start, start + BLOCK)
+        restart = None if restart_BHT is None else restart_BHT[:, :, now]
+        y, state = _block(q_BHTD[:, :, now], k_BHTD[:, :, now], state, persistent, restart)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2), state
+
+
+def _block(
+    q_BHCD: Tensor, k_BHCD: Tensor, state: ProjectionState, persistent: ProjectionState, restart: Tensor | None
+) -> tuple[Tensor, ProjectionState]:
+    C = q_BHCD.size(2)
+    seen = torch.ones(C, C, dtype=torch.bool, device=q_BHCD.device).tril()
+    carried = q_BHCD @ state.M
+    n_BHC = state.n.unsqueeze(-1)
+    base = state
+    weight_BHC = torch.ones_like(k_BHCD[..., 0])
+    if restart is not None:
+        segment = restart.long().cumsum(-1)
+        seen = seen & (segment.unsqueeze(-1) == segment.unsqueeze(-2))
+        fresh = segment > 0
+        carried = torch.where(fresh.unsqueeze(-1), q_BHCD @ persistent.M, carried)
+        n_BHC = torch.where(fresh, persistent.n.unsqueeze(-1), n_BHC)
+        last = fresh[..., -1]
+        base = ProjectionState(
+            torch.where(last[..., None, None], persistent.M, state.M), torch.where(last, persistent.n, state.n)
+        )
+        weight_BHC = (segment == segment[..., -1:]).to(k_BHCD)
+    scores = (q_BHCD @ k_BHCD.mT) * seen
+    squares_BHC = k_BHCD.square().sum(-1)
+    n_BHC = n_BHC + (seen.to(squares_BHC) @ squares_BHC.unsqueeze(-1)).squeeze(-1)
+    projected = (carried + scores @ k_BHCD) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
+    kept = k_BHCD * weight_BHC.unsqueeze(-1)
+    state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
+    return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state

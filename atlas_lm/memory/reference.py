@@ -1,0 +1,164 @@
+"""The memory one token at a time: slow and obvious, the truth that the fast form is tested against.
+
+    g_t = (1 − θ_t) Σ_{i = t−c+1..t} γ_i ∇ℓ(W_ξ; k_i, v_i) / D_i       ATLAS eq 9, SPEC M4, M16
+    S_t = θ_t S_{t−1} + g_t                                            ATLAS eq 33
+    W_t − W_init = α_t (W_{t−1} − W_init) − η_t U(S_t)                 ATLAS eq 32
+    y_t = M(W_t; q_t)
+
+W_ξ are the weights at the start of the token's chunk. D_i, the curvature that token i shares with the tokens of the
+chunk up to t, makes every write a share of the error (η ≤ 1: no overshoot): D_i = c (κ_ii + Σ_{j≠i} γ_j κ_ij), so that
+D⁻¹ κ diag(γ) has row sums ≤ 1/c (Gershgorin). It grows with t, and applies to the whole partial sum: at every t the
+memory is what it would be if the chunk ended there. With θ constant, (1 − θ) at the intake equals SPEC M16's η (1 − θ),
+but S stays an average of gradients, bounded, whatever θ does.
+
+Forgetting leads back to W_init, not to zero: a two-layer network at zero has no gradient and never learns again.
+
+For U = Newton–Schulz (SPEC M7) D is left out (U has a fixed size) and one update is made at the chunk's end with the
+mean η; reads use W_ξ.
+"""
+
+# B batch, H heads, T tokens, D head dim, F feature dim, N tokens of halo and chunk so far
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atlas_lm.memory import network as net
+from atlas_lm.memory.network import Weights
+from atlas_lm.memory.newton_schulz import newton_schulz
+from atlas_lm.memory.projection import ProjectionState
+from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, bounded, make_tail
+
+
+def scan(
+    rule: Rule, state: MemoryState, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens
+) -> tuple[Tensor, MemoryState]:
+    """Read with every query while learning every token: (B, H, T, D) outputs and the state after the last token.
+
+    `initial` are the weights that a restart returns to. Same signature as `chunked.scan`, but a restart must fall on the
+    same tokens in the whole batch, and the state must not hold a chunk that a restart has cut.
+    """
+    row = append(rule, state, tokens)
+    weights, momentum = state.weights, state.momentum
+    restarts = [] if row.restart is None else row.restart[0, 0].nonzero().flatten().tolist()
+    floor = max((t for t in restarts if t < rule.halo), default=0)  # windows reach back to the last restart at most
+    chunk = _Chunk(rule, weights, momentum, initial, row, floor)
+    outputs = []
+    for t in range(rule.halo, row.k.size(2)):
+        if t in restarts:
+            floor, weights, momentum = t, initial, tuple(torch.zeros_like(w) for w in initial)
+            chunk = _Chunk(rule, weights, momentum, initial, row, floor)
+        chunk.learn(t)
+        new = t - rule.halo - state.filled
+        if new >= 0:
+            weights_now = chunk.weights_for_reading()
+            y = net.read(rule.network, lambda l, x, w=weights_now: x @ w[l], q_BHTD[:, :, new : new + 1],
+                         phi_q_BHTF[:, :, new : new + 1])  # fmt: skip
+            outputs.append(y)
+        if (t - rule.halo + 1) % rule.chunk == 0:
+            weights, momentum = chunk.end()
+            chunk = _Chunk(rule, weights, momentum, initial, row, max(t + 1 - rule.halo, floor))
+    filled = (row.k.size(2) - rule.halo) % rule.chunk
+    return torch.cat(outputs, dim=2), MemoryState(weights, momentum, make_tail(rule, row, filled), filled)
+
+
+class _Chunk:
+    """One chunk in progress."""
+
+    def __init__(
+        self, rule: Rule, weights: Weights, momentum: Weights, initial: Weights, row: Tokens, first: int
+    ) -> None:
+        self.rule, self.weights, self.momentum, self.initial, self.row = rule, weights, momentum, initial, row
+        self.first = self.t = first  # the first token whose gradient counts: the halo's, or that of a restart
+        zero = row.gates.alpha[..., :0]
+        self.on_weights, self.on_momentum = zero, zero  # of gradient i in W_t and S_t: (B, H, N)
+        one = torch.ones_like(row.k[..., 0, 0])
+        self.a, self.b, self.carry = (
+            one,
+            torch.zeros_like(one),
+            one,
+        )  # W_t − W_init = a (W_ξ − W_init) − b S_ξ − …, S_t = carry S_ξ + …
+        self.etas: list[Tensor] = []
+
+    def learn(self, t: int) -> None:
+        """Advance S and W by token t: the coefficient of each gradient instead of the sum, so that D can change."""
+        alpha, eta, theta, _ = (gate[..., t, None] for gate in self.row.gates)
+        self.t = t
+        i = torch.arange(self.first, t + 1)
+        gamma_BHN = self.row.gates.gamma[..., self.first : t + 1]
+        grow = t + 1 - self.first - self.on_momentum.size(-1)
+        zeros = torch.zeros_like(gamma_BHN[..., :grow])
+        window = torch.where(i > t - self.rule.context, gamma_BHN, torch.zeros_like(gamma_BHN))
+        self.on_momentum = theta * torch.cat([self.on_momentum, zeros], -1) + (1 - theta) * window
+        self.on_weights = alpha * torch.cat([self.on_weights, zeros], -1) + eta * self.on_momentum
+        self.carry = theta[..., 0] * self.carry
+        self.b = alpha[..., 0] * self.b + eta[..., 0] * self.carry
+        self.a = alpha[..., 0] * self.a
+        self.etas.append(eta[..., 0])
+
+    def _gradients(self) -> tuple[list[Tensor], Tensor]:
+        """∇ℓ(W_ξ) of each token so far as whole matrices (B, H, N, rows, columns), and D (B, H, N)."""
+        now = slice(self.first, self.t + 1)
+        row, gamma = self.row, self.row.gates.gamma[..., now]
+        g = net.gradient(self.rule.network, self.weights, row.k[:, :, now], row.phi[:, :, now], row.v[:, :, now])
+        matrices = [x.unsqueeze(-1) * e.unsqueeze(-2) for x, e in zip(g.inputs, g.errors, strict=True)]
+        if self.rule.update == "newton_schulz":
+            return matrices, torch.ones_like(gamma)
+        kappa = net.curvature(g)
+        own = kappa.diagonal(dim1=-2, dim2=-1)
+        others = (kappa * gamma.unsqueeze(-2)).sum(-1) - own * gamma
+        return matrices, (self.rule.context * (own + others)).detach().clamp_min(net.SMALLEST_CURVATURE)
+
+    def _sum(self, coefficients_BHN: Tensor) -> Weights:
+        gradients, D_BHN = self._gradients()
+        scaled = (coefficients_BHN / D_BHN)[..., None, None]
+        return tuple((scaled * g).sum(2) for g in gradients)
+
+    def _kept(self) -> Weights:
+        a = self.a[..., None, None]
+        return tuple(w0 + a * (w - w0) for w, w0 in zip(self.weights, self.initial, strict=True))
+
+    def weights_now(self) -> Weights:
+        b = self.b[..., None, None]
+        step = self._sum(self.on_weights)
+        kept = self._kept()
+        return tuple(w - b * s - d for w, s, d in zip(kept, self.momentum, step, strict=True))
+
+    def weights_for_reading(self) -> Weights:
+        at_start = self.rule.read == "chunk" or self.rule.update == "newton_schulz"
+        return self.weights if at_start else self.weights_now()
+
+    def end(self) -> tuple[Weights, Weights]:
+        """W and S at the chunk's end, the next chunk's W_ξ and S_ξ."""
+        step = self._sum(self.on_momentum)
+        momentum = tuple(self.carry[..., None, None] * s + d for s, d in zip(self.momentum, step, strict=True))
+        if self.rule.update == "gradient":
+            return bounded(self.rule, self.weights_now()), momentum
+        eta = torch.stack(self.etas).mean(0)[..., None, None]
+        U = [newton_schulz(s, self.rule.newton_schulz_steps) for s in net.split_matrices(self.rule.network, momentum)]
+        write = net.join_matrices(self.rule.network, U)
+        return bounded(self.rule, tuple(w - eta * u for w, u in zip(self._kept(), write, strict=True))), momentum
+
+
+def project(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    state: ProjectionState,
+    persistent: ProjectionState,
+    restart_BHT: Tensor | None = None,
+) -> tuple[Tensor, ProjectionState]:
+    """TNT eq 13–15, one token at a time. Same signature as `projection.project`."""
+    M, n = state
+    outputs = []
+    for t in range(k_BHTD.size(2)):
+        if restart_BHT is not None:
+            again = restart_BHT[:, :, t]
+            M = torch.where(again[..., None, None], persistent.M, M)
+            n = torch.where(again, persistent.n, n)
+        k, q = k_BHTD[:, :, t], q_BHTD[:, :, t]
+        M = M + k.unsqueeze(-1) * k.unsqueeze(-2)
+        n = n + k.square().sum(-1)
+        y = (M @ q.unsqueeze(-1)).squeeze(-1) / n.unsqueeze(-1)
+        outputs.append(y / y.norm(dim=-1, keepdim=True))
+    return torch.stack(outputs, dim=2), ProjectionState(M, n)

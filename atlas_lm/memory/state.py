@@ -1,0 +1,143 @@
+"""What goes in and out of a memory: its rule (static), gates (per token) and state (SPEC M5, M14)."""
+
+# B batch, H heads, T tokens, D head dim, F feature dim
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from atlas_lm.memory.network import Network, Weights, join_matrices, split_matrices
+from atlas_lm.memory.newton_schulz import STEPS
+
+
+class Rule(NamedTuple):
+    """How a memory learns. Everything that changes no tensor's shape, so chunk sizes may change at run time (M13)."""
+
+    network: Network
+    chunk: int  # C: tokens whose gradients are taken at the same weights
+    context: int = 1  # c of the Omega rule: each g_t sums the last c tokens; 1 is the delta rule
+    update: str = "gradient"  # U of ATLAS eq 33: gradient (identity) or newton_schulz
+    read: str = (
+        "token"  # token: M(W_t; q_t), inside the chunk too; chunk: M(W_ξ; q_t), the weights of the chunk's start
+    )
+    radius: float = float("inf")  # bound on the root mean square of every fast matrix's entries at chunk ends
+    newton_schulz_steps: int = STEPS
+
+    @property
+    def halo(self) -> int:
+        """Tokens before the chunk whose gradients its first windows still need."""
+        return self.context - 1
+
+
+def check_rule(rule: Rule) -> Rule:
+    """Raise ValueError naming the first value that no memory can run with."""
+    if rule.chunk < 1:
+        raise ValueError(f"chunk size must be at least 1, got {rule.chunk}")
+    if rule.context < 1:
+        raise ValueError(f"Omega context must be at least 1 token, got {rule.context}; 1 is the delta rule")
+    if rule.update not in ("gradient", "newton_schulz"):
+        raise ValueError(f"unknown memory update {rule.update!r}; choose gradient or newton_schulz")
+    if rule.read not in ("token", "chunk"):
+        raise ValueError(f"unknown memory read {rule.read!r}; choose token or chunk")
+    if not rule.radius > 0:
+        raise ValueError(f"the radius of fast weights must be positive, got {rule.radius}")
+    return rule
+
+
+class Gates(NamedTuple):
+    """Input-dependent coefficients of ATLAS eq 33, each (B, H, T) in [0, 1]."""
+
+    alpha: Tensor  # retention: W_t = α_t W_{t−1} − …
+    eta: Tensor  # write strength: share of the error that one write may correct
+    theta: Tensor  # momentum
+    gamma: Tensor  # weight of the token in the windows that see it
+
+
+class Tokens(NamedTuple):
+    """What a memory has to know of a token in order to learn it."""
+
+    k: Tensor  # (B, H, T, D) unit norm
+    phi: Tensor  # (B, H, T, F) φ(k)
+    v: Tensor  # (B, H, T, D)
+    gates: Gates
+    restart: Tensor | None = None  # (B, H, T) bool: the memory starts anew from W_init at this token
+
+
+class MemoryState(NamedTuple):
+    """A memory between two calls. Its size does not depend on how many tokens it has seen.
+
+    The gradients of a chunk are all taken at the weights of its start, so the tokens of an unfinished chunk are kept
+    (at most C−1, behind a halo of c−1) until it is full; what was read meanwhile is what a longer call would have read.
+    """
+
+    weights: Weights  # W_ξ at the start of the unfinished chunk, per layer (B, H, rows, columns)
+    momentum: Weights  # S_ξ, alike
+    tail: Tokens  # the halo, then the unfinished chunk, zeros behind it: c−1 + C−1 tokens
+    filled: int  # tokens in the unfinished chunk
+
+
+def initial_state(rule: Rule, weights: Weights, features: int, restart: bool = False) -> MemoryState:
+    """A memory that has seen nothing: W = `weights` (B, H, …), S = 0."""
+    B, H, _, D = weights[-1].shape
+    zeros = weights[-1].new_zeros
+    length = rule.halo + rule.chunk - 1
+    per_token = zeros(B, H, length)
+    tail = Tokens(
+        zeros(B, H, length, D),
+        zeros(B, H, length, features),
+        zeros(B, H, length, D),
+        Gates(per_token, per_token, per_token, per_token),
+        per_token.bool() if restart else None,
+    )
+    return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), tail, 0)
+
+
+def map_tokens(f, *tokens: Tokens) -> Tokens:
+    """Apply `f` field by field."""
+    first = tokens[0]
+    gates = Gates(*(f(*parts) for parts in zip(*(t.gates for t in tokens), strict=True)))
+    restart = None if first.restart is None else f(*(t.restart for t in tokens))
+    k, phi, v = (f(*(getattr(t, name) for t in tokens)) for name in ("k", "phi", "v"))
+    return Tokens(k, phi, v, gates, restart)
+
+
+def append(rule: Rule, state: MemoryState, tokens: Tokens) -> Tokens:
+    """The halo, the unfinished chunk and the new tokens in one row."""
+    if state.tail.k.size(2) != rule.halo + rule.chunk - 1:
+        raise ValueError(
+            f"this state was made for another chunk size or Omega context than chunk {rule.chunk}, context "
+            f"{rule.context}; prefill again after changing either"
+        )
+    known = rule.halo + state.filled
+    return map_tokens(lambda old, new: torch.cat([old[:, :, :known].to(new.dtype), new], dim=2), state.tail, tokens)
+
+
+def make_tail(rule: Rule, tokens: Tokens, filled: int) -> Tokens:
+    """The end of a row of tokens as the tail of a state: halo and unfinished chunk, zero-padded to constant length."""
+    keep = rule.halo + filled
+    missing = rule.chunk - 1 - filled
+
+    def cut(x: Tensor) -> Tensor:
+        x = x[:, :, x.size(2) - keep :]
+        return nnf.pad(x, (0, 0, 0, missing) if x.dim() == 4 else (0, missing))
+
+    return map_tokens(cut, tokens)
+
+
+def bounded(rule: Rule, weights: Weights) -> Weights:
+    """Scale every matrix whose entries' root mean square exceeds the rule's radius back onto it (SPEC M16).
+
+    A projection onto a ball: whatever the inputs, gates, chunk size or precision, fast weights stay finite and bounded.
+    """
+    if rule.radius == float("inf"):
+        return weights
+
+    def shrink(w: Tensor) -> Tensor:
+        mean_square = w.square().mean(dim=(-2, -1), keepdim=True)
+        return w * (rule.radius * (mean_square + 1e-30).rsqrt()).clamp(max=1.0)
+
+    return join_matrices(rule.network, [shrink(w) for w in split_matrices(rule.network, weights)])

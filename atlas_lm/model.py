@@ -1,0 +1,157 @@
+"""AtlasLM: tokens → logits. The page to read first.
+
+    x = embed(tokens)
+    for each block:                                        block.py
+        y = RMSNorm(x)
+        x = x + W_o fuse(window attention(y), memory(y))   attention.py, memory/hierarchy.py
+        x = x + SwiGLU(RMSNorm(x))
+    logits = RMSNorm(x) embedᵀ
+
+The memory learns while it reads, by the same code in training, eval() and inference_mode(). Called with a state the
+model streams: prefill with any number of tokens, then decode one by one, at constant memory.
+"""
+
+# B batch, T tokens, M model width, V vocabulary
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from atlas_lm.block import Block, BlockState
+from atlas_lm.config import ModelConfig
+from atlas_lm.memory.hierarchy import MemorySpec
+
+State = tuple[BlockState, ...]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor  # (B, T, V)
+    gates: tuple[Tensor, ...]  # per layer with a memory (B, T, H·D): the fusion gates
+    state: State | None  # behind the last token, where a state was given
+
+
+def memory_spec(config: ModelConfig) -> MemorySpec | None:
+    """The memory part of a model config; None without memory."""
+    if config.memory == "none":
+        return None
+    if config.memory != "atlas":
+        raise ValueError(f"unknown memory {config.memory!r}; choose atlas or none")
+    return MemorySpec(
+        dim=config.dim,
+        heads=config.heads,
+        head_dim=config.head_dim,
+        local_chunks=tuple(config.local_chunks),
+        global_chunk=config.global_chunk,
+        shard=config.shard,
+        network=config.network,
+        residual=config.residual,
+        features=config.features,
+        rank=config.rank,
+        hidden=config.memory_hidden,
+        context=config.context,
+        update=config.update,
+        newton_schulz_steps=config.newton_schulz_steps,
+        persistent_keys=config.persistent_keys,
+        eta_max=config.eta_max,
+        half_life=config.half_life,
+        radius=config.radius,
+    )
+
+
+def make_block(config: ModelConfig, hidden: int) -> Block:
+    return Block(
+        memory_spec(config), config.dim, config.heads, config.head_dim, hidden, config.window,
+        config.rope_base, config.conv, config.fusion,
+    )  # fmt: skip
+
+
+def ffn_hidden(config: ModelConfig) -> int:
+    """Hidden width of the feed-forward: a model without memory gets the parameters of the memory that it lacks."""
+    hidden = max(1, round(config.ffn_multiple * config.dim))
+    if config.memory != "none":
+        return hidden
+
+    def size(block: nn.Module) -> int:
+        return sum(p.numel() for p in block.parameters())
+
+    with torch.device("meta"):
+        twin = ModelConfig(**{**vars(config), "memory": "atlas"})
+        lacking = size(make_block(twin, hidden)) - size(make_block(config, hidden))
+    return hidden + round(lacking / (3 * config.dim))
+
+
+class AtlasLM(nn.Module):
+    """A language model whose blocks hold a memory that learns from the text it reads."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        check(config)
+        self.config = config
+        self.embed = nn.Embedding(vocab_size, config.dim)
+        hidden = ffn_hidden(config)
+        self.blocks = nn.ModuleList(make_block(config, hidden) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.out, block.ffn.down):
+                linear.weight.mul_((2 * self.config.layers) ** -0.5)
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` streams that have seen nothing. Its size does not grow with what they will see."""
+        restart = self.config.reset_at_document
+        return tuple(block.initial_state(batch, restart) for block in self.blocks)  # type: ignore[operator,misc]
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None, document_start_BT: Tensor | None = None) -> Output:
+        """(B, T) token ids → logits (B, T, V) of the next tokens.
+
+        Without a state: training and evaluation, local memories start anew at each shard. With one: streaming, no resets
+        but at document starts where `reset_at_document` asks for them.
+        """
+        restart = document_start_BT if self.config.reset_at_document else None
+        if self.config.reset_at_document and restart is None:
+            restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        x = self.embed(tokens_BT) * self.config.dim**0.5
+        gates, after = [], []
+        for i, block in enumerate(self.blocks):
+            x, gate, block_state = block(x, None if state is None else state[i], restart)
+            after.append(block_state)
+            if gate is not None:
+                gates.append(gate)
+        logits = nnf.linear(self.norm(x), self.embed.weight)
+        return Output(logits, tuple(gates), None if state is None else tuple(after))
+
+    @property
+    def local_chunks(self) -> tuple[int, ...]:
+        """C_L of the local memories; empty without a memory."""
+        return next(iter(self._hierarchies())).local_chunks if self.config.memory != "none" else ()
+
+    def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
+        """Change the chunk sizes of the local memories at run time (SPEC M13)."""
+        for hierarchy in self._hierarchies():
+            hierarchy.set_local_chunks(tuple(chunks))
+
+    def _hierarchies(self):
+        return (block.memory.hierarchy for block in self.blocks if block.memory is not None)  # type: ignore[union-attr]
+
+
+def check(config: ModelConfig) -> None:
+    """Raise ValueError naming the first size that no model can have."""
+    for name in ("dim", "layers", "heads", "head_dim", "memory_hidden"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"model.{name} must be at least 1, got {value}")
+    if config.head_dim % 2:
+        raise ValueError(f"model.head_dim must be even for rotary positions, got {config.head_dim}")
+    if config.ffn_multiple <= 0:
+        raise ValueError(f"model.ffn_multiple must be positive, got {config.ffn_multiple}")
