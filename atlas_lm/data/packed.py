@@ -165,9 +165,7 @@ class Packer:
         self._lengths: list[np.ndarray] = []
 
     def add(self, document: Document) -> None:
-        """Append one document; an empty one leaves no trace."""
-        if not document.raw:
-            return
+        """Append one document; one without a token, say an empty one, leaves no trace."""
         self._waiting.append(document)
         self._waiting_bytes += len(document.raw)
         if self._waiting_bytes >= BATCH_BYTES:

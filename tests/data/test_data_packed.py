@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +66,15 @@ def test_scored_bytes_of_bpe_are_the_text_of_the_targets(tmp_path) -> None:
     assert whole is not None
     first = len(tokenizer.decode(dataset[0]["input_ids"][:1].numpy()))
     assert whole == b"".join(raws)[first : first + len(whole)]
+
+
+def test_bytes_without_a_token_belong_to_the_separator(tmp_path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[SEP]": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "t.json"))
+    dataset = packed([b" a b  ", b"   ", b"b "], 1, JsonTokenizer(tmp_path / "t.json"))
+    assert [dataset[i]["targets"].item() for i in range(4)] == [2, 0, 2, 0]
+    assert [dataset.scored_bytes([i]) for i in range(4)] == [b" b", b"  ", b"b", b" "]
 
 
 def test_errors_name_the_value_and_the_remedy() -> None:

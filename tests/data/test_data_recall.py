@@ -49,6 +49,18 @@ def test_values_are_uniform_so_that_chance_is_exact() -> None:
     counts = values[values != -100].bincount()[4:8]
     assert source.chance == 1 / 4
     assert (counts.double() / counts.sum() - 0.25).abs().max() < 0.02
+    # Independent too: were they all different, earlier answers would tell the later ones.
+    different = [len(set(row[row != -100].tolist())) for row in values]
+    assert abs(different.count(4) / 2000 - 24 / 256) < 0.03
+
+
+def test_queries_come_in_another_order_than_the_pairs() -> None:
+    dataset = RecallSource(num_pairs=3, samples=600).dataset("train", None)
+    orders = set()
+    for i in range(len(dataset)):
+        tokens = dataset[i]["input_ids"].tolist()
+        orders.add(tuple(tokens[:6:2].index(key) for key in tokens[-6::2]))
+    assert len(orders) == 6
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from atlas_lm.data.packed import PackedDataset
 from atlas_lm.data.prepare import main, prepare
 from atlas_lm.data.source import SPLITS, Source
 from atlas_lm.data.text import TextSource
-from atlas_lm.data.tokens import ShardedArray, TokensSource
+from atlas_lm.data.tokens import ShardedArray, TokensSource, write_durably
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_going_on_after_any_interruption_gives_the_same_bytes(
     class Killed(BaseException):
         pass
 
-    def dies_after_three(path: Path, data: bytes):
+    def dies_after_nine(path: Path, data: bytes):
         nonlocal left
         left -= 1
         if left < 0:
@@ -123,15 +123,15 @@ def test_going_on_after_any_interruption_gives_the_same_bytes(
             raise Killed
         return real(path, data)
 
-    monkeypatch.setattr(prepare_module, "write_durably", dies_after_three)
-    while True:
+    monkeypatch.setattr(prepare_module, "write_durably", dies_after_nine)
+    while runs < 60:
         left, runs = 9, runs + 1
         try:
             prepare("text", out, **arguments, files=corpus)
             break
         except Killed:
             assert not (out / "index.json").exists()
-    assert runs > 5
+    assert 5 < runs < 60
     assert content(out) == whole
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     prepare("text", out, **arguments, files=corpus)  # complete: nothing is written again
@@ -236,6 +236,24 @@ def test_a_folder_with_something_else_in_it_and_an_empty_corpus(tmp_path: Path) 
         prepare("text", tmp_path, files=str(tmp_path / "a.txt"))
     with pytest.raises(ValueError, match="the corpus is empty"):
         prepare("text", tmp_path / "out", files=str(tmp_path / "a.txt"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def power_cut(_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_durably(tmp_path / "a", b"old")
+    assert content(tmp_path) == {"a": b"old"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda *_: power_cut(_))
+        with pytest.raises(KeyboardInterrupt):
+            write_durably(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_durably(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert len(synced) == 2  # the file before it gets its name, the folder after
 
 
 def test_sharded_array_is_an_array(tmp_path: Path) -> None:

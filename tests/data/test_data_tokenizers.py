@@ -75,6 +75,11 @@ def test_a_foreign_tokenizer_with_normalizer_and_unknown_word_counts_all_bytes(t
     assert ids.tolist() == [0, 2, 0]
     assert n_bytes.tolist() == [9, 8, 4]  # "  GRÜSSE", " Grüße", "   x"
     assert tokenizer.separator_id == 1
+    assert tokenizer.encode_batch(["t"], [b"grosse   "])[0].n_bytes.tolist() == [6]  # nothing stands for the tail
+
+
+def test_offsets_that_run_backwards_count_no_byte_twice(bpe: JsonTokenizer) -> None:
+    assert bpe._with_bytes("t", "abcd", [2, 3, 4], [(0, 3), (1, 2), (3, 4)]).n_bytes.tolist() == [3, 0, 1]
 
 
 def test_not_utf8_is_named(bpe: JsonTokenizer) -> None:
