@@ -1,0 +1,109 @@
+"""From a composed configuration to the objects of a run."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from atlas_lm.checkpoint import check_same_model, load_weights
+from atlas_lm.config import TrainConfig
+from atlas_lm.data.datamodule import TokenDataModule
+from atlas_lm.environment import environment
+from atlas_lm.runs import CONFIG, mark_latest, resolve_checkpoint, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+def fast_bf16(accelerator: str) -> bool:
+    """Whether the device computes in bfloat16 faster than in float32."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """`auto` becomes bf16-mixed or 32-true; the log says why."""
+    if precision != "auto":
+        return precision
+    fast = fast_bf16(accelerator)
+    chosen = "bf16-mixed" if fast else "32-true"
+    log.info("precision: %s, as this hardware is %s at bfloat16", chosen, "fast" if fast else "slow")
+    return chosen
+
+
+def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
+    """The Trainer with all callbacks and loggers of the configuration. ValueError for what this machine cannot run."""
+    accelerator = str(cfg.trainer.accelerator)
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"trainer.accelerator={accelerator} but this machine has no CUDA device: use trainer=cpu")
+    if accelerator == "cpu" and torch.cuda.is_available():
+        log.info("training on the CPU although there is a GPU: trainer=gpu uses it")
+    callbacks = [instantiate(c) for c in cfg.callbacks.values()]
+    trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
+        callbacks=[*callbacks, *extra],
+        logger=[instantiate(c) for c in cfg.logger.values()],
+        precision=resolve_precision(cfg.precision, accelerator),
+    )
+    refuse_sweep_over_ranks(trainer.world_size)
+    return trainer
+
+
+def refuse_sweep_over_ranks(ranks: int) -> None:
+    """ValueError when one process would sweep with several ranks: rank 1 would run the whole sweep by itself."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra and hydra.mode == RunMode.MULTIRUN and ranks > 1 and "BasicLauncher" in hydra.launcher._target_:
+        raise ValueError(
+            f"-m cannot be combined with {ranks} ranks in one process: start each run by itself, "
+            "use trainer.devices=1, or a launcher with one job per run (hydra/launcher=submitit_slurm)"
+        )
+
+
+def second_look(config: TrainConfig, dm: TokenDataModule) -> None:
+    """Log what is legal and hardly meant."""
+    model = config.model
+    if model.memory != "none" and dm.seq_len < 2 * model.global_chunk:
+        log.warning(
+            "warning: data.seq_len=%d is shorter than two global chunks of %d: the global memory is never read; "
+            "lower model.global_chunk or raise data.seq_len", dm.seq_len, model.global_chunk,
+        )  # fmt: skip
+
+
+def starting_point(config: TrainConfig, module: LightningModule) -> Path | None:
+    """Load `init` into the module; the checkpoint that `resume` names. ValueError if either does not fit the model."""
+    outputs = config.paths.outputs
+    if config.resume and config.init:
+        raise ValueError(f"resume={config.resume} and init={config.init} exclude each other: resume continues a run, "
+                         "init starts a new one from its weights")  # fmt: skip
+    if config.init:
+        load_weights(module, resolve_checkpoint(config.init, outputs))
+    if not config.resume:
+        return None
+    path = resolve_checkpoint(config.resume, outputs)
+    check_same_model(path, module)
+    return path
+
+
+@rank_zero_only
+def open_run_folder(cfg: DictConfig, root: Path) -> None:
+    """Write the resolved configuration, git state and package versions. ValueError if another run lies there."""
+    run = Path(cfg.paths.run)
+    if (run / CONFIG).exists():
+        raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
+    write_atomically(run / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+@rank_zero_only
+def close_run_folder(cfg: DictConfig, report: dict[str, Any]) -> None:
+    """A finished run becomes the `latest` of its experiment."""
+    if report["status"] in ("finished", "stopped early"):
+        mark_latest(Path(cfg.paths.run), Path(cfg.paths.outputs) / cfg.name)

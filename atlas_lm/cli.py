@@ -1,0 +1,132 @@
+"""Entry points that answer bad input with one line on stderr and exit code 1.
+
+What the user can put right (a name, a value, a file, a full disk) becomes `error: …`. Everything else is a bug and
+keeps its traceback, as does all of it with HYDRA_FULL_ERROR=1.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from atlas_lm.config import nearest
+
+ROOT = Path(__file__).parents[1]
+REMEDIES = {
+    errno.ENOENT: "correct the path",
+    errno.EACCES: "change its permissions or use another path",
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "free space within your quota",
+}
+
+
+def run(main: Callable[[], Any], overrides: Sequence[str] | None = None) -> int:
+    """Call a `hydra.main` function; the exit code. `overrides` take the place of the command line's."""
+    if overrides is not None:
+        sys.argv = [sys.argv[0], *overrides]
+    show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
+    try:
+        main()
+    except Exception as error:
+        line = None if show_all else explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 1
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = "1" if show_all else "0"
+    return 0
+
+
+class AnnounceFailures(Callback):
+    """Hydra callback: say at once which run of a sweep failed, as Hydra goes on and raises only the first error."""
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Print the error, with the overrides of its run."""
+        error = job_return._return_value
+        if isinstance(error, Exception) and config.hydra.mode.name == "MULTIRUN":
+            line = explain(error) or "".join(traceback.format_exception_only(error)).strip()
+            print(f"error in {' '.join(config.hydra.overrides.task)}: {line}", file=sys.stderr)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line that says what is wrong and what to do about it; None for what is no user's mistake."""
+    if isinstance(error, MissingConfigException):
+        return _missing_config(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: {_one_line(error)}; put quotes around special characters"
+    if isinstance(error, OmegaConfBaseException):
+        return _omegaconf(error)
+    if isinstance(error, HydraException):
+        return _hydra(error)
+    if isinstance(error, yaml.YAMLError):
+        return f"broken YAML: {_one_line(error)}"
+    if isinstance(error, OSError):
+        remedy = REMEDIES.get(error.errno or 0)
+        return _one_line(error) + (f": {remedy}" if remedy else "")
+    # FloatingPointError: training met NaN or infinity. Misconfiguration: Lightning refuses the Trainer's arguments.
+    if isinstance(error, FloatingPointError | MisconfigurationException):
+        return _one_line(error)
+    # A ValueError of our own code addresses the user; one from inside a library is a bug of ours.
+    if isinstance(error, ValueError) and _is_ours(error):
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: BaseException | str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if not line.startswith("See https://hydra.cc")]
+    return " ".join(line for line in lines if line)
+
+
+def _is_ours(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return False
+    file = Path(frames[-1].filename).resolve()
+    return any(file.is_relative_to(ROOT / folder) for folder in ("atlas_lm", "callbacks")) or file.parent == ROOT
+
+
+def _missing_config(error: MissingConfigException) -> str:
+    group, _, name = str(error.missing_cfg_file or "").rpartition("/")
+    options = [option for option in error.options or [] if not option.startswith("_")]
+    if not options:
+        return _one_line(str(error).split("Search path")[0].split("Config search path")[0])
+    plus = "+" if group == "experiment" else ""
+    return f"there is no {plus}{group}={name}{nearest(name, options)}; choose one of {', '.join(options)}"
+
+
+def _omegaconf(error: OmegaConfBaseException) -> str:
+    where = error.full_key or error.key
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        node = error.parent_node
+        known = [str(key) for key in node if key != "hydra"] if isinstance(node, DictConfig) else []
+        options = f"; there are {', '.join(known)}" if known else ""
+        return f"{where} is no setting{nearest(str(error.key), known)}{options}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{where} is required: give {where}=<value>"
+    return f"{where}: {str(error).splitlines()[0]}: correct the value"
+
+
+def _hydra(error: HydraException) -> str | None:
+    cause = error.__cause__
+    if cause is None:
+        text = _one_line(error)
+        if "Ambiguous value" in text:
+            return text.split(" 1. ")[0] + ": use -m to sweep over it, or key=[value1,value2] for a list"
+        return text.replace("To append to your default list use", "Use")
+    if isinstance(error, InstantiationException) and isinstance(cause, TypeError) and "argument" in str(cause):
+        return _one_line(error)
+    return explain(cause)
+
+

@@ -1,0 +1,81 @@
+"""What a run's report needs to know and Lightning forgets: times, tokens, the last validation, how it ended."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class RunRecorder(Callback):
+    """Counts over interruptions: its counters travel in the checkpoint."""
+
+    def __init__(self) -> None:
+        self.tokens = 0  # input tokens trained on, all ranks together
+        self.validation: dict[str, float] = {}  # the last validation's metrics
+        self.validated_at: int | None = None  # optimizer step of the last validation
+        self.error: BaseException | None = None
+        self._seconds = {"train": 0.0, "validation": 0.0}
+        self._since: dict[str, float] = {}
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall time from the first step on, validations and checkpoints included."""
+        return self._elapsed("train")
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training tokens over the time outside validations; None before the first step."""
+        seconds = self.train_seconds - self._elapsed("validation")
+        return self.tokens / seconds if self.tokens and seconds > 0 else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start("train")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the tokens of this batch; every rank's batch is equally large."""
+        self.tokens += batch["input_ids"].numel() * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting training time."""
+        if "train" in self._since:
+            self._start("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what validation found."""
+        self._stop("validation")
+        if not trainer.sanity_checking:
+            self.validation = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self.validated_at = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop("train")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remember why the run ended."""
+        self.error = exception
+        self._stop("validation")
+        self._stop("train")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters up to now."""
+        return {"tokens": self.tokens, "seconds": {name: self._elapsed(name) for name in self._seconds}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.tokens = state_dict["tokens"]
+        self._seconds = dict(state_dict["seconds"])
+
+    def _start(self, name: str) -> None:
+        self._since[name] = time.monotonic()
+
+    def _stop(self, name: str) -> None:
+        self._seconds[name] = self._elapsed(name)
+        self._since.pop(name, None)
+
+    def _elapsed(self, name: str) -> float:
+        since = self._since.get(name)
+        return self._seconds[name] + (time.monotonic() - since if since is not None else 0.0)

@@ -1,0 +1,73 @@
+"""Run folders: `outputs/<experiment>/<timestamp>/`, and `outputs/<experiment>/latest` for the newest finished one."""
+
+import os
+from pathlib import Path
+
+from atlas_lm.config import nearest
+
+CONFIG = "config.yaml"  # its presence makes a folder a run folder
+LATEST = "latest"
+
+
+def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
+    """The run folder that a path, or an experiment's name, stands for: the name means its newest finished run.
+
+    ValueError: neither, an experiment without a finished run, or a folder that is no run's.
+    """
+    path = Path(name_or_path)
+    if (path / CONFIG).is_file():
+        return path.resolve()
+    is_name = path.name == str(name_or_path)
+    experiment = Path(outputs) / path if is_name and not path.is_dir() else path
+    if (experiment / LATEST / CONFIG).is_file():
+        return (experiment / LATEST).resolve()
+    if experiment.is_dir():
+        unfinished = sorted(folder for folder in experiment.iterdir() if (folder / CONFIG).is_file())
+        if unfinished:
+            raise ValueError(f"{str(experiment)!r} has no finished run; give the path of one, e.g. {unfinished[-1]}")
+        raise ValueError(f"{str(experiment)!r} is no run folder (it has no {CONFIG}): give one, or an experiment's name")
+    known = sorted(f.name for f in Path(outputs).iterdir() if f.is_dir()) if Path(outputs).is_dir() else []
+    has = f"{str(outputs)!r} has {', '.join(known)}" if known else f"{str(outputs)!r} has no runs yet: train one first"
+    raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")
+
+
+def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
+    """A checkpoint file: the path itself, or the newest one of a run. ValueError if there is none."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path.absolute()
+    if path.suffix == ".ckpt":
+        beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
+        raise ValueError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
+    run = resolve_run(path, outputs)
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise ValueError(f"run {str(run)!r} has no checkpoint: it ended before its first one, choose another run")
+    return newest
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of a run that was written last; `last.ckpt` rather than the file that it points to."""
+    found = [path for path in (run / "checkpoints").glob("*.ckpt") if path.exists()]  # a link may point nowhere
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.is_symlink()), default=None)
+
+
+def mark_latest(run: Path, experiment: Path) -> None:
+    """Let `experiment`/latest point at `run`. Atomic: a reader sees the old run or the new one."""
+    temporary = experiment / f".{LATEST}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(run.resolve(), experiment.resolve()))
+    os.replace(temporary, experiment / LATEST)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a crash, never meets half of it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

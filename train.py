@@ -1,0 +1,58 @@
+"""Train a model: python train.py +experiment=stage1. Every setting is in conf/, documented in atlas_lm/config.py."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from lightning import seed_everything
+from omegaconf import DictConfig
+
+from atlas_lm import cli
+from atlas_lm.building import build_trainer, close_run_folder, open_run_folder, second_look, starting_point
+from atlas_lm.checks import check_config
+from atlas_lm.module import AtlasModule
+from atlas_lm.recorder import RunRecorder
+from atlas_lm.report import Report, judge
+
+ROOT = Path(__file__).parent
+
+
+def train(cfg: DictConfig) -> Report:
+    """One run: compose, build, fit, judge. Returns its report."""
+    config = check_config(cfg)
+    open_run_folder(cfg, ROOT)
+    seed_everything(config.seed, workers=True, verbose=False)
+
+    dm = instantiate(cfg.data)
+    dm.setup("fit")  # a bad corpus fails here, before a model is built for it
+    second_look(config, dm)
+    n_bytes = dm.validation_bytes
+    module = AtlasModule(
+        config.model,
+        config.optim,
+        vocab_size=dm.vocab_size,
+        bytes_per_token=n_bytes / dm.validation_tokens if n_bytes else None,
+    )
+    checkpoint = starting_point(config, module)
+
+    recorder = RunRecorder()
+    trainer = build_trainer(cfg, recorder)
+    try:
+        trainer.fit(module, dm, ckpt_path=checkpoint)
+        if recorder.validated_at != trainer.global_step:
+            trainer.validate(module, dm, verbose=False)
+    finally:
+        report = judge(Path(config.paths.run), trainer, module, dm, recorder)
+    close_run_folder(cfg, report)
+    return report
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """The value that a sweep minimises: the validation loss."""
+    return train(cfg)["val_loss"]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
