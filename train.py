@@ -49,6 +49,7 @@ def train(cfg: DictConfig) -> Report:
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
+@cli.task
 def main(cfg: DictConfig) -> float | None:
     """The value that a sweep minimises: the validation loss."""
     return train(cfg)["val_loss"]

@@ -5,7 +5,9 @@ keeps its traceback, as does all of it with HYDRA_FULL_ERROR=1.
 """
 
 import errno
+import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -22,6 +25,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from atlas_lm.config import nearest
 
 ROOT = Path(__file__).parents[1]
+SHOW_ALL = "ATLAS_LM_FULL_ERROR"  # what HYDRA_FULL_ERROR was before `run` took it over
 REMEDIES = {
     errno.ENOENT: "correct the path",
     errno.EACCES: "change its permissions or use another path",
@@ -34,30 +38,47 @@ def run(main: Callable[[], Any], overrides: Sequence[str] | None = None) -> int:
     """Call a `hydra.main` function; the exit code. `overrides` take the place of the command line's."""
     if overrides is not None:
         sys.argv = [sys.argv[0], *overrides]
-    show_all = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ[SHOW_ALL] = asked or "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     try:
         main()
+    except SystemExit as ending:
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except Exception as error:
-        line = None if show_all else explain(error)
+        line = None if asked == "1" else explain(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
-        os.environ["HYDRA_FULL_ERROR"] = "1" if show_all else "0"
+        os.environ["HYDRA_FULL_ERROR"] = asked or "0"
     return 0
 
 
-class AnnounceFailures(Callback):
-    """Hydra callback: say at once which run of a sweep failed, as Hydra goes on and raises only the first error."""
+def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Decorator between `hydra.main` and its function: says what went wrong before Hydra does, in one line.
 
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Print the error, with the overrides of its run."""
-        error = job_return._return_value
-        if isinstance(error, Exception) and config.hydra.mode.name == "MULTIRUN":
-            line = explain(error) or "".join(traceback.format_exception_only(error)).strip()
-            print(f"error in {' '.join(config.hydra.overrides.task)}: {line}", file=sys.stderr)
+    In a sweep it says so at once, with the overrides of the run, as Hydra goes on and raises only the first error.
+    """
+
+    @functools.wraps(function)
+    def told(cfg: DictConfig) -> Any:
+        try:
+            return function(cfg)
+        except Exception as error:
+            line = explain(error)
+            hydra = HydraConfig.get()
+            if hydra.mode == RunMode.MULTIRUN:
+                what = line or "".join(traceback.format_exception_only(error)).strip()
+                print(f"error in {' '.join(hydra.overrides.task)}: {what}", file=sys.stderr)
+                raise
+            if line is None or os.environ.get(SHOW_ALL) == "1":
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    return told
 
 
 def explain(error: BaseException) -> str | None:
@@ -119,14 +140,13 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
 
 
 def _hydra(error: HydraException) -> str | None:
-    cause = error.__cause__
-    if cause is None:
+    cause = error.__cause__ or error.__context__
+    if not isinstance(cause, Exception):
         text = _one_line(error)
         if "Ambiguous value" in text:
             return text.split(" 1. ")[0] + ": use -m to sweep over it, or key=[value1,value2] for a list"
         return text.replace("To append to your default list use", "Use")
     if isinstance(error, InstantiationException) and isinstance(cause, TypeError) and "argument" in str(cause):
         return _one_line(error)
-    return explain(cause)
-
-
+    line, file = explain(cause), re.match(r"In '(\S+)':", str(error))
+    return f"{line} (in conf/{file[1]}.yaml)" if line and file else line

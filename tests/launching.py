@@ -1,0 +1,56 @@
+"""Runs train.py in this process: starting another Python takes seconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import train
+from hydra.core.global_hydra import GlobalHydra
+
+from atlas_lm import cli
+
+SMALL_MODEL = [
+    "model.dim=16", "model.layers=1", "model.heads=2", "model.head_dim=8", "model.window=8", "model.local_chunks=[4]",
+    "model.global_chunk=8", "model.shard=16", "model.rank=4", "model.memory_hidden=8", "model.persistent_keys=4",
+]  # fmt: skip
+FEW_STEPS = [
+    "optim.total_steps=4", "optim.warmup_steps=1", "trainer.val_check_interval=4", "trainer.log_every_n_steps=1",
+    "callbacks.progress.every_n_seconds=0",
+]  # fmt: skip
+SMALL_DATA = ["data.seq_len=32", "data.batch_size=2", "data.val_sequences=4"]
+
+
+def launch(*overrides: str) -> int:
+    """The exit code of `python train.py <overrides>`; runs land in the working directory."""
+    GlobalHydra.instance().clear()
+    return cli.run(train.main, overrides)
+
+
+def write_corpus(folder: Path, documents: int = 60) -> str:
+    """The override that names a small corpus of text files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(documents):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog " * 3)
+    return f"data.source.files=['{folder}/*.txt']"
+
+
+def small_run(folder: Path, *overrides: str) -> int:
+    """Four steps of a tiny model on a small corpus."""
+    corpus = write_corpus(folder / "corpus")
+    return launch("data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *overrides)
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    """The run's report.json; NaN and infinity in it are errors."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((run / "report.json").read_text(), parse_constant=refuse)
+
+
+def only_run(outputs: Path) -> Path:
+    """The single run folder below `outputs`/<experiment>/."""
+    runs = [path.parent for path in outputs.glob("*/*/config.yaml") if path.parent.name != "latest"]
+    assert len(runs) == 1, runs
+    return runs[0]
