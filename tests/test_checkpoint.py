@@ -1,0 +1,172 @@
+"""Checkpoints are whole or absent, and those that cannot be used say why."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import nn
+
+from atlas_lm.checkpoint import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    SaveError,
+    check_same_model,
+    differences,
+    load_weights,
+    read_checkpoint,
+)
+
+
+class Tiny(lightning.LightningModule):
+    """As much of a module as a checkpoint has to do with."""
+
+    def __init__(self, dim: int = 8, window: int = 4, vocab_size: int = 10) -> None:
+        super().__init__()
+        model = {"name": f"tiny{dim}", "dim": dim, "window": window}
+        self.save_hyperparameters({"model": model, "vocab_size": vocab_size})
+        self.layer = nn.Linear(dim, dim)
+
+
+def content_of(module: Tiny) -> dict[str, Any]:
+    return {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 3}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "step=3.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content_of(Tiny()), path)
+    return path
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes fails with EFBIG, as writing to a full disk does with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_round_trip(saved: Path) -> None:
+    content = AtomicCheckpointIO().load_checkpoint(saved)
+    assert content["global_step"] == 3
+    assert content["hyper_parameters"]["model"] == {"name": "tiny8", "dim": 8, "window": 4}
+    assert [path.name for path in saved.parent.iterdir()] == ["step=3.ckpt"]
+
+
+@pytest.mark.parametrize("size", [0, 100, 70_000, 1_000_000])
+def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, size: int) -> None:
+    before = saved.read_bytes()
+    large = {"state_dict": {"w": torch.zeros(2_000_000)}}
+    for target in (saved, saved.with_name("step=4.ckpt")):
+        with files_no_larger_than(size), pytest.raises(SaveError) as caught:
+            AtomicCheckpointIO().save_checkpoint(large, target)
+        assert str(target) in str(caught.value)
+        assert "File too large" in str(caught.value)
+        assert f"the previous checkpoint is whole, go on with resume={saved}" in str(caught.value)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["step=3.ckpt"]
+
+
+def test_a_failing_flush_or_rename_leaves_the_previous_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patched, pytest.raises(SaveError, match="No space left on device"):
+            patched.setattr(os, name, full)
+            AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, saved)
+        assert saved.read_bytes() == before
+        assert [path.name for path in saved.parent.iterdir()] == ["step=3.ckpt"]
+
+
+def test_data_reach_the_disk_before_the_name_does(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths))[1])
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, saved)
+    assert calls == ["fsync", "replace", "fsync"], "file, rename, folder"
+
+
+def test_a_bug_while_saving_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="pickle") as caught:
+        AtomicCheckpointIO().save_checkpoint({"state_dict": lambda: 0}, tmp_path / "a.ckpt")
+    assert not isinstance(caught.value, SaveError)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_says_so(saved: Path, kept: float) -> None:
+    other = saved.with_name("step=2.ckpt")
+    other.write_bytes(saved.read_bytes())
+    saved.write_bytes(saved.read_bytes()[: int(kept * saved.stat().st_size)])
+    with pytest.raises(CheckpointError, match=f"truncated or not a checkpoint .*: use {other}"):
+        AtomicCheckpointIO().load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", b"\x80\x02garbage", b"PK\x03\x04 half a zip"])
+def test_other_files_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated or not a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path, trace = tmp_path / "a.ckpt", tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(trace),)
+
+    torch.save({"state_dict": Payload()}, path)
+    with pytest.raises(CheckpointError, match="Python objects"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not trace.exists()
+
+
+def test_missing_and_foreign_checkpoints(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*step=33.ckpt' \(did you mean 'step=3.ckpt'\?\)"):
+        read_checkpoint(saved.with_name("step=33.ckpt"))
+    torch.save({"w": torch.zeros(1)}, saved)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a run"):
+        read_checkpoint(saved)
+
+
+def test_another_architecture_is_named_field_by_field(saved: Path) -> None:
+    check_same_model(saved, Tiny())
+    with pytest.raises(CheckpointError) as caught:
+        check_same_model(saved, Tiny(dim=16, window=5, vocab_size=11))
+    for words in ("model.dim=16 but 8 in the checkpoint", "model.window=5 but 4", "a vocabulary of 11 but 10", "init="):
+        assert words in str(caught.value)
+    assert "name" not in str(caught.value)
+
+
+def test_fields_of_other_versions_differ_too() -> None:
+    assert differences({"a": 1, "old": 2}, {"a": 1, "new": 3}) == [
+        "model.new=3 but absent in the checkpoint",
+        "model.old=absent but 2 in the checkpoint",
+    ]
+
+
+def test_weights_alone(saved: Path) -> None:
+    source, target = Tiny(), Tiny(window=9)
+    AtomicCheckpointIO().save_checkpoint(content_of(source), saved)
+    load_weights(target, saved)
+    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(CheckpointError, match="model.dim=16 but 8 in the checkpoint"):
+        load_weights(Tiny(dim=16), saved)
