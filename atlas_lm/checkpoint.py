@@ -1,5 +1,6 @@
 """Checkpoints that are either whole or absent, and clear words about those that cannot be used."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -87,6 +88,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = 
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             what = "holds Python objects, not only tensors and plain containers"
             raise CheckpointError(f"{str(path)!r} {what}: it is not atlas-lm's") from error
+        raise CheckpointError(_broken(path)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # torch seeks to before the start of a file that is cut off
+            raise
         raise CheckpointError(_broken(path)) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(_broken(path)) from error

@@ -117,6 +117,15 @@ def test_a_truncated_checkpoint_says_so(saved: Path, kept: float) -> None:
         AtomicCheckpointIO().load_checkpoint(saved)
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_wherever_it_was_cut(saved: Path, lazily: bool) -> None:
+    whole = saved.read_bytes()
+    for size in range(0, len(whole), 37):
+        saved.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=rf"truncated or not a checkpoint \({size} bytes\)"):
+            read_checkpoint(saved, lazily=lazily)
+
+
 @pytest.mark.parametrize("content", [b"not a checkpoint", b"\x80\x02garbage", b"PK\x03\x04 half a zip"])
 def test_other_files_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.ckpt"
