@@ -42,11 +42,11 @@ def check_config(cfg: DictConfig) -> TrainConfig:
 def _check_fields(cfg: DictConfig, schema: Any, where: str) -> None:
     """Every key of `cfg` is a field of the dataclass `schema`, and so on down the typed part of the tree."""
     known = {f.name: f.type for f in fields(schema)}
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
-            raise ValueError(f"{where}{key} is no setting{nearest(str(key), known)}; there are {', '.join(known)}")
-        if is_dataclass(known[str(key)]):
-            _check_fields(cfg[key], known[str(key)], f"{where}{key}.")
+            raise ValueError(f"{where}{key} is no setting{nearest(key, known)}; there are {', '.join(known)}")
+        if is_dataclass(known[key]):
+            _check_fields(cfg[key], known[key], f"{where}{key}.")
 
 
 def _check_entry(entry: Any, where: str, siblings: list[str]) -> None:
@@ -62,9 +62,9 @@ def _dicts(node: Any, where: str) -> Iterator[tuple[str, DictConfig]]:
     """Every dict in the tree with its dotted name."""
     if isinstance(node, DictConfig) and not node._is_none():
         yield where, node
-        for key in node:
+        for key in map(str, node):
             if not OmegaConf.is_missing(node, key):
-                yield from _dicts(node._get_node(key), f"{where}.{key}" if where else str(key))
+                yield from _dicts(node._get_node(key), f"{where}.{key}" if where else key)
     elif isinstance(node, ListConfig) and not node._is_none():
         for i in range(len(node)):
             yield from _dicts(node._get_node(i), f"{where}[{i}]")

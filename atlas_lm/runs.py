@@ -25,7 +25,7 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
         unfinished = sorted(folder for folder in experiment.iterdir() if (folder / CONFIG).is_file())
         if unfinished:
             raise ValueError(f"{str(experiment)!r} has no finished run; give the path of one, e.g. {unfinished[-1]}")
-        raise ValueError(f"{str(experiment)!r} is no run folder (it has no {CONFIG}): give one, or an experiment's name")
+        raise ValueError(f"{str(experiment)!r} is no run folder (no {CONFIG} in it): give one, or an experiment's name")
     known = sorted(f.name for f in Path(outputs).iterdir() if f.is_dir()) if Path(outputs).is_dir() else []
     has = f"{str(outputs)!r} has {', '.join(known)}" if known else f"{str(outputs)!r} has no runs yet: train one first"
     raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")

@@ -36,7 +36,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, unless it was its turn anyway."""
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)

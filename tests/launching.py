@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import train
 from hydra.core.global_hydra import GlobalHydra
 
+import train
 from atlas_lm import cli
 
 SMALL_MODEL = [

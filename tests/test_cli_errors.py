@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, small_run, write_corpus
 
 from atlas_lm import cli
 from atlas_lm.checks import find_target
+from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, small_run, write_corpus
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 

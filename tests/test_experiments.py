@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from launching import SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, write_corpus
 
 from atlas_lm.checks import check_config
 from atlas_lm.data.prepare import prepare
+from launching import SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, write_corpus
 
 CONF = Path(__file__).parents[1] / "conf"
 TWO_STEPS = [

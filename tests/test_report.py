@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import only_run, report_of, small_run
 
+import train
 from atlas_lm.report import bits_per_byte, compressed_bits_per_byte, finite, markdown, shown, status_of, verdict
+from atlas_lm.runs import resolve_run
+from launching import only_run, report_of, small_run
 
 KEYS = {
     "val_loss", "val_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte", "tokens_per_second", "train_seconds",
@@ -114,8 +116,6 @@ def test_the_last_step_is_validated_even_when_it_is_not_its_turn(in_tmp: Path) -
 def test_a_failed_run_reports_and_is_not_the_latest(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
-
     step = train.AtlasModule.training_step
 
     def poisoned(self: Any, batch: Any, index: int) -> Any:
@@ -134,16 +134,12 @@ def test_a_failed_run_reports_and_is_not_the_latest(
     assert "NonFiniteLoss" in found["verdict"]
     assert not (in_tmp / "outputs" / "x" / "latest").exists()
     with pytest.raises(ValueError, match="no finished run"):
-        from atlas_lm.runs import resolve_run
-
         resolve_run("x")
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_failed(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train
-
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 

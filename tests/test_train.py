@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import train
-from launching import only_run, report_of, small_run
 from omegaconf import OmegaConf
 
+import train
 from atlas_lm.building import resolve_precision
 from atlas_lm.checkpoint import AtomicCheckpointIO, SaveError
+from launching import report_of, small_run
 
 pytestmark = [
     pytest.mark.usefixtures("in_tmp"),
