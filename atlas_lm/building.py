@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.checkpoint import check_same_model, load_weights
@@ -20,6 +21,16 @@ from atlas_lm.environment import environment
 from atlas_lm.runs import CONFIG, mark_latest, resolve_checkpoint, write_atomically
 
 log = logging.getLogger(__name__)
+
+
+def hush() -> None:
+    """Silence what Lightning tells everybody and nobody can act on: an advertisement, a deprecation in its own code."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 def fast_bf16(accelerator: str) -> bool:
@@ -35,12 +46,13 @@ def resolve_precision(precision: str, accelerator: str) -> str:
         return precision
     fast = fast_bf16(accelerator)
     chosen = "bf16-mixed" if fast else "32-true"
-    log.info("precision: %s, as this hardware is %s at bfloat16", chosen, "fast" if fast else "slow")
+    rank_zero_info("precision: %s, as this hardware is %s at bfloat16", chosen, "fast" if fast else "slow")
     return chosen
 
 
 def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     """The Trainer with all callbacks and loggers of the configuration. ValueError for what this machine cannot run."""
+    hush()
     accelerator = str(cfg.trainer.accelerator)
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"trainer.accelerator={accelerator} but this machine has no CUDA device: use trainer=cpu")
@@ -66,6 +78,7 @@ def refuse_sweep_over_ranks(ranks: int) -> None:
         )
 
 
+@rank_zero_only
 def second_look(config: TrainConfig, dm: TokenDataModule) -> None:
     """Log what is legal and hardly meant."""
     model = config.model

@@ -85,7 +85,8 @@ def test_ranks_stop_together(tmp_path: Path) -> None:
         world_size, strategy, fit_loop = 2, Strategy(), Loop()
         saved: str | None = None
 
-        def save_checkpoint(self, path: str) -> None:
+        def save_checkpoint(self, path: str, weights_only: bool) -> None:
+            assert not weights_only
             self.saved = path
 
     trainer = TwoRanks()
