@@ -24,13 +24,12 @@ class Interrupt(Checkpoint):
     def __init__(self, path: str) -> None:
         self.path = path
         self.requested = False
-        self._previous: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C."""
+        """Take over Ctrl-C; Lightning gives every signal back when `fit` ends, in whatever way."""
         self.requested = False
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.requested:
@@ -50,16 +49,3 @@ class Interrupt(Checkpoint):
         if requested:
             trainer.save_checkpoint(self.path, weights_only=False)
             raise KeyboardInterrupt
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl-C back."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back."""
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None

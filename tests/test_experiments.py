@@ -38,7 +38,7 @@ def finished(in_tmp: Path, *overrides: str) -> dict[str, Any]:
     found = report_of(only_run(in_tmp / "outputs"))
     assert found["status"] == "finished"
     assert found["steps"] == found["validated_at_step"] == 2
-    assert 0 < found["val_loss"] < 10
+    assert found["val_loss"] > 0  # null where it is not finite
     return found
 
 

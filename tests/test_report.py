@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import math
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train
 from atlas_lm.report import bits_per_byte, compressed_bits_per_byte, finite, markdown, shown, status_of, verdict
@@ -92,6 +94,10 @@ def test_a_finished_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
     run = only_run(in_tmp / "outputs")
     found = report_of(run)
     assert set(found) >= KEYS
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found["val_loss"] == pytest.approx(logged[-1]["val/loss"])
+    assert found["val_bits_per_byte"] == pytest.approx(logged[-1]["val/bits_per_byte"], rel=1e-5)
+    assert [line["lm_loss"] is not None for line in logged[:4]] == [True] * 4
     assert found["status"] == "finished"
     assert found["steps"] == 4
     assert found["tokens"] == 4 * 2 * 32
@@ -111,6 +117,22 @@ def test_a_finished_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_last_step_is_validated_even_when_it_is_not_its_turn(in_tmp: Path) -> None:
     assert small_run(in_tmp, "trainer.val_check_interval=3") == 0
     assert report_of(only_run(in_tmp / "outputs"))["validated_at_step"] == 4
+
+
+def test_a_model_that_validates_to_nan_is_not_praised(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = train.AtlasModule.validation_step
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        with torch.no_grad():
+            next(iter(self.parameters())).fill_(math.nan)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train.AtlasModule, "validation_step", poisoned)
+    assert small_run(in_tmp, "trainer.num_sanity_val_steps=0") == 0
+    found = report_of(only_run(in_tmp / "outputs"))
+    assert found["val_loss"] is None
+    assert found["val_bits_per_byte"] is None
+    assert "not finite" in found["verdict"]
 
 
 def test_a_failed_run_reports_and_is_not_the_latest(
