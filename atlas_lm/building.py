@@ -23,8 +23,11 @@ from atlas_lm.runs import CONFIG, mark_latest, resolve_checkpoint, write_atomica
 log = logging.getLogger(__name__)
 
 
-def hush() -> None:
-    """Silence what Lightning tells everybody and nobody can act on: an advertisement, a deprecation in its own code."""
+def tidy_log() -> None:
+    """Let Lightning log through Hydra, into the run folder too, without what nobody can act on."""
+    lightning_log = logging.getLogger("lightning.pytorch")
+    lightning_log.handlers.clear()
+    lightning_log.propagate = True
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
 
@@ -52,7 +55,7 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     """The Trainer with all callbacks and loggers of the configuration. ValueError for what this machine cannot run."""
-    hush()
+    tidy_log()
     accelerator = str(cfg.trainer.accelerator)
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"trainer.accelerator={accelerator} but this machine has no CUDA device: use trainer=cpu")

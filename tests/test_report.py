@@ -110,6 +110,7 @@ def test_a_finished_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"verdict: {found['verdict']}" in printed
     assert f"checkpoint: {found['checkpoint']}" in printed
     assert (in_tmp / "outputs" / "x" / "latest").resolve() == run.resolve()
+    assert "precision: " in next(run.glob("*.log")).read_text()
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "train.log"):
         assert (run / name).exists(), name
 
