@@ -3,7 +3,7 @@
 Inside a chunk every gradient is taken at W_ξ, so that all gates fold into one lower-triangular coefficient matrix and a
 read is attention-like; per-token weights are never materialised:
 
-    x W_t = a_t x W_ξ + (1 − a_t) x W_init − b_t x S_ξ − Σ_{i≤t} Γ[t,i] / D[t,i] (x·x_i) e_i
+    x W_t = x W_init + a_t x (W_ξ − W_init) − b_t x S_ξ − Σ_{i≤t} Γ[t,i] / D[t,i] (x·x_i) e_i
     (layer by layer, e_i the layer's error; a_t = Π α, b_t the weight of the momentum that the chunk began with)
     Γ = A · diag(η) · Θ · diag(1 − θ) · Ω,   A[t,s] = Π_{r=s+1..t} α_r,   Θ[s,j] = Π_{r=j+1..s} θ_r
 
@@ -33,7 +33,7 @@ def scan(
 ) -> tuple[Tensor, MemoryState]:
     """Read with every query while learning every token: (B, H, T, D) outputs and the state after the last token.
 
-    `initial` are the weights (B, H, rows, columns) that a restart returns to. The calls may cut the tokens anywhere:
+    `initial` is W_init (H, rows, columns) per layer. The calls may cut the tokens anywhere:
     outputs and state are those of one long call.
     """
     row = append(rule, state, tokens)
@@ -43,24 +43,40 @@ def scan(
     q_BHKCD, phi_q_BHKCF = (_queries(rule, x, state.filled, count) for x in (q_BHTD, phi_q_BHTF))
     keeps = _segments(rule, blocks)
     steps = _steps(rule, blocks, keeps)
-    reading = rule.read == "token" and rule.update == "gradient"
-    reads = _reads(rule, blocks, keeps) if reading else None
+    reads = _reads(rule, blocks, keeps) if rule.read == "token" and rule.update == "gradient" else None
+    # what does not depend on the fast weights is computed for all chunks at once
+    by_initial = _Pair(_times_initial(blocks.phi, initial[0]), _times_initial(phi_q_BHKCF, initial[0]))
+    scores = _scores(blocks.phi, phi_q_BHKCF, reads is not None)
 
-    weights, momentum = state.weights, state.momentum
+    change, momentum = state.change, state.momentum
     outputs = []
     for n in range(count):
-        block = map_tokens(lambda x, n=n: x[:, :, n], blocks)
-        keep = None if keeps is None else _Segments(*(x[:, :, n] for x in keeps))
-        gradient = _gradient(rule, weights, initial, block, keep)
-        total = None if rule.update == "newton_schulz" else _shared_curvature(rule, gradient, block, keep)
-        at = None if reads is None else _Reads(*(x[:, :, n] for x in reads))
-        base = _Base(weights, momentum, initial, keep)
-        outputs.append(_read(rule, base, at, total, gradient, q_BHKCD[:, :, n], phi_q_BHKCF[:, :, n]))
+        now = _Chunk(
+            rule,
+            _low(change),
+            _low(momentum),
+            initial,
+            _Pair(*(x[:, :, n] for x in by_initial)),
+            None if keeps is None else _Segments(*(x[:, :, n] for x in keeps)),
+            map_tokens(lambda x, n=n: x[:, :, n], blocks),  # type: ignore[misc]
+            scores.keys[:, :, n],
+        )
+        layers = _layers(now, now.by_initial.keys, 0)
+        gradient = net.gradient(rule.network, layers, now.block.k, now.block.phi, now.block.v)
+        total = None if rule.update == "newton_schulz" else _shared_curvature(now, gradient)
+        q, phi_q = q_BHKCD[:, :, n], phi_q_BHKCF[:, :, n]
+        if reads is None:
+            at_start = _layers(now, now.by_initial.queries, rule.halo)
+            outputs.append(net.read(rule.network, lambda l, x, at=at_start: at[l].forward(x), q, phi_q))  # type: ignore[misc]
+        else:
+            assert total is not None and scores.queries is not None
+            at = _Reads(*(x[:, :, n] for x in reads))
+            outputs.append(_read(now, at, total, gradient, scores.queries[:, :, n], q, phi_q))
         if n < count - 1 or filled == 0:
             step = _Steps(*(x[:, :, n] for x in steps))
-            weights, momentum = _update(rule, base, step, total, gradient)
+            change, momentum = _update(rule, change, momentum, step, total, gradient)
     y_BHTD = torch.cat(outputs, dim=2)[:, :, state.filled : length]
-    return y_BHTD, MemoryState(weights, momentum, make_tail(rule, row, filled), filled)
+    return y_BHTD, MemoryState(change, momentum, make_tail(rule, row, filled), filled)
 
 
 def _blocks(rule: Rule, row: Tokens, count: int) -> Tokens:
@@ -154,7 +170,7 @@ def _to_end(decay_BHKC: Tensor) -> Tensor:
 class _Reads(NamedTuple):
     """Coefficients of a read at every token of a chunk."""
 
-    weights: Tensor  # (B, H, K, C) a_t of W_ξ, 1 − a_t of W_init: zero and one behind a restart
+    weights: Tensor  # (B, H, K, C) a_t of W_ξ − W_init; zero behind a restart
     momentum: Tensor  # (B, H, K, C) b_t
     gradients: Tensor  # (B, H, K, C, N) Γ
 
@@ -172,7 +188,7 @@ def _reads(rule: Rule, blocks: Tokens, keeps: _Segments | None) -> _Reads:
 class _Steps(NamedTuple):
     """Coefficients of W and S at a chunk's end."""
 
-    weights: Tensor  # (B, H, K) a_C of W_ξ, 1 − a_C of W_init
+    weights: Tensor  # (B, H, K) a_C of W_ξ − W_init
     momentum: Tensor  # (B, H, K) of S_ξ in W
     carry: Tensor  # (B, H, K) of S_ξ in S
     eta: Tensor  # (B, H, K) mean write strength, for Newton–Schulz
@@ -207,104 +223,145 @@ def _band_sum(rule: Rule, blocks: Tokens, keeps: _Segments | None, x_BHKRC: Tens
     return windows * blocks.gates.gamma.unsqueeze(-2)
 
 
-class _Base(NamedTuple):
-    """What a chunk starts from."""
+class _Pair(NamedTuple):
+    """Something of the keys and of the queries."""
 
-    weights: Weights
-    momentum: Weights
-    initial: Weights
+    keys: Tensor
+    queries: Tensor
+
+
+class _Scores(NamedTuple):
+    """Inner products of features."""
+
+    keys: Tensor  # (B, H, K, N, N) of keys with keys, without gradient
+    queries: Tensor | None  # (B, H, K, C, N) of queries with keys, where reads need them
+
+
+def _scores(phi_k: Tensor, phi_q: Tensor, reading: bool) -> _Scores:
+    with torch.no_grad():
+        keys = phi_k @ phi_k.mT
+    return _Scores(keys, phi_q @ phi_k.mT if reading else None)
+
+
+def _times_initial(x_BHKNF: Tensor, w_HFP: Tensor) -> Tensor:
+    """x W_init, head by head, over all sequences and chunks at once."""
+    B, H, K, N, _ = x_BHKNF.shape
+    y = x_BHKNF.transpose(0, 1).flatten(1, 3) @ w_HFP
+    return y.unflatten(1, (B, K, N)).transpose(0, 1)
+
+
+def _low(weights: Weights) -> Weights:
+    """Fast weights as operands: in autocast's precision, cast once; the state itself stays wide."""
+    device = weights[0].device.type
+    if torch.is_autocast_enabled(device):
+        return tuple(w.to(torch.get_autocast_dtype(device)) for w in weights)
+    return weights
+
+
+class _Chunk(NamedTuple):
+    """One chunk and the weights that it starts from."""
+
+    rule: Rule
+    change: Weights  # W_ξ − W_init
+    momentum: Weights  # S_ξ
+    initial: Weights  # W_init (H, rows, columns)
+    by_initial: _Pair  # features times W_init's first layer
     keep: _Segments | None
+    block: Tokens
+    scores: Tensor  # (B, H, N, N) φ_i·φ_j of the keys
 
 
-def _gradient(rule: Rule, weights: Weights, initial: Weights, block: Tokens, keep: _Segments | None) -> Gradient:
-    """∇ℓ of the block's tokens at W_ξ, at W_init for those behind a restart."""
-    g = net.gradient(rule.network, weights, block.k, block.phi, block.v)
-    if keep is None:
-        return g
-    new = net.gradient(rule.network, initial, block.k, block.phi, block.v)
+def _layers(now: _Chunk, first: Tensor, skip: int) -> list[net.Layer]:
+    """The network at W_ξ, at W_init for tokens behind a restart; `first` is its first layer's product with W_init.
 
-    def pick(old: tuple[Tensor, ...], fresh: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.where(keep.old, x, y) for x, y in zip(old, fresh, strict=True))
+    For the tokens of the block from `skip` on.
+    """
+    old = None if now.keep is None else now.keep.old[..., skip:, :]
 
-    sensitivity = torch.where(keep.old.squeeze(-1), g.sensitivity, new.sensitivity)
-    return Gradient(pick(g.inputs, new.inputs), pick(g.errors, new.errors), sensitivity)
+    def begin(x: Tensor) -> Tensor:
+        y = x @ now.change[0]
+        return first + (y if old is None else y * old)
+
+    def no_way_back(e: Tensor) -> Tensor:
+        raise AssertionError("errors end at the first layer")
+
+    layers = [net.Layer(begin, no_way_back, no_way_back)]
+    if len(now.change) == 1:
+        return layers
+    initial, change = now.initial[1].to(now.change[1].dtype), now.change[1]
+    if old is None:
+        return [*layers, net.plain_layer(initial + change)]
+
+    def both(x: Tensor, w0: Tensor, w: Tensor) -> Tensor:
+        return x @ w0 + (x @ w) * old
+
+    def squares(squared: Tensor) -> Tensor:
+        at_change = net.norm_bound(squared, initial + change)
+        return torch.where(old.squeeze(-1), at_change, net.norm_bound(squared, initial.expand_as(change)))
+
+    second = net.Layer(
+        lambda x: both(x, initial, change), lambda e: both(e, initial.mT, change.mT), squares
+    )
+    return [*layers, second]
 
 
 @torch.no_grad()
-def _shared_curvature(rule: Rule, of: Gradient, block: Tokens, keep: _Segments | None) -> Tensor:
+def _shared_curvature(now: _Chunk, of: Gradient) -> Tensor:
     """D[t, i] = c (κ_ii + Σ_{j≤t, j≠i} γ_j κ_ij) for every t of the chunk, its end alone where only that is read.
 
     (B, H, C or 1, N). See `reference.py`.
     """
-    kappa = net.curvature(of)
-    if keep is not None:
-        kappa = kappa * keep.same
-    gamma = block.gates.gamma
+    kappa = net.curvature(of, now.scores)
+    if now.keep is not None:
+        kappa = kappa * now.keep.same
+    gamma = now.block.gates.gamma
     own = kappa.diagonal(dim1=-2, dim2=-1) * (1 - gamma)
-    if rule.read == "chunk":
+    if now.rule.read == "chunk":
         shared = gamma.unsqueeze(-2) @ kappa
     else:
         N = kappa.size(-1)
-        seen = torch.ones(N, N, dtype=kappa.dtype, device=kappa.device).tril()[rule.halo :]
+        seen = torch.ones(N, N, dtype=gamma.dtype, device=kappa.device).tril()[now.rule.halo :]
         shared = (seen * gamma.unsqueeze(-2)) @ kappa
-    return (rule.context * (own.unsqueeze(-2) + shared)).clamp_min(net.SMALLEST_CURVATURE)
+    return (now.rule.context * (own.unsqueeze(-2) + shared)).clamp_min(net.SMALLEST_CURVATURE)
 
 
 def _read(
-    rule: Rule,
-    base: _Base,
-    at: _Reads | None,
-    total_BHCN: Tensor | None,
-    gradient: Gradient,
-    q_BHCD: Tensor,
-    phi_q_BHCF: Tensor,
+    now: _Chunk, at: _Reads, total_BHCN: Tensor, gradient: Gradient, scores_BHCN: Tensor, q: Tensor, phi_q: Tensor
 ) -> Tensor:
     """M(W_t; q_t) for the tokens of a chunk: (B, H, C, D)."""
-    old = None if base.keep is None else base.keep.old[..., rule.halo :, :]
-
-    def at_start(layer: int, x: Tensor) -> Tensor:
-        y = x @ base.weights[layer]
-        return y if old is None else torch.where(old, y, x @ base.initial[layer])
-
-    if at is None:
-        return net.read(rule.network, at_start, q_BHCD, phi_q_BHCF)
-    assert total_BHCN is not None, "a read at W_t needs the curvature bound"
     gamma_BHCN = at.gradients / total_BHCN
+    a_BHC1, b_BHC1 = at.weights.unsqueeze(-1), at.momentum.unsqueeze(-1)
 
-    def inside(layer: int, x: Tensor) -> Tensor:
-        initial = x @ base.initial[layer]
-        y = initial + at.weights.unsqueeze(-1) * (x @ base.weights[layer] - initial)
-        y = y - at.momentum.unsqueeze(-1) * (x @ base.momentum[layer])
-        return y - (gamma_BHCN * (x @ gradient.inputs[layer].mT)) @ gradient.errors[layer]
+    def product(layer: int, x: Tensor) -> Tensor:
+        if layer == 0:
+            initial, alike = now.by_initial.queries, scores_BHCN
+        else:
+            initial, alike = x @ now.initial[layer].to(x.dtype), x @ gradient.inputs[layer].mT
+        y = initial + a_BHC1 * (x @ now.change[layer]) - b_BHC1 * (x @ now.momentum[layer])
+        return y - (gamma_BHCN * alike) @ gradient.errors[layer]
 
-    return net.read(rule.network, inside, q_BHCD, phi_q_BHCF)
+    return net.read(now.rule.network, product, q, phi_q)
 
 
 def _update(
-    rule: Rule, base: _Base, step: _Steps, total_BHCN: Tensor | None, gradient: Gradient
+    rule: Rule, change: Weights, momentum: Weights, step: _Steps, total_BHCN: Tensor | None, gradient: Gradient
 ) -> tuple[Weights, Weights]:
-    """W and S at the chunk's end."""
-
-    def mix(coefficient_BH: Tensor, w: Tensor) -> Tensor:
-        return coefficient_BH[..., None, None] * w
-
+    """W − W_init and S at the chunk's end."""
+    keep, drift, carry = (x[..., None, None] for x in (step.weights, step.momentum, step.carry))
     normal = 1.0 if total_BHCN is None else 1.0 / total_BHCN[..., -1, :]
     on_momentum = (step.on_momentum * normal).unsqueeze(-1)
     on_weights = (step.on_weights * normal).unsqueeze(-1)
-    weights, momentum = [], []
-    for l, (x, e) in enumerate(zip(gradient.inputs, gradient.errors, strict=True)):
-        carried = mix(step.carry, base.momentum[l])
-        kept = base.initial[l] + mix(step.weights, base.weights[l] - base.initial[l])
+    new_change, new_momentum = [], []
+    for x, e, w, s in zip(gradient.inputs, gradient.errors, change, momentum, strict=True):
+        new_momentum.append(torch.addcmul((x.mT @ (on_momentum * e)).to(s.dtype), carry, s))
         if rule.update == "newton_schulz":
-            momentum.append(carried + x.mT @ (on_momentum * e))
-            weights.append(kept)
+            new_change.append(keep * w)
         else:
-            both = x.mT @ torch.cat([on_momentum * e, on_weights * e], dim=-1)
-            into_momentum, into_weights = both.chunk(2, dim=-1)
-            momentum.append(carried + into_momentum)
-            weights.append(kept - mix(step.momentum, base.momentum[l]) - into_weights)
+            minus = torch.addcmul((x.mT @ (on_weights * e)).to(s.dtype), drift, s)
+            new_change.append(torch.addcmul(-minus, keep, w))
     if rule.update == "newton_schulz":
-        split = net.split_matrices(rule.network, tuple(momentum))
+        split = net.split_matrices(rule.network, tuple(new_momentum))
         write = net.join_matrices(rule.network, [newton_schulz(s, rule.newton_schulz_steps) for s in split])
-        weights = [w - mix(step.eta, u) for w, u in zip(weights, write, strict=True)]
-    return bounded(rule, tuple(weights)), tuple(momentum)
+        eta = step.eta[..., None, None]
+        new_change = [torch.addcmul(w, eta, u.to(w.dtype), value=-1) for w, u in zip(new_change, write, strict=True)]
+    return bounded(rule, tuple(new_change)), tuple(new_momentum)

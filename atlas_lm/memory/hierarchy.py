@@ -86,9 +86,9 @@ class FastMemory(nn.Module):
         bias = torch.tensor([alpha, self.ETA, self.THETA, self.GAMMA], device=self.gates.bias.device)
         self.gates.bias.copy_(bias.repeat_interleave(self.heads))
 
-    def weights(self, batch: int) -> Weights:
-        """W_init for every sequence: (B, H, rows, columns) per layer."""
-        return tuple(w.expand(batch, *w.shape) for w in self.initial)
+    def weights(self) -> Weights:
+        """W_init (H, rows, columns) per layer."""
+        return tuple(self.initial)
 
     def open(self, x_BTM: Tensor) -> Gates:
         """The gates of every token, from the model's hidden states: each (B, H, T)."""
@@ -168,7 +168,7 @@ class Hierarchy(nn.Module):
         F = self.features.dim_out
 
         def start(memory: FastMemory) -> MemoryState:
-            return initial_state(memory.rule, memory.weights(batch), F, restart)
+            return initial_state(memory.rule, memory.weights(), batch, F, restart)
 
         local = tuple(start(memory) for memory in self.local_memories)
         return HierarchyState(start(self.global_memory), local, persistent_state(self.persistent_keys, batch))
@@ -194,7 +194,7 @@ class Hierarchy(nn.Module):
         streaming = state is not None
         state = state or self.initial_state(B, restart is not None)
         memory = self.global_memory
-        y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(B), q_BHTD, phi_q, tokens)
+        y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
         if not self.local_memories:
             return y_BHTD, HierarchyState(global_state, (), state.projection) if streaming else None
 
@@ -206,10 +206,13 @@ class Hierarchy(nn.Module):
         phi_q = self.features(q)
         local_states = []
         for n, memory in enumerate(self.local_memories):
-            initial = memory.weights(q.size(0))
-            before = state.local_memories[n] if streaming else initial_state(memory.rule, initial, phi.size(-1), restart is not None)  # fmt: skip  # noqa: E501
+            before = (
+                state.local_memories[n]
+                if streaming
+                else initial_state(memory.rule, memory.weights(), q.size(0), phi.size(-1), restart is not None)
+            )
             gates = Gates(*(shards.fold(gate) for gate in memory.open(x_BTM)))
-            y, after = scan(memory.rule, before, initial, q, phi_q, Tokens(k, phi, v, gates, restart))
+            y, after = scan(memory.rule, before, memory.weights(), q, phi_q, Tokens(k, phi, v, gates, restart))
             y_BHTD = y_BHTD + shards.unfold(y)
             local_states.append(after)
         return y_BHTD, HierarchyState(global_state, tuple(local_states), projection) if streaming else None

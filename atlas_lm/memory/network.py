@@ -117,47 +117,61 @@ class Gradient(NamedTuple):
     sensitivity: Tensor  # (B, T) a bound on the norm of J_i = ∂M/∂(pre-activations), without gradient
 
 
-def gradient(network: Network, weights: Weights, k_BTD: Tensor, phi_BTF: Tensor, v_BTD: Tensor) -> Gradient:
+class Layer(NamedTuple):
+    """One layer of a network as seen by T tokens: how it multiplies, and how errors go back through it."""
+
+    forward: Callable[[Tensor], Tensor]  # (B, T, rows) → (B, T, columns)
+    backward: Callable[[Tensor], Tensor]  # (B, T, columns) → (B, T, rows)
+    squares: Callable[[Tensor], Tensor]  # (B, T, rows) slopes², → (B, T) bound on ‖diag(slopes) W‖²
+
+
+def plain_layer(w: Tensor) -> Layer:
+    """A layer with the same matrix for all tokens."""
+    return Layer(lambda x: x @ w, lambda e: e @ w.mT, lambda squared: norm_bound(squared, w))
+
+
+def gradient(network: Network, layers: list[Layer], k_BTD: Tensor, phi_BTF: Tensor, v_BTD: Tensor) -> Gradient:
     """∇_W ½‖M(W; k) − v‖² for every token at the same weights, in closed form (SPEC M3)."""
     act = network.activation
     if act is None:
-        y = phi_BTF @ weights[0]
+        y = layers[0].forward(phi_BTF)
         error = (k_BTD + y if network.residual else y) - v_BTD
         return Gradient((phi_BTF,), (error,), torch.zeros_like(error[..., 0]))
-    pre_BTP = phi_BTF @ weights[0]
+    pre_BTP = layers[0].forward(phi_BTF)
     hidden_BTE = act.forward(pre_BTP)
-    y = hidden_BTE @ weights[1]
+    y = layers[1].forward(hidden_BTE)
     error_BTD = (k_BTD + y if network.residual else y) - v_BTD
-    back_BTE = error_BTD @ weights[1].mT
+    back_BTE = layers[1].backward(error_BTD)
     slopes = act.slopes(pre_BTP)
     error_BTP = torch.cat([back_BTE * slope for slope in slopes], dim=-1)
-    sensitivity_BT = _sensitivity(weights[1].detach(), [slope.detach() for slope in slopes])
+    with torch.no_grad():
+        squared = torch.stack([slope.square() for slope in slopes]).sum(0)
+        sensitivity_BT = layers[1].squares(squared).sqrt()
     return Gradient((phi_BTF, hidden_BTE), (error_BTP, error_BTD), sensitivity_BT)
 
 
-def _sensitivity(w_out_BED: Tensor, slopes_BTE: list[Tensor]) -> Tensor:
-    """The smaller of two bounds on ‖J_i‖, J_i = W_outᵀ diag(slopes): the Frobenius norm, and ‖W_out‖₂ max|slope|.
+def norm_bound(squared_BTE: Tensor, w_BED: Tensor) -> Tensor:
+    """The smaller of two bounds on ‖diag(slopes) W‖², slopes² given: squared Frobenius norm, and ‖W‖₂² max slope².
 
-    ‖W_out‖₂² is bounded by the largest row sum of |W_outᵀ W_out|: tight while the columns are orthogonal, as they are
-    at first. The Frobenius norm alone is √D too large there, and would shrink every write by D.
+    ‖W‖₂² is bounded by the largest row sum of |WᵀW|: tight while the columns are orthogonal, as they are at first. The
+    Frobenius norm alone is √D too large there, and would shrink every write by D.
     """
-    squared_BTE = torch.stack([slope.square() for slope in slopes_BTE]).sum(0)
-    rows_BE = w_out_BED.square().sum(dim=-1)
-    frobenius_BT = (squared_BTE @ rows_BE.unsqueeze(-1)).squeeze(-1)
-    spectral_B = (w_out_BED.mT @ w_out_BED).abs().sum(dim=-1).amax(dim=-1)
-    return torch.minimum(frobenius_BT, squared_BTE.amax(dim=-1) * spectral_B.unsqueeze(-1)).sqrt()
+    rows_BE = w_BED.square().sum(dim=-1)
+    frobenius_BT = (squared_BTE @ rows_BE.unsqueeze(-1).to(squared_BTE)).squeeze(-1)
+    spectral_B = (w_BED.mT @ w_BED).abs().sum(dim=-1).amax(dim=-1)
+    return torch.minimum(frobenius_BT, squared_BTE.amax(dim=-1) * spectral_B.unsqueeze(-1))
 
 
 @torch.no_grad()
-def curvature(of: Gradient) -> Tensor:
+def curvature(of: Gradient, scores_BTT: Tensor) -> Tensor:
     """κ_ij ≥ the norm of the block of tokens i, j in the curvature of Σ ℓ (SPEC M16): (B, T) tokens → (B, T, T).
 
     |g_i·g_j| + |φ_i·φ_j| (1 + ‖J_i‖‖J_j‖) for two layers; the 1 stands for the product of the two layers' changes.
+    `scores_BTT` are the φ_i·φ_j.
     """
-    phi = of.inputs[0]
-    kernel = (phi @ phi.mT).abs()
+    kernel = scores_BTT.abs()
     if len(of.inputs) == 1:
         return kernel
-    J = of.sensitivity
+    J = of.sensitivity.to(kernel.dtype)
     hidden = of.inputs[1]
     return (hidden @ hidden.mT).abs() + kernel * (1 + J.unsqueeze(-1) * J.unsqueeze(-2))

@@ -36,19 +36,20 @@ def scan(
 ) -> tuple[Tensor, MemoryState]:
     """Read with every query while learning every token: (B, H, T, D) outputs and the state after the last token.
 
-    `initial` are the weights that a restart returns to. Same signature as `chunked.scan`, but a restart must fall on the
+    `initial` is W_init (H, rows, columns) per layer. Same signature as `chunked.scan`, but a restart must fall on the
     same tokens in the whole batch, and the state must not hold a chunk that a restart has cut.
     """
     row = append(rule, state, tokens)
-    weights, momentum = state.weights, state.momentum
+    change, momentum = state.change, state.momentum
     restarts = [] if row.restart is None else row.restart[0, 0].nonzero().flatten().tolist()
     floor = max((t for t in restarts if t < rule.halo), default=0)  # windows reach back to the last restart at most
-    chunk = _Chunk(rule, weights, momentum, initial, row, floor)
+    chunk = _Chunk(rule, change, momentum, initial, row, floor)
     outputs = []
     for t in range(rule.halo, row.k.size(2)):
         if t in restarts:
-            floor, weights, momentum = t, initial, tuple(torch.zeros_like(w) for w in initial)
-            chunk = _Chunk(rule, weights, momentum, initial, row, floor)
+            floor = t
+            change = momentum = tuple(torch.zeros_like(w) for w in change)
+            chunk = _Chunk(rule, change, momentum, initial, row, floor)
         chunk.learn(t)
         new = t - rule.halo - state.filled
         if new >= 0:
@@ -57,19 +58,24 @@ def scan(
                          phi_q_BHTF[:, :, new : new + 1])  # fmt: skip
             outputs.append(y)
         if (t - rule.halo + 1) % rule.chunk == 0:
-            weights, momentum = chunk.end()
-            chunk = _Chunk(rule, weights, momentum, initial, row, max(t + 1 - rule.halo, floor))
+            change, momentum = chunk.end()
+            chunk = _Chunk(rule, change, momentum, initial, row, max(t + 1 - rule.halo, floor))
     filled = (row.k.size(2) - rule.halo) % rule.chunk
-    return torch.cat(outputs, dim=2), MemoryState(weights, momentum, make_tail(rule, row, filled), filled)
+    return torch.cat(outputs, dim=2), MemoryState(change, momentum, make_tail(rule, row, filled), filled)
+
+
+def _add(initial: Weights, change: Weights) -> Weights:
+    return tuple(w0 + w for w0, w in zip(initial, change, strict=True))
 
 
 class _Chunk:
     """One chunk in progress."""
 
     def __init__(
-        self, rule: Rule, weights: Weights, momentum: Weights, initial: Weights, row: Tokens, first: int
+        self, rule: Rule, change: Weights, momentum: Weights, initial: Weights, row: Tokens, first: int
     ) -> None:
-        self.rule, self.weights, self.momentum, self.initial, self.row = rule, weights, momentum, initial, row
+        self.rule, self.change, self.momentum, self.initial, self.row = rule, change, momentum, initial, row
+        self.weights = _add(initial, change)  # W_ξ
         self.first = self.t = first  # the first token whose gradient counts: the halo's, or that of a restart
         zero = row.gates.alpha[..., :0]
         self.on_weights, self.on_momentum = zero, zero  # of gradient i in W_t and S_t: (B, H, N)
@@ -101,11 +107,12 @@ class _Chunk:
         """∇ℓ(W_ξ) of each token so far as whole matrices (B, H, N, rows, columns), and D (B, H, N)."""
         now = slice(self.first, self.t + 1)
         row, gamma = self.row, self.row.gates.gamma[..., now]
-        g = net.gradient(self.rule.network, self.weights, row.k[:, :, now], row.phi[:, :, now], row.v[:, :, now])
+        layers = [net.plain_layer(w) for w in self.weights]
+        g = net.gradient(self.rule.network, layers, row.k[:, :, now], row.phi[:, :, now], row.v[:, :, now])
         matrices = [x.unsqueeze(-1) * e.unsqueeze(-2) for x, e in zip(g.inputs, g.errors, strict=True)]
         if self.rule.update == "newton_schulz":
             return matrices, torch.ones_like(gamma)
-        kappa = net.curvature(g)
+        kappa = net.curvature(g, g.inputs[0] @ g.inputs[0].mT)
         own = kappa.diagonal(dim1=-2, dim2=-1)
         others = (kappa * gamma.unsqueeze(-2)).sum(-1) - own * gamma
         return matrices, (self.rule.context * (own + others)).detach().clamp_min(net.SMALLEST_CURVATURE)
@@ -116,25 +123,23 @@ class _Chunk:
         return tuple((scaled * g).sum(2) for g in gradients)
 
     def _kept(self) -> Weights:
-        a = self.a[..., None, None]
-        return tuple(w0 + a * (w - w0) for w, w0 in zip(self.weights, self.initial, strict=True))
+        return tuple(self.a[..., None, None] * w for w in self.change)
 
-    def weights_now(self) -> Weights:
+    def change_now(self) -> Weights:
         b = self.b[..., None, None]
         step = self._sum(self.on_weights)
-        kept = self._kept()
-        return tuple(w - b * s - d for w, s, d in zip(kept, self.momentum, step, strict=True))
+        return tuple(w - b * s - d for w, s, d in zip(self._kept(), self.momentum, step, strict=True))
 
     def weights_for_reading(self) -> Weights:
         at_start = self.rule.read == "chunk" or self.rule.update == "newton_schulz"
-        return self.weights if at_start else self.weights_now()
+        return self.weights if at_start else _add(self.initial, self.change_now())
 
     def end(self) -> tuple[Weights, Weights]:
-        """W and S at the chunk's end, the next chunk's W_ξ and S_ξ."""
+        """W − W_init and S at the chunk's end, where the next chunk begins."""
         step = self._sum(self.on_momentum)
         momentum = tuple(self.carry[..., None, None] * s + d for s, d in zip(self.momentum, step, strict=True))
         if self.rule.update == "gradient":
-            return bounded(self.rule, self.weights_now()), momentum
+            return bounded(self.rule, self.change_now()), momentum
         eta = torch.stack(self.etas).mean(0)[..., None, None]
         U = [newton_schulz(s, self.rule.newton_schulz_steps) for s in net.split_matrices(self.rule.network, momentum)]
         write = net.join_matrices(self.rule.network, U)

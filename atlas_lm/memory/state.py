@@ -24,7 +24,7 @@ class Rule(NamedTuple):
     read: str = (
         "token"  # token: M(W_t; q_t), inside the chunk too; chunk: M(W_ξ; q_t), the weights of the chunk's start
     )
-    radius: float = float("inf")  # bound on the root mean square of every fast matrix's entries at chunk ends
+    radius: float = float("inf")  # bound on the root mean square of the entries of W − W_init, per matrix
     newton_schulz_steps: int = STEPS
 
     @property
@@ -74,16 +74,18 @@ class MemoryState(NamedTuple):
     (at most C−1, behind a halo of c−1) until it is full; what was read meanwhile is what a longer call would have read.
     """
 
-    weights: Weights  # W_ξ at the start of the unfinished chunk, per layer (B, H, rows, columns)
+    change: Weights  # W_ξ − W_init at the start of the unfinished chunk, per layer (B, H, rows, columns)
     momentum: Weights  # S_ξ, alike
     tail: Tokens  # the halo, then the unfinished chunk, zeros behind it: c−1 + C−1 tokens
     filled: int  # tokens in the unfinished chunk
 
 
-def initial_state(rule: Rule, weights: Weights, features: int, restart: bool = False) -> MemoryState:
-    """A memory that has seen nothing: W = `weights` (B, H, …), S = 0."""
-    B, H, _, D = weights[-1].shape
-    zeros = weights[-1].new_zeros
+def initial_state(rule: Rule, initial: Weights, batch: int, features: int, restart: bool = False) -> MemoryState:
+    """A memory that has seen nothing: W = W_init, whose shapes `initial` (H, rows, columns) gives, and S = 0."""
+    H, _, D = initial[-1].shape
+    B = batch
+    zeros = initial[-1].detach().new_zeros
+    nothing = tuple(zeros(B, *w.shape) for w in initial)
     length = rule.halo + rule.chunk - 1
     per_token = zeros(B, H, length)
     tail = Tokens(
@@ -93,7 +95,7 @@ def initial_state(rule: Rule, weights: Weights, features: int, restart: bool = F
         Gates(per_token, per_token, per_token, per_token),
         per_token.bool() if restart else None,
     )
-    return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), tail, 0)
+    return MemoryState(nothing, nothing, tail, 0)
 
 
 def map_tokens(f, *tokens: Tokens) -> Tokens:
@@ -128,16 +130,14 @@ def make_tail(rule: Rule, tokens: Tokens, filled: int) -> Tokens:
     return map_tokens(cut, tokens)
 
 
-def bounded(rule: Rule, weights: Weights) -> Weights:
-    """Scale every matrix whose entries' root mean square exceeds the rule's radius back onto it (SPEC M16).
+def bounded(rule: Rule, change: Weights) -> Weights:
+    """Scale W − W_init back onto the rule's radius wherever its entries' root mean square exceeds it (SPEC M16).
 
     A projection onto a ball: whatever the inputs, gates, chunk size or precision, fast weights stay finite and bounded.
     """
-    if rule.radius == float("inf"):
-        return weights
-
-    def shrink(w: Tensor) -> Tensor:
-        mean_square = w.square().mean(dim=(-2, -1), keepdim=True)
-        return w * (rule.radius * (mean_square + 1e-30).rsqrt()).clamp(max=1.0)
-
-    return join_matrices(rule.network, [shrink(w) for w in split_matrices(rule.network, weights)])
+    matrices = split_matrices(rule.network, change)
+    sizes = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True) / (w.size(-2) * w.size(-1)) ** 0.5 for w in matrices]
+    if not any(bool((size > rule.radius).any()) for size in sizes):
+        return change
+    shrunk = [w * (rule.radius / size.clamp_min(rule.radius)) for w, size in zip(matrices, sizes, strict=True)]
+    return join_matrices(rule.network, shrunk)

@@ -1,0 +1,150 @@
+"""The LightningModule: loss, logging, optimizers; what the callbacks ask of a model is offered here."""
+
+# B batch, T tokens, V vocabulary
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+
+from atlas_lm.config import ModelConfig, OptimConfig
+from atlas_lm.model import AtlasLM, Output
+from atlas_lm.optim import build_optimizer, build_schedule
+
+UNSCORED = -100
+_HELD = 0.1  # share of the run over which the polarisation weight is held (SPEC M15)
+_DECAY = 100.0  # by how much it has shrunk at the end
+
+
+def polarisation_weight(step: int, total_steps: int, weight: float) -> float:
+    """λ(t) of SPEC M15: held for the first tenth of the steps, then decayed exponentially by 100×."""
+    progress = (step / total_steps - _HELD) / (1 - _HELD)
+    return weight * _DECAY ** -min(1.0, max(0.0, progress))
+
+
+def capped_polarisation_gradient(gate: Tensor, main: Tensor, weight: float, cap: float) -> Tensor:
+    """∇ of weight · mean(1 − |2g − 1|) with respect to a gate, its norm at most `cap` times that of the main gradient."""
+    gradient = (2 * gate - 1).sign().to(main.dtype).mul_(-2 * weight / gate.numel())
+    norm = torch.linalg.vector_norm(gradient)
+    limit = cap * torch.linalg.vector_norm(main)
+    return gradient * (limit / norm.clamp_min(torch.finfo(main.dtype).tiny)).clamp(max=1.0)
+
+
+class AtlasModule(L.LightningModule):
+    """Trains an AtlasLM on batches of `input_ids`, `targets` (B, T), −100 unscored, and `document_start`.
+
+    `bytes_per_token`: of the validation text; None where the tokens are no text (recall), whose accuracy is logged then.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig | dict[str, Any],
+        optim: OptimConfig | dict[str, Any],
+        vocab_size: int,
+        bytes_per_token: float | None = None,
+    ) -> None:
+        super().__init__()
+        model = ModelConfig(**model) if isinstance(model, dict) else model
+        optim = OptimConfig(**optim) if isinstance(optim, dict) else optim
+        # plain containers: a checkpoint must load with weights_only=True
+        self.save_hyperparameters(
+            {"model": _plain(model), "optim": _plain(optim), "vocab_size": vocab_size, "bytes_per_token": bytes_per_token}
+        )
+        self.model_config, self.optim_config = model, optim
+        self.bytes_per_token = bytes_per_token
+        self.model = AtlasLM(model, vocab_size)
+        self.val_loss, self.recall = MeanMetric(), MeanMetric()
+        self.val_ppl = Perplexity(ignore_index=UNSCORED)
+        self._last_step_ended: float | None = None
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        return self.model(batch["input_ids"], document_start_BT=batch.get("document_start"))
+
+    def loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean negative log likelihood over the scored tokens, nats."""
+        return nnf.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=UNSCORED)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        output = self(batch)
+        self._polarise(output.gates)
+        loss = self.loss(output.logits, batch["targets"])
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/ppl", loss.detach().exp(), prog_bar=True)
+        self.log("optim/lr", self.trainer.optimizers[0].param_groups[-1]["lr"])
+        return loss
+
+    def _polarise(self, gates: tuple[Tensor, ...]) -> None:
+        """Add the capped gradient of the polarisation loss where the main gradient passes the gates (SPEC M15)."""
+        if self.model_config.polarisation == 0 or not gates:
+            return
+        config = self.optim_config
+        weight = polarisation_weight(self.global_step, config.total_steps, self.model_config.polarisation)
+        cap = self.model_config.polarisation_cap
+        for gate in gates:
+            gate.register_hook(
+                lambda main, g=gate.detach(): main + capped_polarisation_gradient(g, main, weight, cap)  # type: ignore[misc]
+            )
+        self.log("train/polarisation", torch.stack([(1 - (2 * g.detach() - 1).abs()).mean() for g in gates]).mean())
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        now = time.perf_counter()
+        if self._last_step_ended is not None:
+            rate = batch["input_ids"].numel() * self.trainer.world_size / (now - self._last_step_ended)
+            self.log("perf/tokens_per_second", rate, prog_bar=True)
+        self._last_step_ended = now
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.log("optim/grad_norm", norm)
+
+    def on_validation_start(self) -> None:
+        self._last_step_ended = None  # a validation is no training time
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        output = self(batch)
+        targets = batch["targets"]
+        scored = (targets != UNSCORED).sum()
+        self.val_loss.update(self.loss(output.logits, targets), weight=scored)
+        self.val_ppl.update(output.logits.float(), targets)
+        if self.bytes_per_token is None:
+            right = (output.logits.argmax(-1) == targets)[targets != UNSCORED]
+            self.recall.update(right.float())
+        if batch_idx == 0 and output.gates:
+            self._log_gates(output.gates)
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_loss.compute()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/ppl", self.val_ppl.compute())
+        if self.bytes_per_token is not None:
+            self.log("val/bits_per_byte", loss / math.log(2) / self.bytes_per_token, prog_bar=True)
+        else:
+            self.log("recall/accuracy", self.recall.compute(), prog_bar=True)
+        for metric in (self.val_loss, self.val_ppl, self.recall):
+            metric.reset()
+
+    def _log_gates(self, gates: tuple[Tensor, ...]) -> None:
+        values = torch.stack([g.float() for g in gates])
+        self.log("memory/gate_mean", values.mean())
+        self.log("memory/gate_std", values.std())
+        self.log("memory/gate_polarised", ((values < 0.1) | (values > 0.9)).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.optim_config)
+        schedule = build_schedule(optimizer, self.optim_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _plain(config: ModelConfig | OptimConfig) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in vars(config).items()}
