@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 def tidy_log() -> None:
     """Let Lightning log through Hydra, into the run folder too, without what nobody can act on."""
-    lightning_log = logging.getLogger("lightning.pytorch")
-    lightning_log.handlers.clear()
-    lightning_log.propagate = True
+    for name in ("lightning", "lightning.pytorch"):  # with handlers of their own each line would come twice
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
 

@@ -104,7 +104,9 @@ def test_a_finished_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["val_bits_per_byte"] == pytest.approx(found["val_loss"] / math.log(2), rel=0.05)  # a byte a token
     assert found["tokens_per_second"] > found["tokens"] / found["train_seconds"] > 0
     assert Path(found["checkpoint"]).is_file()
-    page, printed = (run / "report.md").read_text(), capsys.readouterr().out
+    captured = capsys.readouterr()
+    page, printed = (run / "report.md").read_text(), captured.out
+    assert captured.err.count("max_steps=4` reached") == 1, "every message comes once"
     assert page == markdown(found)
     assert found["verdict"] in page
     assert f"verdict: {found['verdict']}" in printed
