@@ -1,0 +1,124 @@
+"""The loss that the module adds to the language model's: gate polarisation (SPEC M15)."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from atlas_lm.config import ModelConfig, OptimConfig
+from atlas_lm.module import UNSCORED, AtlasModule, capped_polarisation_gradient, polarisation_weight
+
+VOCABULARY = 11
+
+
+def make_module(weight: float, cap: float, **changes) -> AtlasModule:
+    values = dict(
+        name="small", dim=10, layers=2, heads=2, head_dim=4, window=5, ffn_multiple=2.0, fusion="multiplicative",
+        memory="atlas", local_chunks=[3, 7], global_chunk=8, shard=24, network="gated_mlp", residual=False,
+        features="sketch", rank=6, memory_hidden=5, context=1, update="gradient", persistent_keys=3, eta_max=1.0,
+        half_life=64.0, radius=8.0, conv=4, reset_at_document=False, polarisation=weight, polarisation_cap=cap,
+        rope_base=10000.0,
+    )  # fmt: skip
+    optim = OptimConfig(
+        name="adamw", lr=1e-3, muon_lr=0.02, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=1, total_steps=10,
+        min_lr_ratio=0.1, clip=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = AtlasModule(ModelConfig(**(values | changes)), optim, VOCABULARY).double()
+    module.log = lambda *args, **kwargs: None
+    return module
+
+
+def make_batch(T: int = 30) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(VOCABULARY, (2, T + 1), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens[:, :-1], "targets": tokens[:, 1:].clone()}
+
+
+def polarisation(gates) -> torch.Tensor:
+    return sum((1 - (2 * g - 1).abs()).mean() for g in gates)
+
+
+def test_gradient_of_one_gate_is_that_of_the_loss():
+    torch.manual_seed(0)
+    gate = torch.rand(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    (truth,) = torch.autograd.grad(0.3 * polarisation([gate]), gate)
+    main = torch.randn_like(gate)
+    found = capped_polarisation_gradient(gate.detach(), main, 0.3, cap=1e6)
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("cap", [0.01, 0.1, 0.5])
+def test_gradient_is_capped_by_a_share_of_the_main_one(cap):
+    torch.manual_seed(0)
+    gate, main = torch.rand(2, 7, 5), 1e-3 * torch.randn(2, 7, 5)
+    found = capped_polarisation_gradient(gate, main, 100.0, cap)
+    torch.testing.assert_close(found.norm(), cap * main.norm())
+    free = capped_polarisation_gradient(gate, main, 100.0, 1e9)
+    torch.testing.assert_close(found / found.norm(), free / free.norm())
+
+
+def test_gradient_is_zero_where_it_has_nothing_to_say():
+    main = torch.randn(3, 4)
+    assert (capped_polarisation_gradient(torch.full((3, 4), 0.5), main, 1.0, 0.1) == 0).all()
+    assert (capped_polarisation_gradient(torch.rand(3, 4), torch.zeros(3, 4), 1.0, 0.1) == 0).all()
+    assert (capped_polarisation_gradient(torch.rand(3, 4), main, 0.0, 0.1) == 0).all()
+
+
+def backward(module: AtlasModule, extra: float = 0.0) -> dict[str, torch.Tensor]:
+    """Gradients of a training step, or of its loss plus `extra` · polarisation by autograd."""
+    batch = make_batch()
+    output = module(batch)
+    if not extra:
+        module._polarise(output.gates)
+    loss = module.loss(output.logits, batch["targets"])
+    (loss.double() + extra * polarisation(output.gates)).backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_hooks_on_the_gates_add_the_gradient_of_the_loss():
+    """In every parameter, both layers: the same as adding the term to the loss, while the cap is out of reach."""
+    found, truth = backward(make_module(0.3, cap=1e9)), backward(make_module(0.0, cap=1e9), extra=0.3)
+    assert found.keys() == truth.keys()
+    for name in truth:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-5, atol=1e-9)
+    plain = backward(make_module(0.0, cap=1e9))
+    assert any((found[name] - plain[name]).abs().max() > 1e-4 for name in truth)
+
+
+def test_capped_polarisation_hardly_moves_the_gradient():
+    """The lesson of a run that guard losses destroyed: a weight of a million adds no more than the cap."""
+    plain, found = backward(make_module(0.0, cap=0.1)), backward(make_module(1e6, cap=0.1))
+    name = "model.blocks.1.fusion.gate.bias"
+    assert (found[name] - plain[name]).norm() > 0
+    total = torch.cat([g.flatten() for g in plain.values()]).norm()
+    moved = torch.cat([(found[name] - plain[name]).flatten() for name in plain]).norm()
+    assert moved < total
+
+
+def test_a_model_without_gates_is_left_alone():
+    module = make_module(1.0, cap=0.1, memory="none")
+    assert module(make_batch()).gates == ()
+    backward(module)
+
+
+def test_weight_is_held_for_a_tenth_then_decays_a_hundredfold():
+    steps = 1000
+    weights = [polarisation_weight(step, steps, 0.5) for step in range(steps + 200)]
+    assert set(weights[:101]) == {0.5}
+    assert weights[101] < 0.5
+    assert weights[steps] == pytest.approx(0.5 / 100)
+    assert set(weights[steps:]) == {weights[steps]}
+    ratios = [b / a for a, b in pairwise(weights[100 : steps + 1])]
+    assert max(ratios) == pytest.approx(min(ratios))  # exponential
+    assert polarisation_weight(550, steps, 0.5) == pytest.approx(0.05)
+
+
+def test_unscored_targets_do_not_count():
+    module, batch = make_module(0.0, 0.1), make_batch()
+    logits = module(batch).logits
+    half = batch["targets"].clone()
+    half[:, :15] = UNSCORED
+    torch.testing.assert_close(module.loss(logits, half), module.loss(logits[:, 15:], batch["targets"][:, 15:]))
+    rolled = logits.clone()
+    rolled[:, :15] = 0
+    torch.testing.assert_close(module.loss(logits, half), module.loss(rolled, half))
