@@ -102,6 +102,8 @@ class AtlasLM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
+        # tied embeddings: the stream starts as the token's own embedding, whose logit would be √dim
+        nn.init.constant_(self.norm.weight, 2 * self.config.dim**-0.5)
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in (block.out, block.ffn.down):
@@ -110,13 +112,13 @@ class AtlasLM(nn.Module):
     def initial_state(self, batch: int) -> State:
         """The state of `batch` streams that have seen nothing. Its size does not grow with what they will see."""
         restart = self.config.reset_at_document
-        return tuple(block.initial_state(batch, restart) for block in self.blocks)  # type: ignore[operator,misc]
+        return tuple(block.initial_state(batch, restart) for block in self.blocks)  # type: ignore[operator]
 
     def forward(self, tokens_BT: Tensor, state: State | None = None, document_start_BT: Tensor | None = None) -> Output:
         """(B, T) token ids → logits (B, T, V) of the next tokens.
 
-        Without a state: training and evaluation, local memories start anew at each shard. With one: streaming, no resets
-        but at document starts where `reset_at_document` asks for them.
+        Without a state: training and evaluation, local memories start anew at each shard. With one: streaming, no
+        resets but at document starts where `reset_at_document` asks for them.
         """
         restart = document_start_BT if self.config.reset_at_document else None
         if self.config.reset_at_document and restart is None:

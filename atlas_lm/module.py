@@ -6,20 +6,26 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as nnf
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
 from atlas_lm.config import ModelConfig, OptimConfig
+from atlas_lm.generate import continue_text
 from atlas_lm.model import AtlasLM, Output
 from atlas_lm.optim import build_optimizer, build_schedule
 
 UNSCORED = -100
+SAMPLE_PROMPT, SAMPLE_TOKENS = "def ", 128  # what each validation writes a continuation of
 _HELD = 0.1  # share of the run over which the polarisation weight is held (SPEC M15)
 _DECAY = 100.0  # by how much it has shrunk at the end
 
@@ -31,17 +37,21 @@ def polarisation_weight(step: int, total_steps: int, weight: float) -> float:
 
 
 def capped_polarisation_gradient(gate: Tensor, main: Tensor, weight: float, cap: float) -> Tensor:
-    """∇ of weight · mean(1 − |2g − 1|) with respect to a gate, its norm at most `cap` times that of the main gradient."""
+    """∇ of weight · mean(1 − |2g − 1|) with respect to a gate, its norm at most `cap` times the main gradient's."""
     gradient = (2 * gate - 1).sign().to(main.dtype).mul_(-2 * weight / gate.numel())
     norm = torch.linalg.vector_norm(gradient)
     limit = cap * torch.linalg.vector_norm(main)
     return gradient * (limit / norm.clamp_min(torch.finfo(main.dtype).tiny)).clamp(max=1.0)
 
 
+def _with_polarisation(gate: Tensor, weight: float, cap: float, main: Tensor) -> Tensor:
+    return main + capped_polarisation_gradient(gate, main, weight, cap)
+
+
 class AtlasModule(L.LightningModule):
     """Trains an AtlasLM on batches of `input_ids`, `targets` (B, T), −100 unscored, and `document_start`.
 
-    `bytes_per_token`: of the validation text; None where the tokens are no text (recall), whose accuracy is logged then.
+    `bytes_per_token`: of the validation text; None where the tokens are no text (recall): accuracy is logged then.
     """
 
     def __init__(
@@ -56,12 +66,18 @@ class AtlasModule(L.LightningModule):
         optim = OptimConfig(**optim) if isinstance(optim, dict) else optim
         # plain containers: a checkpoint must load with weights_only=True
         self.save_hyperparameters(
-            {"model": _plain(model), "optim": _plain(optim), "vocab_size": vocab_size, "bytes_per_token": bytes_per_token}
+            {
+                "model": _plain(model),
+                "optim": _plain(optim),
+                "vocab_size": vocab_size,
+                "bytes_per_token": bytes_per_token,
+            }
         )
         self.model_config, self.optim_config = model, optim
         self.bytes_per_token = bytes_per_token
         self.model = AtlasLM(model, vocab_size)
-        self.val_loss, self.recall = MeanMetric(), MeanMetric()
+        # torchmetrics drops NaN by default: a validation that is partly NaN would look healthy
+        self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
         self._last_step_ended: float | None = None
 
@@ -92,9 +108,7 @@ class AtlasModule(L.LightningModule):
         weight = polarisation_weight(self.global_step, config.total_steps, self.model_config.polarisation)
         cap = self.model_config.polarisation_cap
         for gate in gates:
-            gate.register_hook(
-                lambda main, g=gate.detach(): main + capped_polarisation_gradient(g, main, weight, cap)  # type: ignore[misc]
-            )
+            gate.register_hook(partial(_with_polarisation, gate.detach(), weight, cap))
         self.log("train/polarisation", torch.stack([(1 - (2 * g.detach() - 1).abs()).mean() for g in gates]).mean())
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -122,6 +136,7 @@ class AtlasModule(L.LightningModule):
             self.recall.update(right.float())
         if batch_idx == 0 and output.gates:
             self._log_gates(output.gates)
+            self._log_memory(batch)
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
@@ -136,9 +151,46 @@ class AtlasModule(L.LightningModule):
 
     def _log_gates(self, gates: tuple[Tensor, ...]) -> None:
         values = torch.stack([g.float() for g in gates])
-        self.log("memory/gate_mean", values.mean())
-        self.log("memory/gate_std", values.std())
-        self.log("memory/gate_polarised", ((values < 0.1) | (values > 0.9)).float().mean())
+        self.log("memory/gate_mean", values.mean(), sync_dist=True)
+        self.log("memory/gate_std", values.std(), sync_dist=True)
+        self.log("memory/gate_polarised", ((values < 0.1) | (values > 0.9)).float().mean(), sync_dist=True)
+        for board in self._boards():
+            for i, gate in enumerate(values):
+                board.add_histogram(f"memory/gate/layer_{i}", gate, self.global_step)
+
+    def _log_memory(self, batch: dict[str, Tensor]) -> None:
+        """How far the fast weights have moved from W_init behind the first sequence, per layer: ‖W − W_init‖."""
+        starts = batch.get("document_start")
+        state = self.model.initial_state(1)
+        after = self.model(batch["input_ids"][:1], state, None if starts is None else starts[:1]).state
+        for i, block in enumerate(after):
+            memories = (block.memory.global_memory, *block.memory.local_memories)
+            norm = sum(change.square().sum() for memory in memories for change in memory.change) ** 0.5
+            self.log(f"memory/norm/layer_{i}", norm, sync_dist=True)
+
+    def _boards(self) -> list[Any]:
+        """The TensorBoard writers of this run, on rank 0."""
+        return [logger.experiment for logger in self.loggers if isinstance(logger, TensorBoardLogger)] * (
+            self.global_rank == 0
+        )
+
+    def on_validation_end(self) -> None:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        boards = self._boards()
+        if tokenizer is None or not boards or self.trainer.sanity_checking:
+            return
+        text = continue_text(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+        for board in boards:
+            board.add_text("sample", f"```\n{SAMPLE_PROMPT}{text}\n```", self.global_step)
+
+    def configure_model(self) -> None:
+        """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optim_config)

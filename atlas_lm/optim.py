@@ -31,7 +31,7 @@ class MuonAdamW(Optimizer):
         self.parts[0].param_groups = self.param_groups[:count]
         self.parts[1].param_groups = self.param_groups[count:]
         for part in self.parts:
-            part.state = self.state  # type: ignore[assignment]
+            part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -40,7 +40,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[no-untyped-def,override]
+    def step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -53,8 +53,8 @@ class MuonAdamW(Optimizer):
 def parameter_groups(model: nn.Module, config: OptimConfig) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
     """The 2-D weights that Muon takes, and the rest by whether it decays.
 
-    Muon orthogonalises matrices that map activations to activations: not embeddings, not the gates' small heads, and not
-    W_init, whose matrices are per head and are themselves a memory's content. Vectors never decay.
+    Muon orthogonalises matrices that map activations to activations: not embeddings, not the gates' small heads, and
+    not W_init, whose matrices are per head and are themselves a memory's content. Vectors never decay.
     """
     matrices, decayed, plain = [], [], []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

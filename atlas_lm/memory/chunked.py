@@ -14,7 +14,9 @@ The definitions of D, of the intake (1 − θ) and of everything else are those 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,35 +50,62 @@ def scan(
     by_initial = _Pair(_times_initial(blocks.phi, initial[0]), _times_initial(phi_q_BHKCF, initial[0]))
     scores = _scores(blocks.phi, phi_q_BHKCF, reads is not None)
 
+    each = _Each(*(_unbind(x) for x in (blocks, q_BHKCD, phi_q_BHKCF, keeps, steps, reads, by_initial, scores)))
     change, momentum = state.change, state.momentum
     outputs = []
     for n in range(count):
-        now = _Chunk(
-            rule,
-            _low(change),
-            _low(momentum),
-            initial,
-            _Pair(*(x[:, :, n] for x in by_initial)),
-            None if keeps is None else _Segments(*(x[:, :, n] for x in keeps)),
-            map_tokens(lambda x, n=n: x[:, :, n], blocks),  # type: ignore[misc]
-            scores.keys[:, :, n],
-        )
+        products, score = each.by_initial[n], each.scores[n]
+        now = _Chunk(rule, _low(change), _low(momentum), initial, products, each.keeps[n], each.blocks[n], score.keys)
         layers = _layers(now, now.by_initial.keys, 0)
         gradient = net.gradient(rule.network, layers, now.block.k, now.block.phi, now.block.v)
         total = None if rule.update == "newton_schulz" else _shared_curvature(now, gradient)
-        q, phi_q = q_BHKCD[:, :, n], phi_q_BHKCF[:, :, n]
-        if reads is None:
+        q, phi_q, at = each.q[n], each.phi_q[n], each.reads[n]
+        if at is None:
             at_start = _layers(now, now.by_initial.queries, rule.halo)
             outputs.append(net.read(rule.network, lambda l, x, at=at_start: at[l].forward(x), q, phi_q))  # type: ignore[misc]
         else:
-            assert total is not None and scores.queries is not None
-            at = _Reads(*(x[:, :, n] for x in reads))
-            outputs.append(_read(now, at, total, gradient, scores.queries[:, :, n], q, phi_q))
+            assert total is not None
+            assert score.queries is not None
+            outputs.append(_read(now, at, total, gradient, score.queries, q, phi_q))
         if n < count - 1 or filled == 0:
-            step = _Steps(*(x[:, :, n] for x in steps))
-            change, momentum = _update(rule, change, momentum, step, total, gradient)
+            change, momentum = _update(rule, change, momentum, each.steps[n], total, gradient)
     y_BHTD = torch.cat(outputs, dim=2)[:, :, state.filled : length]
     return y_BHTD, MemoryState(change, momentum, make_tail(rule, row, filled), filled)
+
+
+class _Each(NamedTuple):
+    """What the loop over chunks takes, one entry a chunk."""
+
+    blocks: list[Tokens]
+    q: list[Tensor]
+    phi_q: list[Tensor]
+    keeps: list[_Segments | None]
+    steps: list[_Steps]
+    reads: list[_Reads | None]
+    by_initial: list[_Pair]
+    scores: list[_Scores]
+
+
+def _unbind(x: Any) -> Any:
+    """A structure of (B, H, K, …) tensors as K structures.
+
+    By one unbind a tensor: the gradient of K slices would be K tensors of full size, quadratic in the sequence.
+    """
+    if isinstance(x, Tensor):
+        return list(x.unbind(2))
+    if isinstance(x, tuple):
+        return [type(x)(*fields) for fields in zip(*(_unbind(field) for field in x), strict=False)]
+    return _Repeat()
+
+
+class _Repeat:
+    """None for every chunk."""
+
+    def __getitem__(self, n: int) -> None:
+        return None
+
+    def __iter__(self) -> Iterator[None]:
+        return itertools.repeat(None)
 
 
 def _blocks(rule: Rule, row: Tokens, count: int) -> Tokens:
@@ -84,9 +113,12 @@ def _blocks(rule: Rule, row: Tokens, count: int) -> Tokens:
     missing = rule.halo + count * rule.chunk - row.k.size(2)
 
     def cut(x: Tensor) -> Tensor:
-        x = nnf.pad(x, (0, 0, 0, missing) if x.dim() == 4 else (0, missing))
+        if missing:
+            x = nnf.pad(x, (0, 0, 0, missing) if x.dim() == 4 else (0, missing))
+        if rule.halo == 0:
+            return x.unflatten(2, (count, rule.chunk))
         x = x.unfold(2, rule.chunk + rule.halo, rule.chunk)
-        return x.mT if x.dim() == 5 else x
+        return x.mT.contiguous() if x.dim() == 5 else x  # columns in a row: products of transposed views are slow
 
     return map_tokens(cut, row)
 
@@ -245,7 +277,7 @@ def _scores(phi_k: Tensor, phi_q: Tensor, reading: bool) -> _Scores:
 
 def _times_initial(x_BHKNF: Tensor, w_HFP: Tensor) -> Tensor:
     """x W_init, head by head, over all sequences and chunks at once."""
-    B, H, K, N, _ = x_BHKNF.shape
+    B, _, K, N, _ = x_BHKNF.shape
     y = x_BHKNF.transpose(0, 1).flatten(1, 3) @ w_HFP
     return y.unflatten(1, (B, K, N)).transpose(0, 1)
 
@@ -299,9 +331,7 @@ def _layers(now: _Chunk, first: Tensor, skip: int) -> list[net.Layer]:
         at_change = net.norm_bound(squared, initial + change)
         return torch.where(old.squeeze(-1), at_change, net.norm_bound(squared, initial.expand_as(change)))
 
-    second = net.Layer(
-        lambda x: both(x, initial, change), lambda e: both(e, initial.mT, change.mT), squares
-    )
+    second = net.Layer(lambda x: both(x, initial, change), lambda e: both(e, initial.mT, change.mT), squares)
     return [*layers, second]
 
 
@@ -320,8 +350,8 @@ def _shared_curvature(now: _Chunk, of: Gradient) -> Tensor:
         shared = gamma.unsqueeze(-2) @ kappa
     else:
         N = kappa.size(-1)
-        seen = torch.ones(N, N, dtype=gamma.dtype, device=kappa.device).tril()[now.rule.halo :]
-        shared = (seen * gamma.unsqueeze(-2)) @ kappa
+        seen = torch.ones(N, N, dtype=kappa.dtype, device=kappa.device).tril()[now.rule.halo :]
+        shared = seen @ (gamma.unsqueeze(-1).to(kappa.dtype) * kappa)
     return (now.rule.context * (own.unsqueeze(-2) + shared)).clamp_min(net.SMALLEST_CURVATURE)
 
 
@@ -329,8 +359,8 @@ def _read(
     now: _Chunk, at: _Reads, total_BHCN: Tensor, gradient: Gradient, scores_BHCN: Tensor, q: Tensor, phi_q: Tensor
 ) -> Tensor:
     """M(W_t; q_t) for the tokens of a chunk: (B, H, C, D)."""
-    gamma_BHCN = at.gradients / total_BHCN
-    a_BHC1, b_BHC1 = at.weights.unsqueeze(-1), at.momentum.unsqueeze(-1)
+    gamma_BHCN = (at.gradients / total_BHCN).to(scores_BHCN.dtype)
+    a_BHC1, b_BHC1 = (x.unsqueeze(-1).to(scores_BHCN.dtype) for x in (at.weights, at.momentum))
 
     def product(layer: int, x: Tensor) -> Tensor:
         if layer == 0:
@@ -349,8 +379,9 @@ def _update(
     """W − W_init and S at the chunk's end."""
     keep, drift, carry = (x[..., None, None] for x in (step.weights, step.momentum, step.carry))
     normal = 1.0 if total_BHCN is None else 1.0 / total_BHCN[..., -1, :]
-    on_momentum = (step.on_momentum * normal).unsqueeze(-1)
-    on_weights = (step.on_weights * normal).unsqueeze(-1)
+    low = gradient.errors[0].dtype
+    on_momentum = (step.on_momentum * normal).unsqueeze(-1).to(low)
+    on_weights = (step.on_weights * normal).unsqueeze(-1).to(low)
     new_change, new_momentum = [], []
     for x, e, w, s in zip(gradient.inputs, gradient.errors, change, momentum, strict=True):
         new_momentum.append(torch.addcmul((x.mT @ (on_momentum * e)).to(s.dtype), carry, s))

@@ -1,8 +1,8 @@
 """The memory hierarchy of TNT: one global memory and N local ones (SPEC M8; TNT eq 5–7, 13–15).
 
-The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights of
-its chunk's start. Each local memory takes short chunks, starts anew from its W_init at every shard, and is read with the
-projected query. Shards of one sequence run in parallel, as batch. The outputs are summed.
+The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights
+of its chunk's start. Each local memory takes short chunks, starts anew from its W_init at every shard, and is read with
+the projected query. Shards of one sequence run in parallel, as batch. The outputs are summed.
 
 With a state (streaming) nothing is reset: prefill and decode see one endless shard (SPEC M14).
 """
@@ -128,9 +128,10 @@ class Hierarchy(nn.Module):
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
         if spec.shard < 1 or spec.global_chunk < 1 or spec.shard % spec.global_chunk:
+            near = max(1, spec.shard // max(1, spec.global_chunk)) * spec.global_chunk
             raise ValueError(
                 f"the shard length must be a multiple of the global chunk, got shard {spec.shard} and global_chunk "
-                f"{spec.global_chunk}; set shard to {max(1, spec.shard // max(1, spec.global_chunk)) * spec.global_chunk}"
+                f"{spec.global_chunk}; set shard to {near}"
             )
         if spec.persistent_keys < 1:
             raise ValueError(f"persistent_keys must be at least 1, got {spec.persistent_keys}")
@@ -152,15 +153,18 @@ class Hierarchy(nn.Module):
 
     @property
     def local_chunks(self) -> tuple[int, ...]:
-        return tuple(memory.rule.chunk for memory in self.local_memories)
+        return tuple(memory.rule.chunk for memory in self._local())
+
+    def _local(self) -> list[FastMemory]:
+        return list(self.local_memories)  # type: ignore[arg-type]
 
     def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
-        """Change C_L of every local memory, with no rebuild (SPEC M13). Any size ≥ 1; streams must be prefilled again."""
+        """Change C_L of every local memory, with no rebuild (SPEC M13): any size ≥ 1. Streams are to be prefilled again."""
         if len(chunks) != len(self.local_memories):
             raise ValueError(
-                f"this model has {len(self.local_memories)} local memories, got {len(chunks)} chunk sizes {list(chunks)}"
+                f"the model has {len(self.local_memories)} local memories, got {len(chunks)} sizes: {list(chunks)}"
             )
-        for memory, chunk in zip(self.local_memories, chunks, strict=True):
+        for memory, chunk in zip(self._local(), chunks, strict=True):
             memory.rule = check_rule(memory.rule._replace(chunk=int(chunk)))
 
     def initial_state(self, batch: int, restart: bool = False) -> HierarchyState:
@@ -170,7 +174,7 @@ class Hierarchy(nn.Module):
         def start(memory: FastMemory) -> MemoryState:
             return initial_state(memory.rule, memory.weights(), batch, F, restart)
 
-        local = tuple(start(memory) for memory in self.local_memories)
+        local = tuple(start(memory) for memory in self._local())
         return HierarchyState(start(self.global_memory), local, persistent_state(self.persistent_keys, batch))
 
     def forward(
@@ -184,7 +188,7 @@ class Hierarchy(nn.Module):
     ) -> tuple[Tensor, HierarchyState | None]:
         """Learn every token and answer every query: (B, H, T, D). q and k have unit norm; x opens the gates.
 
-        Without a state the local memories start anew at each shard; with one nothing is reset and a new state comes back.
+        Without a state the local memories start anew at each shard; with one nothing is reset and a new one comes back.
         `restart_BT` (bool) marks document starts: there every memory starts anew.
         """
         B, H, T, _ = q_BHTD.shape
@@ -205,7 +209,7 @@ class Hierarchy(nn.Module):
         q, projection = project(q, k, state.projection if streaming else persistent, persistent, restart)
         phi_q = self.features(q)
         local_states = []
-        for n, memory in enumerate(self.local_memories):
+        for n, memory in enumerate(self._local()):
             before = (
                 state.local_memories[n]
                 if streaming

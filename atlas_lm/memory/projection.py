@@ -1,6 +1,6 @@
 """Persistent memory and the Q–K projection (SPEC M9, M10; TNT App. C, eq 13–15).
 
-    M_t = M_persistent + Σ_{i≤t} k_i k_iᵀ,   n_t = norm_persistent + Σ_{i≤t} ‖k_i‖²,   q'_t = M_t q_t / n_t, to unit norm
+    M_t = M_persistent + Σ_{i≤t} k_i k_iᵀ,  n_t = norm_persistent + Σ_{i≤t} ‖k_i‖²,  q'_t = M_t q_t / n_t, to unit norm
 
 A query is moved into the space of the keys that the shard has seen: a memory answers only what it was asked in its own
 terms. At a reset both M and n go back to the persistent values: without the denominator the persistent keys would be
@@ -41,7 +41,7 @@ def project(
     persistent: ProjectionState,
     restart_BHT: Tensor | None = None,
 ) -> tuple[Tensor, ProjectionState]:
-    """Project every query onto the keys up to its own: (B, H, T, D) with unit norm, and the state behind the last token.
+    """Project every query onto the keys up to its own: (B, H, T, D) of unit norm, and the state behind the last token.
 
     Computed as q M_ξ + tril(q Kᵀ) K block by block: no D×D matrix per token. `restart_BHT` (bool) marks the tokens at
     which M and n go back to `persistent`.

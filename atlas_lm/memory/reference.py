@@ -53,9 +53,7 @@ def scan(
         chunk.learn(t)
         new = t - rule.halo - state.filled
         if new >= 0:
-            weights_now = chunk.weights_for_reading()
-            y = net.read(rule.network, lambda l, x, w=weights_now: x @ w[l], q_BHTD[:, :, new : new + 1],
-                         phi_q_BHTF[:, :, new : new + 1])  # fmt: skip
+            y = chunk.read(q_BHTD[:, :, new : new + 1], phi_q_BHTF[:, :, new : new + 1])
             outputs.append(y)
         if (t - rule.halo + 1) % rule.chunk == 0:
             change, momentum = chunk.end()
@@ -130,9 +128,10 @@ class _Chunk:
         step = self._sum(self.on_weights)
         return tuple(w - b * s - d for w, s, d in zip(self._kept(), self.momentum, step, strict=True))
 
-    def weights_for_reading(self) -> Weights:
+    def read(self, q_BH1D: Tensor, phi_q_BH1F: Tensor) -> Tensor:
         at_start = self.rule.read == "chunk" or self.rule.update == "newton_schulz"
-        return self.weights if at_start else _add(self.initial, self.change_now())
+        weights = self.weights if at_start else _add(self.initial, self.change_now())
+        return net.read(self.rule.network, lambda l, x: x @ weights[l], q_BH1D, phi_q_BH1F)
 
     def end(self) -> tuple[Weights, Weights]:
         """W − W_init and S at the chunk's end, where the next chunk begins."""

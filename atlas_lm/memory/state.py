@@ -136,7 +136,9 @@ def bounded(rule: Rule, change: Weights) -> Weights:
     A projection onto a ball: whatever the inputs, gates, chunk size or precision, fast weights stay finite and bounded.
     """
     matrices = split_matrices(rule.network, change)
-    sizes = [torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True) / (w.size(-2) * w.size(-1)) ** 0.5 for w in matrices]
+    sizes = [
+        torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True) / (w.size(-2) * w.size(-1)) ** 0.5 for w in matrices
+    ]
     if not any(bool((size > rule.radius).any()) for size in sizes):
         return change
     shrunk = [w * (rule.radius / size.clamp_min(rule.radius)) for w, size in zip(matrices, sizes, strict=True)]

@@ -1,0 +1,157 @@
+"""Continue a text: prefill, then decode token by token on the constant-size state (SPEC M14).
+
+python -m atlas_lm.generate run=stage1 prompt="def "
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atlas_lm.checkpoint import read_checkpoint
+from atlas_lm.cli import explain
+from atlas_lm.config import nearest
+from atlas_lm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from atlas_lm.model import AtlasLM, State
+from atlas_lm.runs import resolve_checkpoint, resolve_run
+
+
+@dataclass
+class Options:
+    """What the command takes, as key=value."""
+
+    run: str = ""
+    """Run folder, experiment name or checkpoint."""
+    prompt: str = ""
+    """Text to continue."""
+    tokens: int = 256
+    """Tokens to write."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_k: int = 50
+    """Tokens to draw from."""
+    seed: int = 0
+    """Of the draws."""
+    outputs: str = "outputs"
+    """Folder of all runs."""
+
+
+def parse(arguments: list[str]) -> Options:
+    """ValueError naming the argument that is no option, or whose value has the wrong type."""
+    names = {f.name: f.type for f in fields(Options)}
+    given: dict[str, object] = {}
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator or name not in names:
+            raise ValueError(
+                f"unknown argument {argument!r}: give key=value, key one of {', '.join(names)}{nearest(name, names)}"
+            )
+        kind = {"int": int, "float": float, "str": str}[str(names[name])]
+        try:
+            given[name] = kind(value)
+        except ValueError:
+            raise ValueError(f"{name}={value} must be a number") from None
+    options = Options(**given)  # type: ignore[arg-type]
+    if not options.run:
+        raise ValueError("run= is missing: name a run folder, an experiment or a checkpoint, for example run=stage1")
+    if options.tokens < 1 or options.top_k < 1 or options.temperature < 0:
+        raise ValueError(
+            f"tokens={options.tokens} and top_k={options.top_k} must be at least 1, "
+            f"temperature={options.temperature} at least 0"
+        )
+    return options
+
+
+def draw(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """One token per sequence (B, 1) from the `top_k` likeliest; temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    values, tokens = logits_BV.float().topk(min(top_k, logits_BV.size(-1)), dim=-1)
+    choice = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
+    return tokens.gather(-1, choice)
+
+
+@torch.inference_mode()
+def generate(
+    model: AtlasLM, prompt_BT: Tensor, tokens: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+) -> Tensor:
+    """Continue every prompt by `tokens` tokens: (B, T) → (B, tokens). The memory keeps learning while it writes."""
+    if prompt_BT.size(1) < 1:
+        raise ValueError("the prompt is empty: give at least one token")
+    generator = torch.Generator(prompt_BT.device).manual_seed(seed)
+    state: State | None = model.initial_state(prompt_BT.size(0))
+    output = model(prompt_BT, state)
+    written = []
+    for _ in range(tokens):
+        token = draw(output.logits[:, -1], temperature, top_k, generator)
+        written.append(token)
+        output = model(token, output.state)
+    return torch.cat(written, dim=1)
+
+
+def continue_text(
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> str:
+    """The continuation of a prompt as text; an empty prompt starts a document."""
+    ids = [tokenizer.separator_id, *(int(i) for i in tokenizer.encode(prompt))]
+    device = model.embed.weight.device
+    new = generate(model, torch.tensor([ids], device=device), tokens, temperature, top_k, seed)
+    return tokenizer.decode(new[0].cpu().numpy())
+
+
+def load(path: Path) -> AtlasLM:
+    """The model of a checkpoint, in eval mode."""
+    from atlas_lm.module import AtlasModule
+
+    checkpoint = read_checkpoint(path)
+    module = AtlasModule(**checkpoint["hyper_parameters"])
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.model.eval()
+
+
+def tokenizer_of(run: Path) -> Tokenizer:
+    """The tokenizer that a run was trained with, from its resolved config; bytes where it names none."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(run / "config.yaml")
+    spec = OmegaConf.select(config, "data.source.tokenizer")
+    path = OmegaConf.select(config, "data.source.path")
+    if spec is None and path is not None and (Path(path) / "tokenizer.json").exists():
+        spec = str(Path(path) / "tokenizer.json")
+    return ByteTokenizer() if spec is None else load_tokenizer(str(spec))
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    checkpoint = resolve_checkpoint(options.run, options.outputs)
+    run = checkpoint.parent.parent if Path(options.run).is_file() else resolve_run(options.run, options.outputs)
+    text = continue_text(
+        load(checkpoint),
+        tokenizer_of(run),
+        options.prompt,
+        options.tokens,
+        options.temperature,
+        options.top_k,
+        options.seed,
+    )
+    print(options.prompt + text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
