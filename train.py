@@ -5,12 +5,17 @@ from pathlib import Path
 
 import hydra
 from hydra.utils import instantiate
-from lightning import seed_everything
 from omegaconf import DictConfig
 
 from atlas_lm import cli
-from atlas_lm.allocator import keep_freed_memory
-from atlas_lm.building import build_trainer, close_run_folder, open_run_folder, second_look, starting_point
+from atlas_lm.building import (
+    build_trainer,
+    close_run_folder,
+    open_run_folder,
+    prepare_process,
+    second_look,
+    starting_point,
+)
 from atlas_lm.checks import check_config
 from atlas_lm.module import AtlasModule
 from atlas_lm.recorder import RunRecorder
@@ -23,8 +28,7 @@ def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
     config = check_config(cfg)
     open_run_folder(cfg, ROOT)
-    keep_freed_memory()
-    seed_everything(config.seed, workers=True, verbose=False)
+    prepare_process(config.seed)
 
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it

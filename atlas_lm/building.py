@@ -10,10 +10,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from atlas_lm.allocator import keep_freed_memory
 from atlas_lm.checkpoint import check_same_model, load_weights
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
@@ -21,6 +23,12 @@ from atlas_lm.environment import environment
 from atlas_lm.runs import CONFIG, mark_latest, resolve_checkpoint, write_atomically
 
 log = logging.getLogger(__name__)
+
+
+def prepare_process(seed: int) -> None:
+    """What has to stand before the first tensor: the seeds of all libraries, and how memory is kept."""
+    keep_freed_memory()
+    seed_everything(seed, workers=True, verbose=False)
 
 
 def tidy_log() -> None:

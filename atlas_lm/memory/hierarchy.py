@@ -159,7 +159,7 @@ class Hierarchy(nn.Module):
         return list(self.local_memories)  # type: ignore[arg-type]
 
     def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
-        """Change C_L of every local memory, with no rebuild (SPEC M13): any size ≥ 1. Streams are to be prefilled again."""
+        """Change C_L of every local memory with no rebuild (SPEC M13), to any size ≥ 1. Prefill streams anew."""
         if len(chunks) != len(self.local_memories):
             raise ValueError(
                 f"the model has {len(self.local_memories)} local memories, got {len(chunks)} sizes: {list(chunks)}"

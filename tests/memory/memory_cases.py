@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def run(form: ModuleType, rule: Rule, case: Case, cuts: tuple[int, ...] = ()) ->
     state = initial_state(rule, case.initial, B, phi_q.size(-1), restart)
     outputs = []
     bounds = [0, *cuts, T]
-    for i, j in zip(bounds, bounds[1:], strict=False):
+    for i, j in pairwise(bounds):
         piece = map_tokens(lambda x, i=i, j=j: x[:, :, i:j], tokens)
         y, state = form.scan(rule, state, case.initial, case.q[:, :, i:j], phi_q[:, :, i:j], piece)
         outputs.append(y)
