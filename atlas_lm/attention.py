@@ -75,5 +75,6 @@ class SlidingWindowAttention(nn.Module):
         valid = torch.cat([state.valid, state.valid.new_ones(q.size(2))])
         y = window_attention(q, k, v, valid, self.window)
         keep = slice(k.size(2) - self.window + 1, None)
-        after = AttentionState(k[:, :, keep], v[:, :, keep], valid[keep], state.position + q.size(2))
+        # copies: a view would keep the whole prefill alive
+        after = AttentionState(k[:, :, keep].clone(), v[:, :, keep].clone(), valid[keep], state.position + q.size(2))
         return y.transpose(1, 2).flatten(2), after

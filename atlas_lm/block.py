@@ -41,7 +41,7 @@ class CausalConv(nn.Module):
         y = row[:, :T] * weight[0]
         for i in range(1, self.width):
             y = torch.addcmul(y, row[:, i : i + T], weight[i])
-        return y, row[:, row.size(1) - self.width + 1 :]
+        return y, row[:, row.size(1) - self.width + 1 :].clone()
 
 
 class SwiGLU(nn.Module):

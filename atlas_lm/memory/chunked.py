@@ -41,6 +41,9 @@ def scan(
     row = append(rule, state, tokens)
     length = row.k.size(2) - rule.halo
     count, filled = -(-length // rule.chunk), length % rule.chunk
+    tail = make_tail(rule, row, filled)
+    if length < rule.chunk:  # decoding: no more than the tokens that are there
+        rule = rule._replace(chunk=length)
     blocks = _blocks(rule, row, count)
     q_BHKCD, phi_q_BHKCF = (_queries(rule, x, state.filled, count) for x in (q_BHTD, phi_q_BHTF))
     keeps = _segments(rule, blocks)
@@ -48,29 +51,20 @@ def scan(
     reads = _reads(rule, blocks, keeps) if rule.read == "token" and rule.update == "gradient" else None
     # what does not depend on the fast weights is computed for all chunks at once
     by_initial = _Pair(_times_initial(blocks.phi, initial[0]), _times_initial(phi_q_BHKCF, initial[0]))
-    scores = _scores(blocks.phi, phi_q_BHKCF, reads is not None)
+    scores = None if reads is None else phi_q_BHKCF @ blocks.phi.mT
 
     each = _Each(*(_unbind(x) for x in (blocks, q_BHKCD, phi_q_BHKCF, keeps, steps, reads, by_initial, scores)))
     change, momentum = state.change, state.momentum
     outputs = []
     for n in range(count):
-        products, score = each.by_initial[n], each.scores[n]
-        now = _Chunk(rule, _low(change), _low(momentum), initial, products, each.keeps[n], each.blocks[n], score.keys)
-        layers = _layers(now, now.by_initial.keys, 0)
-        gradient = net.gradient(rule.network, layers, now.block.k, now.block.phi, now.block.v)
-        total = None if rule.update == "newton_schulz" else _shared_curvature(now, gradient)
-        q, phi_q, at = each.q[n], each.phi_q[n], each.reads[n]
-        if at is None:
-            at_start = _layers(now, now.by_initial.queries, rule.halo)
-            outputs.append(net.read(rule.network, lambda l, x, at=at_start: at[l].forward(x), q, phi_q))  # type: ignore[misc]
-        else:
-            assert total is not None
-            assert score.queries is not None
-            outputs.append(_read(now, at, total, gradient, score.queries, q, phi_q))
-        if n < count - 1 or filled == 0:
-            change, momentum = _update(rule, change, momentum, each.steps[n], total, gradient)
+        now = _Chunk(rule, _low(change), _low(momentum), initial, each.by_initial[n], each.keeps[n], each.blocks[n])
+        ends = n < count - 1 or filled == 0
+        learned = _learn(now) if ends or reads is not None else None  # a read at W_ξ needs no gradient
+        outputs.append(_read(now, each.reads[n], each.scores[n], learned, each.q[n], each.phi_q[n]))
+        if ends and learned is not None:
+            change, momentum = _update(rule, change, momentum, each.steps[n], learned)
     y_BHTD = torch.cat(outputs, dim=2)[:, :, state.filled : length]
-    return y_BHTD, MemoryState(change, momentum, make_tail(rule, row, filled), filled)
+    return y_BHTD, MemoryState(change, momentum, tail, filled)
 
 
 class _Each(NamedTuple):
@@ -83,7 +77,7 @@ class _Each(NamedTuple):
     steps: list[_Steps]
     reads: list[_Reads | None]
     by_initial: list[_Pair]
-    scores: list[_Scores]
+    scores: list[Tensor | None]
 
 
 def _unbind(x: Any) -> Any:
@@ -262,19 +256,6 @@ class _Pair(NamedTuple):
     queries: Tensor
 
 
-class _Scores(NamedTuple):
-    """Inner products of features."""
-
-    keys: Tensor  # (B, H, K, N, N) of keys with keys, without gradient
-    queries: Tensor | None  # (B, H, K, C, N) of queries with keys, where reads need them
-
-
-def _scores(phi_k: Tensor, phi_q: Tensor, reading: bool) -> _Scores:
-    with torch.no_grad():
-        keys = phi_k @ phi_k.mT
-    return _Scores(keys, phi_q @ phi_k.mT if reading else None)
-
-
 def _times_initial(x_BHKNF: Tensor, w_HFP: Tensor) -> Tensor:
     """x W_init, head by head, over all sequences and chunks at once."""
     B, _, K, N, _ = x_BHKNF.shape
@@ -300,7 +281,19 @@ class _Chunk(NamedTuple):
     by_initial: _Pair  # features times W_init's first layer
     keep: _Segments | None
     block: Tokens
-    scores: Tensor  # (B, H, N, N) φ_i·φ_j of the keys
+
+
+class _Learned(NamedTuple):
+    """What a chunk teaches."""
+
+    gradient: Gradient
+    total: Tensor | None  # D (B, H, C or 1, N); None for Newton–Schulz
+
+
+def _learn(now: _Chunk) -> _Learned:
+    layers = _layers(now, now.by_initial.keys, 0)
+    gradient = net.gradient(now.rule.network, layers, now.block.k, now.block.phi, now.block.v)
+    return _Learned(gradient, None if now.rule.update == "newton_schulz" else _shared_curvature(now, gradient))
 
 
 def _layers(now: _Chunk, first: Tensor, skip: int) -> list[net.Layer]:
@@ -341,7 +334,7 @@ def _shared_curvature(now: _Chunk, of: Gradient) -> Tensor:
 
     (B, H, C or 1, N). See `reference.py`.
     """
-    kappa = net.curvature(of, now.scores)
+    kappa = net.curvature(of, now.block.phi @ now.block.phi.mT)
     if now.keep is not None:
         kappa = kappa * now.keep.same
     gamma = now.block.gates.gamma
@@ -356,9 +349,13 @@ def _shared_curvature(now: _Chunk, of: Gradient) -> Tensor:
 
 
 def _read(
-    now: _Chunk, at: _Reads, total_BHCN: Tensor, gradient: Gradient, scores_BHCN: Tensor, q: Tensor, phi_q: Tensor
+    now: _Chunk, at: _Reads | None, scores_BHCN: Tensor | None, learned: _Learned | None, q: Tensor, phi_q: Tensor
 ) -> Tensor:
-    """M(W_t; q_t) for the tokens of a chunk: (B, H, C, D)."""
+    """M(W_t; q_t) for the tokens of a chunk, M(W_ξ; q_t) without coefficients `at`: (B, H, C, D)."""
+    if at is None or scores_BHCN is None or learned is None or learned.total is None:
+        layers = _layers(now, now.by_initial.queries, now.rule.halo)
+        return net.read(now.rule.network, lambda l, x: layers[l].forward(x), q, phi_q)
+    gradient, total_BHCN = learned.gradient, learned.total
     gamma_BHCN = (at.gradients / total_BHCN).to(scores_BHCN.dtype)
     a_BHC1, b_BHC1 = (x.unsqueeze(-1).to(scores_BHCN.dtype) for x in (at.weights, at.momentum))
 
@@ -373,10 +370,9 @@ def _read(
     return net.read(now.rule.network, product, q, phi_q)
 
 
-def _update(
-    rule: Rule, change: Weights, momentum: Weights, step: _Steps, total_BHCN: Tensor | None, gradient: Gradient
-) -> tuple[Weights, Weights]:
+def _update(rule: Rule, change: Weights, momentum: Weights, step: _Steps, learned: _Learned) -> tuple[Weights, Weights]:
     """W − W_init and S at the chunk's end."""
+    gradient, total_BHCN = learned
     keep, drift, carry = (x[..., None, None] for x in (step.weights, step.momentum, step.carry))
     normal = 1.0 if total_BHCN is None else 1.0 / total_BHCN[..., -1, :]
     low = gradient.errors[0].dtype

@@ -92,7 +92,7 @@ class FastMemory(nn.Module):
 
     def open(self, x_BTM: Tensor) -> Gates:
         """The gates of every token, from the model's hidden states: each (B, H, T)."""
-        alpha, eta, theta, gamma = self.gates(x_BTM).float().sigmoid().to(_wide(x_BTM)).mT.chunk(4, dim=1)
+        alpha, eta, theta, gamma = self.gates(x_BTM).to(_wide(x_BTM)).sigmoid().mT.chunk(4, dim=1)
         return Gates(alpha, eta * self.eta_max, theta, gamma)
 
 
@@ -113,12 +113,13 @@ def initialise_weights(network: Network, weights: list[nn.Parameter]) -> None:
         return
     w_in, w_out = weights
     scale = 1.5 if network.kind == "gated_mlp" else 3.0  # the slope of SiLU·up at an open gate is 1.76, GELU's at 0: ½
-    nn.init.normal_(w_in, std=0.02)
+    # nearly zero: at std 0.02 the read of an empty memory already drowns a needle written into a long chunk
+    nn.init.normal_(w_in, std=0.002)
     for head in w_out:
         nn.init.orthogonal_(head, gain=scale)
     if network.kind == "gated_mlp":
         gate = w_in.chunk(2, dim=-1)[0]
-        gate.mul_(5.0)
+        gate.mul_(50.0)
         gate[:, 0] = 2.0 / CONSTANT_WEIGHT**0.5  # feature 0 is the constant
 
 
@@ -128,7 +129,7 @@ class Hierarchy(nn.Module):
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
         if spec.shard < 1 or spec.global_chunk < 1 or spec.shard % spec.global_chunk:
-            near = max(1, spec.shard // max(1, spec.global_chunk)) * spec.global_chunk
+            near = max(1, spec.shard // max(1, spec.global_chunk)) * max(1, spec.global_chunk)
             raise ValueError(
                 f"the shard length must be a multiple of the global chunk, got shard {spec.shard} and global_chunk "
                 f"{spec.global_chunk}; set shard to {near}"
