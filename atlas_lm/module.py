@@ -140,12 +140,13 @@ class AtlasModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/ppl", self.val_ppl.compute())
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/ppl", self.val_ppl.compute(), sync_dist=True)
         if self.bytes_per_token is not None:
-            self.log("val/bits_per_byte", loss / math.log(2) / self.bytes_per_token, prog_bar=True)
+            bits = loss / math.log(2) / self.bytes_per_token
+            self.log("val/bits_per_byte", bits, prog_bar=True, sync_dist=True)
         else:
-            self.log("recall/accuracy", self.recall.compute(), prog_bar=True)
+            self.log("recall/accuracy", self.recall.compute(), prog_bar=True, sync_dist=True)
         for metric in (self.val_loss, self.val_ppl, self.recall):
             metric.reset()
 

@@ -1,0 +1,146 @@
+"""How all gates of a chunk fold into coefficients of its gradients and of the weights that it starts from (SPEC M7).
+
+    Γ = A · diag(η) · Θ · diag(1 − θ) · Ω,   A[t,s] = Π_{r=s+1..t} α_r,   Θ[s,j] = Π_{r=j+1..s} θ_r
+
+Nothing here depends on the fast weights, so every chunk is done at once.
+"""
+
+# B batch, H heads, K chunks, C chunk, N = C + halo tokens of a block, R rows
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from atlas_lm.memory.state import Rule, Tokens
+
+_SMALLEST = 1e-12  # gates are clamped to it before their logarithm is taken
+
+
+class Segments(NamedTuple):
+    """Where restarts cut a block. Tokens after one have W_init as their W_ξ, and see nothing from before it."""
+
+    same: Tensor  # (B, H, K, N, N) bool: both tokens lie in one segment
+    old: Tensor  # (B, H, K, N, 1) bool: in the segment that the chunk's W_ξ belongs to
+    cut: Tensor  # (B, H, K, C) bool: restarts at this token
+
+
+def segments(rule: Rule, blocks: Tokens) -> Segments | None:
+    if blocks.restart is None:
+        return None
+    segment = blocks.restart.long().cumsum(-1)
+    belongs = segment[..., rule.halo - 1 : rule.halo] if rule.halo else torch.zeros_like(segment[..., :1])
+    same = segment.unsqueeze(-1) == segment.unsqueeze(-2)
+    return Segments(same, (segment == belongs).unsqueeze(-1), blocks.restart[..., rule.halo :])
+
+
+class _Decays(NamedTuple):
+    """The gates of the chunks' own tokens, each (B, H, K, C)."""
+
+    eta: Tensor
+    intake: Tensor  # 1 − θ
+    retain: Tensor  # α, zero at restarts: nothing crosses them
+    carry: Tensor  # θ, alike
+
+
+def _decays(rule: Rule, blocks: Tokens, keeps: Segments | None) -> _Decays:
+    alpha, eta, theta = (gate[..., rule.halo :] for gate in blocks.gates[:3])
+    if keeps is None:
+        return _Decays(eta, 1 - theta, alpha, theta)
+    return _Decays(eta, 1 - theta, alpha.masked_fill(keeps.cut, 0.0), theta.masked_fill(keeps.cut, 0.0))
+
+
+def _products(decay_BHKC: Tensor) -> Tensor:
+    """P[t, s] = Π_{r=s+1..t} decay_r, lower triangular: (…, C) → (…, C, C). A decay of exactly zero cuts exactly."""
+    logs = decay_BHKC.clamp_min(_SMALLEST).log().cumsum(-1)
+    difference = logs.unsqueeze(-1) - logs.unsqueeze(-2)
+    C = decay_BHKC.size(-1)
+    lower = torch.ones(C, C, dtype=torch.bool, device=decay_BHKC.device).tril()
+    zeros = (decay_BHKC == 0).long().cumsum(-1)
+    lower = lower & (zeros.unsqueeze(-1) == zeros.unsqueeze(-2))
+    return difference.masked_fill(~lower, -torch.inf).exp()
+
+
+def _from_end(x: Tensor, decay: Tensor) -> Tensor:
+    """r_j = x_j + decay_{j+1} r_{j+1} from the last token back, in log₂ C steps: (…, C) → (…, C)."""
+    decay = nnf.pad(decay[..., 1:], (0, 1))
+    step = 1
+    while step < x.size(-1):
+        x = x + decay * nnf.pad(x[..., step:], (0, step))
+        decay = decay * nnf.pad(decay[..., step:], (0, step))
+        step *= 2
+    return x
+
+
+def _band(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Tensor:
+    """Ω[j, i] = γ_i for j−c < i ≤ j: (B, H, K, C, N). SPEC M4."""
+    N = rule.chunk + rule.halo
+    ones = torch.ones(N, N, dtype=torch.bool, device=blocks.k.device)
+    band = (ones.tril() & ones.triu(-rule.halo))[rule.halo :]
+    gamma = blocks.gates.gamma.unsqueeze(-2)
+    omega = torch.where(band, gamma, torch.zeros_like(gamma))
+    return omega if keeps is None else omega * keeps.same[..., rule.halo :, :]
+
+
+def _to_end(decay_BHKC: Tensor) -> Tensor:
+    """Π_{r=s+1..C} decay_r for every s."""
+    return nnf.pad(decay_BHKC[..., 1:], (0, 1), value=1.0).flip(-1).cumprod(-1).flip(-1)
+
+
+class Reads(NamedTuple):
+    """Coefficients of a read at every token of a chunk."""
+
+    weights: Tensor  # (B, H, K, C) a_t of W_ξ − W_init; zero behind a restart
+    momentum: Tensor  # (B, H, K, C) b_t
+    gradients: Tensor  # (B, H, K, C, N) Γ
+
+
+def reads(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Reads:
+    eta, intake, retain, carry = _decays(rule, blocks, keeps)
+    A = _products(retain)
+    folded = (A * eta.unsqueeze(-2)) @ _products(carry)  # A diag(η) Θ
+    momentum = folded[..., 0] * carry[..., :1]
+    weights = A[..., 0] * retain[..., :1]
+    gradients = (folded * intake.unsqueeze(-2)) @ _band(rule, blocks, keeps)
+    return Reads(weights, momentum, gradients)
+
+
+class Steps(NamedTuple):
+    """Coefficients of W and S at a chunk's end."""
+
+    weights: Tensor  # (B, H, K) a_C of W_ξ − W_init
+    momentum: Tensor  # (B, H, K) of S_ξ in W
+    carry: Tensor  # (B, H, K) of S_ξ in S
+    eta: Tensor  # (B, H, K) mean write strength, for Newton–Schulz
+    on_weights: Tensor  # (B, H, K, N) of each gradient in W
+    on_momentum: Tensor  # (B, H, K, N) of each gradient in S
+
+
+def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
+    """The last row of what `reads` returns, without its C×C matrices: a global memory has long chunks."""
+    eta, intake, retain, carry = _decays(rule, blocks, keeps)
+    retain_to_end, carry_to_end = _to_end(retain), _to_end(carry)
+    on_intake = _from_end(retain_to_end * eta, carry)
+    last = torch.ones_like(eta) if keeps is None else keeps.same[..., rule.halo :, -1].to(eta)
+    omega = _band_sum(rule, blocks, keeps, torch.stack([on_intake, carry_to_end], -2) * intake.unsqueeze(-2))
+    return Steps(
+        retain_to_end[..., 0] * retain[..., 0],
+        on_intake[..., 0] * carry[..., 0],
+        carry_to_end[..., 0] * carry[..., 0],
+        (eta * last).sum(-1) / last.sum(-1),
+        omega[..., 0, :],
+        omega[..., 1, :],
+    )
+
+
+def _band_sum(rule: Rule, blocks: Tokens, keeps: Segments | None, x_BHKRC: Tensor) -> Tensor:
+    """x Ω, the last rows of it: (B, H, K, R, C) → (B, H, K, R, N)."""
+    if rule.context == 1 and keeps is None:
+        return x_BHKRC * blocks.gates.gamma.unsqueeze(-2)
+    if keeps is not None:
+        return x_BHKRC @ _band(rule, blocks, keeps)
+    windows = nnf.pad(x_BHKRC, (rule.halo, rule.halo)).unfold(-1, rule.context, 1).sum(-1)
+    return windows * blocks.gates.gamma.unsqueeze(-2)
