@@ -1,6 +1,6 @@
 """The first 20 losses of each experiment at a fixed seed: a change of numbers needs a reason in the commit message.
 
-To write them anew: python tests/test_golden.py
+To write them anew: PYTHONPATH=. python tests/test_golden.py
 """
 
 import json

@@ -43,13 +43,13 @@ def scan(
     change, momentum = state.change, state.momentum
     restarts = [] if row.restart is None else row.restart[0, 0].nonzero().flatten().tolist()
     floor = max((t for t in restarts if t < rule.halo), default=0)  # windows reach back to the last restart at most
-    chunk = _Chunk(rule, change, momentum, initial, row, floor)
+    chunk = _Chunk(rule, change, momentum, initial, row, floor, start=rule.halo)
     outputs = []
     for t in range(rule.halo, row.k.size(2)):
         if t in restarts:
             floor = t
             change = momentum = tuple(torch.zeros_like(w) for w in change)
-            chunk = _Chunk(rule, change, momentum, initial, row, floor)
+            chunk = _Chunk(rule, change, momentum, initial, row, floor, start=t)
         chunk.learn(t)
         new = t - rule.halo - state.filled
         if new >= 0:
@@ -57,7 +57,7 @@ def scan(
             outputs.append(y)
         if (t - rule.halo + 1) % rule.chunk == 0:
             change, momentum = chunk.end()
-            chunk = _Chunk(rule, change, momentum, initial, row, max(t + 1 - rule.halo, floor))
+            chunk = _Chunk(rule, change, momentum, initial, row, max(t + 1 - rule.halo, floor), start=t + 1)
     filled = (row.k.size(2) - rule.halo) % rule.chunk
     return torch.cat(outputs, dim=2), MemoryState(change, momentum, make_tail(rule, row, filled), filled)
 
@@ -70,7 +70,7 @@ class _Chunk:
     """One chunk in progress."""
 
     def __init__(
-        self, rule: Rule, change: Weights, momentum: Weights, initial: Weights, row: Tokens, first: int
+        self, rule: Rule, change: Weights, momentum: Weights, initial: Weights, row: Tokens, first: int, start: int
     ) -> None:
         self.rule, self.change, self.momentum, self.initial, self.row = rule, change, momentum, initial, row
         self.weights = _add(initial, change)  # W_ξ
@@ -84,6 +84,13 @@ class _Chunk:
             one,
         )  # W_t − W_init = a (W_ξ − W_init) − b S_ξ − …, S_t = carry S_ξ + …
         self.etas: list[Tensor] = []
+        # every gradient of the chunk is taken at W_ξ, so it can be computed now; a sum up to t sees those up to t only
+        border = rule.halo + ((start - rule.halo) // rule.chunk + 1) * rule.chunk
+        all_of_it = slice(first, min(border, row.k.size(2)))
+        layers = [net.plain_layer(w) for w in self.weights]
+        g = net.gradient(rule.network, layers, row.k[:, :, all_of_it], row.phi[:, :, all_of_it], row.v[:, :, all_of_it])
+        self.gradients = [x.unsqueeze(-1) * e.unsqueeze(-2) for x, e in zip(g.inputs, g.errors, strict=True)]
+        self.kappa = net.curvature(g, g.inputs[0] @ g.inputs[0].mT)
 
     def learn(self, t: int) -> None:
         """Advance S and W by token t: the coefficient of each gradient instead of the sum, so that D can change."""
@@ -101,24 +108,20 @@ class _Chunk:
         self.a = alpha[..., 0] * self.a
         self.etas.append(eta[..., 0])
 
-    def _gradients(self) -> tuple[list[Tensor], Tensor]:
-        """∇ℓ(W_ξ) of each token so far as whole matrices (B, H, N, rows, columns), and D (B, H, N)."""
-        now = slice(self.first, self.t + 1)
-        row, gamma = self.row, self.row.gates.gamma[..., now]
-        layers = [net.plain_layer(w) for w in self.weights]
-        g = net.gradient(self.rule.network, layers, row.k[:, :, now], row.phi[:, :, now], row.v[:, :, now])
-        matrices = [x.unsqueeze(-1) * e.unsqueeze(-2) for x, e in zip(g.inputs, g.errors, strict=True)]
+    def _shared_curvature(self) -> Tensor:
+        """D of each token so far (B, H, N)."""
+        gamma = self.row.gates.gamma[..., self.first : self.t + 1].detach()
         if self.rule.update == "newton_schulz":
-            return matrices, torch.ones_like(gamma)
-        kappa = net.curvature(g, g.inputs[0] @ g.inputs[0].mT)
+            return torch.ones_like(gamma)
+        N = gamma.size(-1)
+        kappa = self.kappa[..., :N, :N]
         own = kappa.diagonal(dim1=-2, dim2=-1)
         others = (kappa * gamma.unsqueeze(-2)).sum(-1) - own * gamma
-        return matrices, (self.rule.context * (own + others)).detach().clamp_min(net.SMALLEST_CURVATURE)
+        return (self.rule.context * (own + others)).clamp_min(net.SMALLEST_CURVATURE)
 
     def _sum(self, coefficients_BHN: Tensor) -> Weights:
-        gradients, D_BHN = self._gradients()
-        scaled = (coefficients_BHN / D_BHN)[..., None, None]
-        return tuple((scaled * g).sum(2) for g in gradients)
+        scaled = coefficients_BHN / self._shared_curvature()
+        return tuple(torch.einsum("bhn,bhnrc->bhrc", scaled, g[:, :, : scaled.size(-1)]) for g in self.gradients)
 
     def _kept(self) -> Weights:
         return tuple(self.a[..., None, None] * w for w in self.change)
