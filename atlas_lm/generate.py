@@ -135,15 +135,14 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     checkpoint = resolve_checkpoint(options.run, options.outputs)
     run = checkpoint.parent.parent if Path(options.run).is_file() else resolve_run(options.run, options.outputs)
-    text = continue_text(
-        load(checkpoint),
-        tokenizer_of(run),
-        options.prompt,
-        options.tokens,
-        options.temperature,
-        options.top_k,
-        options.seed,
-    )
+    model, tokenizer = load(checkpoint), tokenizer_of(run)
+    if tokenizer.vocab_size != model.embed.num_embeddings:
+        raise ValueError(
+            f"run {str(run)!r} has a vocabulary of {model.embed.num_embeddings}, its tokenizer {tokenizer.vocab_size}: "
+            "it was not trained on text, or its tokenizer has changed since; choose another run"
+        )
+    o = options
+    text = continue_text(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed)
     print(options.prompt + text)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from atlas_lm import generate
 from atlas_lm.runs import resolve_checkpoint
-from launching import only_run, small_run
+from launching import FEW_STEPS, SMALL_MODEL, launch, only_run, small_run
 
 
 @pytest.fixture
@@ -68,3 +68,11 @@ def test_an_empty_prompt_is_refused(run: Path) -> None:
     model = generate.load(resolve_checkpoint(run))
     with pytest.raises(ValueError, match="prompt is empty"):
         generate.generate(model, torch.zeros(1, 0, dtype=torch.long), tokens=1)
+
+
+def test_a_run_that_is_no_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert launch("data=recall", "data.source.samples=100", *SMALL_MODEL, *FEW_STEPS) == 0
+    with pytest.raises(ValueError, match="not trained on text"):
+        generate.main([f"run={only_run(tmp_path / 'outputs')}", "prompt=a"])

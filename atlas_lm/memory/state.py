@@ -133,7 +133,7 @@ def make_tail(rule: Rule, tokens: Tokens, filled: int) -> Tokens:
 def bounded(rule: Rule, change: Weights) -> Weights:
     """Scale W − W_init back onto the rule's radius wherever its entries' root mean square exceeds it (SPEC M16).
 
-    A projection onto a ball: whatever the inputs, gates, chunk size or precision, fast weights stay finite and bounded.
+    A projection onto a ball: whatever the finite inputs, gates, chunk size or precision, fast weights stay bounded.
     """
     matrices = split_matrices(rule.network, change)
     sizes = [

@@ -46,7 +46,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".j
 def build(variant, dtype=torch.float64) -> Hierarchy:
     network, features, update, context = variant
     spec = SPEC._replace(network=network, features=features, update=update, context=context)
-    # strong Newton–Schulz writes amplify rounding: the forms are compared at the strength that they are used with
+    # strong Newton–Schulz writes amplify rounding: the forms are compared where it does not
     return make_hierarchy(spec._replace(eta_max=1.0 if update == "gradient" else 0.05), dtype)
 
 

@@ -23,7 +23,7 @@ def compare(case, rule, tolerance: float, cuts: tuple[int, ...] = ()) -> None:
 
 
 # Newton–Schulz multiplies a relative error of small singular values by up to 3.4445⁵ ≈ 490 a step, so that two exact
-# programs drift apart where writes are strong: the parity of the forms is tested at the strength it is used with.
+# programs drift apart where writes are strong: the forms are compared where the update does not amplify rounding.
 ETA = {"gradient": 1.0, "newton_schulz": 0.01}
 
 
