@@ -67,7 +67,12 @@ def parse(arguments: list[str]) -> Options:
 
 
 def draw(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One token per sequence (B, 1) from the `top_k` likeliest; temperature 0 takes the likeliest."""
+    """One token per sequence (B, 1) from the `top_k` likeliest; temperature 0 takes the likeliest.
+
+    FloatingPointError: logits that are not finite.
+    """
+    if not bool(logits_BV.isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite: choose an earlier checkpoint")
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
     values, tokens = logits_BV.float().topk(min(top_k, logits_BV.size(-1)), dim=-1)

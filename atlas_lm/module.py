@@ -157,7 +157,9 @@ class AtlasModule(L.LightningModule):
         self.log("memory/gate_polarised", ((values < 0.1) | (values > 0.9)).float().mean(), sync_dist=True)
         for board in self._boards():
             for i, gate in enumerate(values):
-                board.add_histogram(f"memory/gate/layer_{i}", gate, self.global_step)
+                finite = gate[gate.isfinite()]  # a histogram of nothing is an error of TensorBoard's
+                if finite.numel():
+                    board.add_histogram(f"memory/gate/layer_{i}", finite, self.global_step)
 
     def _log_memory(self, batch: dict[str, Tensor]) -> None:
         """How far the fast weights have moved from W_init behind the first sequence, per layer: ‖W − W_init‖."""
@@ -180,7 +182,10 @@ class AtlasModule(L.LightningModule):
         boards = self._boards()
         if tokenizer is None or not boards or self.trainer.sanity_checking:
             return
-        text = continue_text(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+        try:
+            text = continue_text(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+        except FloatingPointError as error:  # the verdict says so too; a sample is no reason to lose the run
+            text = f"({error})"
         for board in boards:
             board.add_text("sample", f"```\n{SAMPLE_PROMPT}{text}\n```", self.global_step)
 

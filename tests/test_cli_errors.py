@@ -40,7 +40,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["+experiment=stge1"], ["+experiment=stge1", "did you mean 'stage1'", "recall, stage1"]),
+        (["+experiment=stge1"], ["+experiment=stge1", "did you mean 'stage1'", "recall, recall_twin, stage1"]),
         (["experiment=stage1"], ["Use +experiment=stage1"]),
         (["model=tinny"], ["model=tinny", "did you mean 'tiny'"]),
         (["optim=adam"], ["optim=adam", "did you mean 'adamw'"]),
