@@ -29,7 +29,6 @@ class CausalConv(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        # enough of the past to bind a value to the key before it from the first step on
         nn.init.normal_(self.weight, std=0.3 * self.width**-0.5)
         self.weight[-1] += 1.0
 
@@ -76,6 +75,19 @@ class MemoryBranch(nn.Module):
         self.conv = CausalConv(3 * width, conv)
         self.hierarchy = Hierarchy(spec)
         self.norm = nn.RMSNorm(spec.head_dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """An associative memory from the first step on: a query finds what followed its own token.
+
+        Queries start with the keys' projection, and a key as the sum of its token and the one before, so that "a b …
+        a" asks with a for what was stored at b. Left to chance, training must first find both.
+        """
+        q, k, _ = self.qkv.weight.chunk(3)
+        k.copy_(q)
+        if self.conv.width > 1:
+            self.conv.weight[-2].chunk(3)[1].add_(1.0)
 
     def initial_conv(self, batch: int) -> Tensor:
         return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
