@@ -1,16 +1,19 @@
 """Fast weights stay finite and bounded, and what can be learned is learned, whatever the gates (SPEC M16, P)."""
 
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jacrev
 from torch.nn import functional as nnf
 
+from atlas_lm.memory import chunked
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.features import build_features
 from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
-from atlas_lm.memory.network import split_matrices
+from atlas_lm.memory.network import build_network, read, split_matrices
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, initial_state
 
 DIM, HIDDEN, RANK, RADIUS = 8, 8, 23, 8.0
@@ -72,11 +75,18 @@ def size_of(rule: Rule, state: MemoryState) -> float:
 
 @torch.inference_mode()
 def learn(
-    sequence: Sequence, chunk: int, network: str, autocast: bool, update: str = "gradient", context: int = 1
+    sequence: Sequence,
+    chunk: int,
+    network: str,
+    autocast: bool,
+    update: str = "gradient",
+    context: int = 1,
+    radius: float = RADIUS,
 ) -> Result:
     """Stream a sequence through `scan`, asking for every key."""
     B, H, T, _ = sequence.k.shape
     memory, features = make_memory(H, chunk, network, update, context)
+    memory.rule = memory.rule._replace(radius=radius)
     state = initial_state(memory.rule, memory.weights(), B, features.dim_out)
     errors, size = [], 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -89,7 +99,7 @@ def learn(
             size = max(size, size_of(memory.rule, state))
             error = (y.float() - v)[:, :, -96:].norm(dim=-1) / v[:, :, -96:].norm(dim=-1).clamp_min(1e-12)
             errors.append(error.mean(-1))
-    assert size <= RADIUS * (1 + 1e-5)
+    assert size <= radius * (1 + 1e-5)
     return Result(torch.stack(errors), size)
 
 
@@ -130,6 +140,45 @@ def test_omega_windows_stay_bounded_and_learn(chunk, T):
             assert_learned(result.error[:, row, KEEPS])
         else:
             assert result.error[-1, row, KEEPS].max() < 0.05
+
+
+@every_precision
+@every_network
+@pytest.mark.parametrize(("chunk", "T"), [(1, 1500), (32, 2 * PIECE), (512, 6 * PIECE)])
+def test_the_step_alone_is_bounded(chunk, T, network, autocast):
+    """Without the ball: the curvature bound keeps the weights small (values have size 1; 1.27 is the most seen)."""
+    torch.manual_seed(0)
+    assert learn(four_sequences(T), chunk, network, autocast, radius=math.inf).size < 2.0
+
+
+@every_network
+@pytest.mark.parametrize("strength", [0.3, 1.0, 3.0])
+def test_no_direction_is_overshot(network, strength):
+    """The chunk's update is one unit step on Σ γ_i / D_i ½‖M(W; k_i) − v_i‖²: no eigenvalue of its curvature exceeds 1.
+
+    Curvature in the sense of Gauss and Newton, from autograd's Jacobian and `scan`'s own D.
+    """
+    torch.manual_seed(0)
+    C, F, net = 12, 24, build_network(network, False)
+    k, v = nnf.normalize(torch.randn(1, 1, C, DIM).double(), dim=-1), torch.randn(1, 1, C, DIM).double()
+    phi = nnf.normalize(torch.randn(1, 1, C, F).double() + 0.5, dim=-1)  # correlated, as keys of a text are
+    gates = Gates(*torch.rand(4, 1, 1, C).double())
+    change = [strength * torch.randn(1, 1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
+    initial = [strength * torch.randn(1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
+    by_initial = chunked._Pair(phi @ initial[0], phi @ initial[0])
+    rule = Rule(net, C, 1, "gradient", "chunk")
+    learned = chunked._learn(
+        chunked._Chunk(rule, tuple(change), tuple(change), tuple(initial), by_initial, None, Tokens(k, phi, v, gates))
+    )
+
+    def outputs(*weights: Tensor) -> Tensor:
+        return read(net, lambda layer, x: x @ weights[layer], k[0, 0], phi[0, 0])
+
+    at = tuple(w[0, 0] + w0[0] for w, w0 in zip(change, initial, strict=True))
+    jacobian = torch.cat([j.flatten(2) for j in jacrev(outputs, argnums=tuple(range(len(at))))(*at)], dim=-1)
+    J = (gates.gamma / learned.total[..., -1, :]).sqrt()[0, 0, :, None, None] * jacobian
+    largest = torch.linalg.matrix_norm(J.flatten(0, 1), ord=2).square().item()
+    assert 0.01 < largest <= 1 + 1e-9  # and not bounded for the price of writing nothing
 
 
 def only_random(T: int) -> Sequence:
