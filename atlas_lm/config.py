@@ -90,8 +90,8 @@ class ModelConfig:
     """U of ATLAS eq 33."""
     newton_schulz_steps: int = number(5, minimum=1)
     """Iterations of Newton–Schulz (SPEC M6)."""
-    persistent_keys: int = number(64, minimum=1)
-    """Learned keys behind the Q–K projection, N_p (SPEC M10)."""
+    persistent_keys: int = number(64, minimum=0)
+    """Learned keys behind the Q–K projection, N_p (SPEC M10); 0: none, a shard starts from its own keys alone."""
     eta_max: float = number(minimum=0)
     """Largest write strength, dimensionless: share of the error that one write may correct (SPEC M16)."""
     half_life: float = number(minimum=0)

@@ -43,7 +43,7 @@ class MemorySpec(NamedTuple):
     context: int = 1  # c of the Omega rule
     update: str = "gradient"
     newton_schulz_steps: int = STEPS
-    persistent_keys: int = 64  # N_p per head
+    persistent_keys: int = 64  # N_p per head; 0: a shard starts from its own keys alone
     eta_max: float = 1.0  # write strength at an open gate: the share of an error that is corrected
     half_life: float = 1024.0  # of a memory at first, in tokens
     radius: float = 8.0  # bound on the root mean square of a fast matrix
@@ -134,8 +134,8 @@ class Hierarchy(nn.Module):
                 f"the shard length must be a multiple of the global chunk, got shard {spec.shard} and global_chunk "
                 f"{spec.global_chunk}; set shard to {near}"
             )
-        if spec.persistent_keys < 1:
-            raise ValueError(f"persistent_keys must be at least 1, got {spec.persistent_keys}")
+        if spec.persistent_keys < 0:
+            raise ValueError(f"persistent_keys must not be negative, got {spec.persistent_keys}")
         if not 0 < spec.eta_max <= 1:
             raise ValueError(f"eta_max must lie in (0, 1], got {spec.eta_max}; above 1 a write overshoots its error")
         if not spec.half_life > 0:
@@ -150,7 +150,7 @@ class Hierarchy(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.persistent_keys, std=self.spec.head_dim**-0.5)
+        self.persistent_keys.normal_(std=self.spec.head_dim**-0.5)
 
     @property
     def local_chunks(self) -> tuple[int, ...]:

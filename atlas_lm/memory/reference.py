@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from atlas_lm.memory import network as net
 from atlas_lm.memory.network import Weights
@@ -167,5 +168,5 @@ def project(
         M = M + k.unsqueeze(-1) * k.unsqueeze(-2)
         n = n + k.square().sum(-1)
         y = (M @ q.unsqueeze(-1)).squeeze(-1) / n.unsqueeze(-1)
-        outputs.append(y / y.norm(dim=-1, keepdim=True))
+        outputs.append(nnf.normalize(y, dim=-1))  # zero at a shard's padding, whose queries are zero
     return torch.stack(outputs, dim=2), ProjectionState(M, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
@@ -75,9 +76,13 @@ def everything(result: tuple[Tensor, MemoryState]) -> list[Tensor]:
 
 
 def relative_errors(truth: list[Tensor], other: list[Tensor]) -> list[float]:
-    """‖a − b‖ / ‖a‖ per tensor; where a is zero, ‖b‖."""
+    """‖a − b‖ / ‖a‖ per tensor; where a is zero but for rounding, ‖b‖; infinite for anything not finite.
+
+    Infinite, since a maximum over NaN may be any of the other numbers.
+    """
     pairs = [(a.detach(), b.detach()) for a, b in zip(truth, other, strict=True)]
-    return [((a - b).norm() / a.norm() if a.norm() > 0 else b.norm()).item() for a, b in pairs]
+    errors = [((a - b).norm() / a.norm() if a.norm() > 1e-13 else b.norm()).item() for a, b in pairs]
+    return [e if math.isfinite(e) else math.inf for e in errors]
 
 
 def gradients(result: tuple[Tensor, MemoryState], case: Case) -> list[Tensor]:

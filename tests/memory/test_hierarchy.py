@@ -138,7 +138,7 @@ def test_shard_must_be_a_multiple_of_the_global_chunk(shard, global_chunk):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"persistent_keys": 0}, "persistent_keys must be at least 1, got 0"),
+        ({"persistent_keys": -1}, "persistent_keys must not be negative, got -1"),
         ({"eta_max": 1.5}, r"eta_max must lie in \(0, 1\], got 1.5"),
         ({"eta_max": 0.0}, r"got 0.0"),
         ({"eta_max": math.nan}, "got nan"),

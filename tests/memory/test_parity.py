@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from hierarchy_cases import SPEC, Inputs, make_hierarchy, make_inputs
 from memory_cases import everything, gradients, make_case, relative_errors, run
 
-from atlas_lm.memory import chunked, projection, reference
+from atlas_lm.memory import chunked, hierarchy, projection, reference
 from atlas_lm.memory.state import Rule
 
 WHOLE = 0  # a chunk as long as the sequence
@@ -67,12 +68,13 @@ def test_float32(T, chunk):
     compare(case, rule_of(case, T, chunk, 4, "gradient"), 1e-4)
 
 
+@pytest.mark.parametrize("persistent_keys", [0, 5])
 @pytest.mark.parametrize("restarts", [(), (0, 70)])
 @pytest.mark.parametrize("T", [1, 7, 63, 100, 200])
-def test_projection_equals_reference(T, restarts):
-    """Q–K projection in blocks against TNT eq 13–15 token by token, with persistent keys (SPEC M9)."""
+def test_projection_equals_reference(T, restarts, persistent_keys):
+    """Q–K projection in blocks against TNT eq 13–15 token by token, with and without persistent keys (SPEC M9)."""
     torch.manual_seed(0)
-    keys = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, persistent_keys, 4, dtype=torch.float64, requires_grad=True)
     q, k = (torch.randn(3, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     restart = None
     if restarts:
@@ -85,3 +87,25 @@ def test_projection_equals_reference(T, restarts):
         total = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + state.M.square().sum() + state.n.sum()
         results.append([y, *state, *torch.autograd.grad(total, [q, k, keys])])
     assert max(relative_errors(*results)) <= 1e-9
+
+
+@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
+@pytest.mark.parametrize("persistent_keys", [0, 3])
+@pytest.mark.parametrize("context", [1, 4])
+@pytest.mark.parametrize("T", [1, 7, 63, 100])
+def test_whole_hierarchy_equals_reference(T, context, persistent_keys, update, monkeypatch):
+    """Global and local memories, shards, Q–K projection, features and gates: outputs and every gradient."""
+    inputs = Inputs(*(x.requires_grad_() for x in make_inputs(T)))
+    spec = SPEC._replace(context=context, persistent_keys=persistent_keys, update=update, eta_max=ETA[update])
+    memory = make_hierarchy(spec)
+    leaves = [*inputs, *memory.parameters()]
+
+    def evaluate() -> list[torch.Tensor]:
+        y, _ = memory(*inputs)
+        total = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+        return [y, *torch.autograd.grad(total, leaves, materialize_grads=True)]
+
+    fast = evaluate()
+    monkeypatch.setattr(hierarchy, "scan", reference.scan)
+    monkeypatch.setattr(hierarchy, "project", reference.project)
+    assert max(relative_errors(evaluate(), fast)) <= 1e-9
