@@ -22,20 +22,17 @@ from torch.nn import functional as nnf
 Weights = tuple[Tensor, ...]
 
 SMALLEST_CURVATURE = 1e-6  # of a token that has no features; its gradient is zero as well
-_GELU_SLOPE = 0.7978845608028654  # √(2/π), of the tanh form
+_GELU_SLOPE, _GELU_CUBIC = 0.7978845608028654, 0.044715  # √(2/π); of the tanh form
 
 
 class Activation(NamedTuple):
-    """What stands between the two layers: hidden = act(pre), and both partial derivatives it needs."""
+    """What stands between the two layers: hidden = act(pre). P = width · E pre-activations."""
 
     width: int  # pre-activations per hidden unit
     forward: Callable[[Tensor], Tensor]  # (…, P) → (…, E)
-    slopes: Callable[[Tensor], tuple[Tensor, ...]]  # (…, P) → one (…, E) for each of the `width` branches
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    s = x.sigmoid()
-    return s * (1 + x * (1 - s))
+    learn: Callable[[Tensor], tuple[Tensor, Tensor]]  # (…, P) → hidden (…, E) and its partial derivatives (…, P)
+    # (…, P), gradients of hidden (…, E) and, where they were used, of the derivatives (…, P) → gradient of pre (…, P)
+    backward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _gated(pre: Tensor) -> Tensor:
@@ -43,24 +40,57 @@ def _gated(pre: Tensor) -> Tensor:
     return nnf.silu(gate) * up
 
 
-def _gated_slopes(pre: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_slope(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ, SiLU and SiLU′ = σ + SiLU (1 − σ)."""
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    return sigmoid, silu, torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
+
+
+def _gated_learn(pre: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = pre.chunk(2, dim=-1)
-    return _silu_slope(gate) * up, nnf.silu(gate)
+    _, silu, slope = _silu_slope(gate)
+    return silu * up, torch.cat([slope * up, silu], dim=-1)
+
+
+def _gated_backward(pre: Tensor, dhidden: Tensor, dslopes: Tensor | None) -> Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    sigmoid, silu, slope = _silu_slope(gate)
+    if dslopes is None:
+        return torch.cat([slope * up * dhidden, silu * dhidden], dim=-1)
+    dgate, dup = dslopes.chunk(2, dim=-1)  # of slope · up and of silu
+    bend = (1 - sigmoid) * torch.addcmul(2 * sigmoid + silu, silu, sigmoid, value=-2)  # SiLU″
+    into_gate = torch.addcmul(slope * torch.addcmul(dup, dhidden, up), bend * up, dgate)
+    return torch.cat([into_gate, torch.addcmul(dhidden * silu, dgate, slope)], dim=-1)
 
 
 def _gelu(pre: Tensor) -> Tensor:
     return nnf.gelu(pre, approximate="tanh")
 
 
-def _gelu_slopes(pre: Tensor) -> tuple[Tensor]:
-    tanh = torch.tanh(_GELU_SLOPE * (pre + 0.044715 * pre**3))
-    inner = _GELU_SLOPE * (1 + 3 * 0.044715 * pre**2)
-    return (0.5 * (1 + tanh) + 0.5 * pre * (1 - tanh**2) * inner,)
+def _gelu_parts(pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tanh of the argument, the argument's slope, and GELU′."""
+    tanh = torch.tanh(_GELU_SLOPE * (pre + _GELU_CUBIC * pre**3))
+    inner = _GELU_SLOPE * (1 + 3 * _GELU_CUBIC * pre**2)
+    return tanh, inner, 0.5 * (1 + tanh) + 0.5 * pre * (1 - tanh**2) * inner
+
+
+def _gelu_learn(pre: Tensor) -> tuple[Tensor, Tensor]:
+    tanh, _, slope = _gelu_parts(pre)
+    return 0.5 * pre * (1 + tanh), slope
+
+
+def _gelu_backward(pre: Tensor, dhidden: Tensor, dslopes: Tensor | None) -> Tensor:
+    tanh, inner, slope = _gelu_parts(pre)
+    if dslopes is None:
+        return slope * dhidden
+    bend = (1 - tanh**2) * (inner + pre * (3 * _GELU_SLOPE * _GELU_CUBIC * pre - tanh * inner**2))  # GELU″
+    return torch.addcmul(slope * dhidden, bend, dslopes)
 
 
 _ACTIVATIONS = {
-    "gated_mlp": Activation(2, _gated, _gated_slopes),
-    "mlp": Activation(1, _gelu, _gelu_slopes),
+    "gated_mlp": Activation(2, _gated, _gated_learn, _gated_backward),
+    "mlp": Activation(1, _gelu, _gelu_learn, _gelu_backward),
 }
 
 
@@ -138,15 +168,14 @@ def gradient(network: Network, layers: list[Layer], k_BTD: Tensor, phi_BTF: Tens
         error = (k_BTD + y if network.residual else y) - v_BTD
         return Gradient((phi_BTF,), (error,), torch.zeros_like(error[..., 0]))
     pre_BTP = layers[0].forward(phi_BTF)
-    hidden_BTE = act.forward(pre_BTP)
+    hidden_BTE, slopes_BTP = act.learn(pre_BTP)
+    slopes = slopes_BTP.unflatten(-1, (act.width, -1))
     y = layers[1].forward(hidden_BTE)
     error_BTD = (k_BTD + y if network.residual else y) - v_BTD
     back_BTE = layers[1].backward(error_BTD)
-    slopes = act.slopes(pre_BTP)
-    error_BTP = torch.cat([back_BTE * slope for slope in slopes], dim=-1)
+    error_BTP = (slopes * back_BTE.unsqueeze(-2)).flatten(-2)
     with torch.no_grad():
-        squared = torch.stack([slope.square() for slope in slopes]).sum(0)
-        sensitivity_BT = layers[1].squares(squared).sqrt()
+        sensitivity_BT = layers[1].squares(slopes.square().sum(-2)).sqrt()
     return Gradient((phi_BTF, hidden_BTE), (error_BTP, error_BTD), sensitivity_BT)
 
 
@@ -175,3 +204,30 @@ def curvature(of: Gradient, scores_BTT: Tensor) -> Tensor:
     J = of.sensitivity.to(kernel.dtype)
     hidden = of.inputs[1]
     return (hidden @ hidden.mT).abs() + kernel * (1 + J.unsqueeze(-1) * J.unsqueeze(-2))
+
+
+def sizes(network: Network, change: Weights) -> list[Tensor]:
+    """Root mean square of the entries of every matrix of the paper: (B, 1) each."""
+    act = network.activation
+    shapes = [w.unflatten(-1, (act.width if act and l == 0 else 1, -1)) for l, w in enumerate(change)]
+    return [torch.linalg.vector_norm(w, dim=(-3, -1)) / (w.size(-3) * w.size(-1)) ** 0.5 for w in shapes]
+
+
+def shrink(network: Network, change: Weights, radius: float) -> Weights:
+    """Scale every matrix of the paper back onto the ball wherever it lies outside."""
+    scaled = []
+    for w, size in zip(change, sizes(network, change), strict=True):
+        outside = size > radius
+        # the division only sees sizes outside: 0 / 0 in the branch not taken would still be a gradient of NaN
+        scale = torch.where(outside, radius / torch.where(outside, size, 1.0), 1.0).unsqueeze(-1).unsqueeze(-3)
+        scaled.append((w.unflatten(-1, (size.size(-1), -1)) * scale).flatten(-2))
+    return tuple(scaled)
+
+
+def surely_inside(change: Weights, radius: float) -> bool:
+    """Whether no matrix needs to shrink: a cheap test, false for some that do not need it either.
+
+    A matrix of the paper is at most as long as what it is stored in.
+    """
+    limits = [torch.linalg.vector_norm(w, dim=(-2, -1)) ** 2 * 2 <= radius**2 * w.size(-2) * w.size(-1) for w in change]
+    return bool(torch.stack([limit.all() for limit in limits]).all())

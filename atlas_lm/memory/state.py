@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.network import Network, Weights, join_matrices, split_matrices
+from atlas_lm.memory.network import Network, Weights, shrink
 from atlas_lm.memory.newton_schulz import STEPS
 
 
@@ -135,11 +135,4 @@ def bounded(rule: Rule, change: Weights) -> Weights:
 
     A projection onto a ball: whatever the finite inputs, gates, chunk size or precision, fast weights stay bounded.
     """
-    matrices = split_matrices(rule.network, change)
-    sizes = [
-        torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True) / (w.size(-2) * w.size(-1)) ** 0.5 for w in matrices
-    ]
-    if not any(bool((size > rule.radius).any()) for size in sizes):
-        return change
-    shrunk = [w * (rule.radius / size.clamp_min(rule.radius)) for w, size in zip(matrices, sizes, strict=True)]
-    return join_matrices(rule.network, shrunk)
+    return shrink(rule.network, change, rule.radius)

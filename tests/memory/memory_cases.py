@@ -81,8 +81,13 @@ def relative_errors(truth: list[Tensor], other: list[Tensor]) -> list[float]:
     Infinite, since a maximum over NaN may be any of the other numbers.
     """
     pairs = [(a.detach(), b.detach()) for a, b in zip(truth, other, strict=True)]
-    errors = [((a - b).norm() / a.norm() if a.norm() > 1e-13 else b.norm()).item() for a, b in pairs]
-    return [e if math.isfinite(e) else math.inf for e in errors]
+    return [_relative_error(a, b) for a, b in pairs]
+
+
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return math.inf
+    return ((a - b).norm() / a.norm() if a.norm() > 1e-13 else b.norm()).item()
 
 
 def gradients(result: tuple[Tensor, MemoryState], case: Case) -> list[Tensor]:

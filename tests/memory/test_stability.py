@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import jacrev
 from torch.nn import functional as nnf
 
-from atlas_lm.memory import chunked
+from atlas_lm.memory.chunk_step import Inputs, Plan, learn_and_read
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.features import build_features
 from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
@@ -165,18 +165,21 @@ def test_no_direction_is_overshot(network, strength):
     gates = Gates(*torch.rand(4, 1, 1, C).double())
     change = [strength * torch.randn(1, 1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
     initial = [strength * torch.randn(1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
-    by_initial = chunked._Pair(phi @ initial[0], phi @ initial[0])
-    rule = Rule(net, C, 1, "gradient", "chunk")
-    learned = chunked._learn(
-        chunked._Chunk(rule, tuple(change), tuple(change), tuple(initial), by_initial, None, Tokens(k, phi, v, gates))
-    )
+    none, coefficients = torch.zeros(1, 1, C, 1), torch.zeros(1, 1, 2, C)
+    inputs = Inputs(
+        None if len(initial) == 1 else initial[1], phi, v, phi @ initial[0], phi, phi @ initial[0], None, gates.gamma,
+        None, None, none, none, coefficients, None, None,
+    )  # fmt: skip
+    plan = Plan(net, 1, "gradient", 5, math.inf, torch.float64, complete=1, train=True)
+    states = [torch.cat([w, w], dim=-2)[0] for w in change]
+    learned = learn_and_read(plan, inputs, 0, states)[1]
 
     def outputs(*weights: Tensor) -> Tensor:
         return read(net, lambda layer, x: x @ weights[layer], k[0, 0], phi[0, 0])
 
     at = tuple(w[0, 0] + w0[0] for w, w0 in zip(change, initial, strict=True))
     jacobian = torch.cat([j.flatten(2) for j in jacrev(outputs, argnums=tuple(range(len(at))))(*at)], dim=-1)
-    J = (gates.gamma / learned.total[..., -1, :]).sqrt()[0, 0, :, None, None] * jacobian
+    J = (gates.gamma / learned.total).sqrt()[0, 0, :, None, None] * jacobian
     largest = torch.linalg.matrix_norm(J.flatten(0, 1), ord=2).square().item()
     assert 0.01 < largest <= 1 + 1e-9  # and not bounded for the price of writing nothing
 

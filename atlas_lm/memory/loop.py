@@ -1,0 +1,85 @@
+"""The loop over chunks as one autograd function (SPEC M7).
+
+Autograd through the loop would run some hundreds of small operations a chunk, and keep their results and the fast
+weights of every chunk. Here a chunk keeps its factors, and the fast weights are kept every few chunks: the backward
+pass computes those between again.
+"""
+
+# G batch × heads, K chunks, C chunk, D head dim
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas_lm.memory.chunk_gradient import gradients
+from atlas_lm.memory.chunk_step import Inputs, Plan, learn_and_read, update
+
+STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
+
+
+def run(plan: Plan, states: list[Tensor], inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q)."""
+    y, *after = _Loop.apply(plan, len(states), *states, *inputs)
+    return y, after
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, layers: int, *tensors: Tensor) -> Any:
+        states, x = list(tensors[:layers]), Inputs(*tensors[layers:])
+        K = x.phi.size(1)
+        stride = -(-K // STATES)
+        outputs, records, kept = [], [], []
+        with torch.autocast(x.phi.device.type, enabled=False):
+            for n in range(K):
+                if n % stride == 0:
+                    kept += states
+                y, record = learn_and_read(plan, x, n, states)
+                if n < plan.complete:
+                    states, hit = update(plan, x, n, states, record)
+                    record = record._replace(bounded=hit)
+                outputs.append(y)
+                if plan.train:
+                    records.append(record)
+        if plan.train:
+            ctx.plan, ctx.layers, ctx.records, ctx.stride = plan, layers, records, stride
+            ctx.save_for_backward(*tensors, *kept)
+        if plan.complete == 0:  # an input that is returned as it is would count as a view of itself
+            states = [z.clone() for z in states]
+        return (torch.stack(outputs, dim=1).flatten(1, 2), *states)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
+        plan, layers, records, stride = ctx.plan, ctx.layers, ctx.records, ctx.stride
+        count = layers + len(Inputs._fields)
+        x = Inputs(*ctx.saved_tensors[layers:count])
+        kept = ctx.saved_tensors[count:]
+        K, C = x.phi.size(1), x.phi_q.size(2)
+        dy = dy.to(plan.operands).unflatten(1, (K, C))
+        dstates = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
+        dinitial = None if x.initial_out is None else torch.zeros_like(x.initial_out)
+        chunks: list[dict[str, Tensor]] = [{} for _ in range(K)]
+        with torch.autocast(x.phi.device.type, enabled=False):
+            for start in range((K - 1) // stride * stride, -1, -stride):
+                first = start // stride * layers
+                states = [list(kept[first : first + layers])]
+                end = min(start + stride, K)
+                for n in range(start, min(end, plan.complete + 1) - 1):
+                    states.append(update(plan, x, n, states[-1], records[n])[0])
+                for n in range(end - 1, start - 1, -1):
+                    now = states.pop() if n <= plan.complete else states[-1]
+                    dstates, chunks[n] = gradients(plan, x, n, now, records[n], dy[:, n], dstates, dinitial)
+                    records[n] = None  # gives its memory back
+        grads = [dinitial, *(_stack(chunks, name) for name in Inputs._fields[1:])]
+        return (None, None, *dstates, *grads)
+
+
+def _stack(chunks: list[dict[str, Tensor]], name: str) -> Tensor | None:
+    parts = [chunk.pop(name, None) for chunk in chunks]
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.zeros_like(like) if part is None else part for part in parts], dim=1)
