@@ -89,6 +89,7 @@ def held_out_text(dm: TokenDataModule, val_loss: float | None) -> dict[str, floa
         return {}
     return {
         "val_bits_per_byte": bits_per_byte(val_loss, dm.validation_tokens, len(raw)),
+        "val_bytes": len(raw),
         **compressed_bits_per_byte(raw),
     }
 

@@ -20,7 +20,11 @@ def rows() -> list[tuple[str, str, str]]:
     stage1, twin, recall, blind = (report(name) for name in ("stage1", "stage1_twin", "recall", "recall_twin"))
     run = "`python train.py +experiment="
     table = [
-        ("held-out source, bits per byte", f"**{stage1['val_bits_per_byte']:.3f}**", f"{run}stage1`"),
+        (
+            f"held-out source ({stage1['val_bytes']:,} bytes), bits per byte",
+            f"**{stage1['val_bits_per_byte']:.3f}**",
+            f"{run}stage1`",
+        ),
         ("the same bytes, gzip -9", f"{stage1['gzip_bits_per_byte']:.3f}", "the same"),
         ("the same bytes, xz -9e", f"{stage1['xz_bits_per_byte']:.3f}", "the same"),
         (
@@ -28,13 +32,17 @@ def rows() -> list[tuple[str, str, str]]:
             f"{twin['val_bits_per_byte']:.3f}",
             f"{run}stage1_twin`",
         ),
-        ("training time", f"{stage1['train_seconds'] / 60:.1f} min", f"{run}stage1`"),
+        (
+            f"training time, {stage1['steps']} steps, {stage1['tokens']:,} bytes, validation included",
+            f"{stage1['train_seconds'] / 60:.1f} min",
+            f"{run}stage1`",
+        ),
         (
             "tokens per second (no memory)",
             f"{stage1['tokens_per_second']:,.0f} ({twin['tokens_per_second']:,.0f})",
             "both",
         ),
-        ("recall two windows back", f"**{recall['recall_accuracy']:.3f}**", f"{run}recall`"),
+        ("recall two windows back, 16 pairs", f"**{recall['recall_accuracy']:.3f}**", f"{run}recall`"),
         ("recall, no memory (chance 0.016)", f"{blind['recall_accuracy']:.3f}", f"{run}recall_twin`"),
         ("training time of recall", f"{recall['train_seconds'] / 60:.1f} min", f"{run}recall`"),
     ]

@@ -1,6 +1,9 @@
 """Runs train.py in this process: starting another Python takes seconds."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +57,14 @@ def only_run(outputs: Path) -> Path:
     runs = [path.parent for path in outputs.glob("*/*/config.yaml") if path.parent.name != "latest"]
     assert len(runs) == 1, runs
     return runs[0]
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes fails with EFBIG, as writing to a full disk does with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

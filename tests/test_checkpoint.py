@@ -1,9 +1,6 @@
 """Checkpoints are whole or absent, and those that cannot be used say why."""
 
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from atlas_lm.checkpoint import (
     load_weights,
     read_checkpoint,
 )
+from launching import files_no_larger_than
 
 
 class Tiny(lightning.LightningModule):
@@ -42,17 +40,6 @@ def saved(tmp_path: Path) -> Path:
     path = tmp_path / "step=3.ckpt"
     AtomicCheckpointIO().save_checkpoint(content_of(Tiny()), path)
     return path
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes fails with EFBIG, as writing to a full disk does with ENOSPC."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_round_trip(saved: Path) -> None:

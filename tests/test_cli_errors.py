@@ -106,7 +106,7 @@ def test_misspelled_target_arguments_name_those_that_exist(capsys: pytest.Captur
 def test_empty_corpus(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (in_tmp / "empty.txt").write_text("")
     line = fails(capsys, "data=text", "data.source.files=[empty.txt]")
-    assert "empty" in line
+    assert "found no text: every document is empty" in line
 
 
 def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,8 @@ COMMON = [
 ]  # fmt: skip
 # text that is the same with every Python: the standard library's source is not
 TEXT = ["data=text", "data.source.files=['corpus/*.txt']", "data.seq_len=512", "data.batch_size=2"]
-SPECIFIC = {"stage1": TEXT, "stage1_twin": TEXT}
+FAST = ["optim.warmup_steps=1"]  # within its own warm-up recall would hardly move
+SPECIFIC = {"stage1": TEXT, "stage1_twin": TEXT, "recall": FAST, "recall_twin": FAST}
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml"))
 
 

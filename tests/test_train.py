@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import train
 from atlas_lm.building import resolve_precision
 from atlas_lm.checkpoint import AtomicCheckpointIO, SaveError
-from launching import report_of, small_run
+from launching import files_no_larger_than, report_of, small_run
 
 pytestmark = [
     pytest.mark.usefixtures("in_tmp"),
@@ -116,6 +116,22 @@ def test_a_full_disk_while_saving(
     assert SaveError.__name__ in report_of(folder.parent)["error"]
     assert "Traceback" not in captured.err
     assert "Traceback" not in captured.out
+
+
+def test_a_disk_that_is_really_full(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Writing fails in the kernel, in the middle of the file, and not in a function of ours."""
+    assert small_run(in_tmp, "name=x", "optim.total_steps=2") == 0
+    good = run_of(in_tmp, "x") / "checkpoints" / "last.ckpt"
+    before = good.read_bytes()
+    with files_no_larger_than(len(before) // 2):
+        assert small_run(in_tmp, "name=y", "optim.total_steps=4", f"resume={good}") == 1
+    captured = capsys.readouterr()
+    line = next(line for line in captured.err.splitlines() if line.startswith("error"))
+    assert "cannot save" in line
+    assert "File too large" in line
+    assert good.read_bytes() == before
+    assert list((run_of(in_tmp, "y") / "checkpoints").iterdir()) == []
+    assert "Traceback" not in captured.err + captured.out
 
 
 @pytest.fixture

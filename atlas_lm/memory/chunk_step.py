@@ -37,7 +37,9 @@ class Plan(NamedTuple):
     update: str
     newton_schulz_steps: int
     radius: float
-    operands: torch.dtype  # of matrix products; states, D and coefficients are wide
+    operands: (
+        torch.dtype
+    )  # of matrix products and of what they give; states and coefficients are wide, and so is D once it is summed
     complete: int  # chunks that end; the last one may be unfinished
     train: bool  # keep what a backward pass needs
 

@@ -41,8 +41,9 @@ def scan(
     blocks = _blocks(rule, row, count)
     phi_q_BHKCF = _queries(rule, phi_q_BHTF, state.filled, count)
     keeps = fold.segments(rule, blocks)
-    steps = fold.steps(rule, blocks, keeps)
-    reads = fold.reads(rule, blocks, keeps) if rule.read == "token" and rule.update == "gradient" else None
+    with torch.autocast(q_BHTD.device.type, enabled=False):  # products of gates stay wide
+        steps = fold.steps(rule, blocks, keeps)
+        reads = fold.reads(rule, blocks, keeps) if rule.read == "token" and rule.update == "gradient" else None
     # what does not depend on the fast weights is computed for all chunks at once
     by_initial, q_by_initial = (_times_initial(x, initial[0]) for x in (blocks.phi, phi_q_BHKCF))
     scores = None if reads is None else phi_q_BHKCF @ blocks.phi.mT

@@ -2,7 +2,8 @@
 
 Autograd through the loop would run some hundreds of small operations a chunk, and keep their results and the fast
 weights of every chunk. Here a chunk keeps its factors, and the fast weights are kept every few chunks: the backward
-pass computes those between again.
+pass computes those between again. What a chunk keeps is given back while the backward pass runs: a graph serves one
+backward pass, and hooks on saved tensors see the inputs and the fast weights alone. No second derivatives.
 """
 
 # G batch × heads, K chunks, C chunk, D head dim
@@ -54,6 +55,10 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
         plan, layers, records, stride = ctx.plan, ctx.layers, ctx.records, ctx.stride
+        if torch.is_grad_enabled():  # the records are constants: second derivatives would lack most of their terms
+            raise RuntimeError("the memory has no second derivatives: call backward without create_graph")
+        if records[0] is None:
+            raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
         count = layers + len(Inputs._fields)
         x = Inputs(*ctx.saved_tensors[layers:count])
         kept = ctx.saved_tensors[count:]

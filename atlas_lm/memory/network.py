@@ -207,7 +207,7 @@ def curvature(of: Gradient, scores_BTT: Tensor) -> Tensor:
 
 
 def sizes(network: Network, change: Weights) -> list[Tensor]:
-    """Root mean square of the entries of every matrix of the paper: (B, 1) each."""
+    """Root mean square of the entries of every matrix of the paper: per layer (B, matrices side by side)."""
     act = network.activation
     shapes = [w.unflatten(-1, (act.width if act and l == 0 else 1, -1)) for l, w in enumerate(change)]
     return [torch.linalg.vector_norm(w, dim=(-3, -1)) / (w.size(-3) * w.size(-1)) ** 0.5 for w in shapes]

@@ -33,6 +33,19 @@ def test_it_trips_before_the_weights_change(fit: Any, line: Any, value: float) -
         assert not torch.equal(tensor, weights.before[2][name]), "the test would not notice"
 
 
+def test_a_bad_gradient_of_a_fine_loss_trips_it_too(fit: Any, line: Any) -> None:
+    """Clipping by a norm of NaN would write NaN into every weight."""
+    module, weights = line(), Weights()
+    module.on_after_backward = lambda: (
+        module.layer.weight.grad.view(-1)[1:2].fill_(math.nan) if module.global_step == 3 else None
+    )
+    with pytest.raises(NonFiniteLoss, match=r"the gradient's norm became nan at step 3.*weights are intact"):
+        fit(module, weights, FiniteLoss(), gradient_clip_val=1.0)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, weights.before[3][name])
+        assert torch.isfinite(tensor).all()
+
+
 def test_it_is_silent_and_bitwise_inert_on_a_healthy_run(fit: Any, line: Any) -> None:
     with_it, without = line(), line()
     fit(with_it, FiniteLoss())

@@ -5,7 +5,7 @@ import torch
 from hierarchy_cases import SPEC, Inputs, make_hierarchy, make_inputs
 from memory_cases import everything, gradients, make_case, relative_errors, run
 
-from atlas_lm.memory import chunked, hierarchy, projection, reference
+from atlas_lm.memory import chunked, hierarchy, network, projection, reference
 from atlas_lm.memory.state import Rule
 
 WHOLE = 0  # a chunk as long as the sequence
@@ -43,6 +43,19 @@ def test_chunked_equals_reference(T, chunk, context, update):
 def test_every_network_and_read(kind, chunk, read):
     case = make_case(kind, 63)
     compare(case, rule_of(case, 63, chunk, 4, "gradient", read), 1e-9)
+
+
+@pytest.mark.parametrize("read", ["token", "chunk"])
+@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_on_the_ball(chunk, update, read):
+    """Where the radius holds W − W_init back, its projection is part of the gradient."""
+    case = make_case("gated_mlp", 63, eta_max=ETA[update])
+    radius = 0.02 if update == "gradient" else 0.002
+    rule = rule_of(case, 63, chunk, 1, update, read)._replace(radius=radius)
+    sizes = torch.cat(network.sizes(case.network, run(chunked, rule, case)[1].change), dim=-1)
+    assert (sizes > radius * 0.999).any(), "the ball is never reached"
+    compare(case, rule, 1e-9)
 
 
 @pytest.mark.parametrize("read", ["token", "chunk"])
