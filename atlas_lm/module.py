@@ -136,7 +136,8 @@ class AtlasModule(L.LightningModule):
             self.recall.update(right.float())
         if batch_idx == 0 and output.gates:
             self._log_gates(output.gates)
-            self._log_memory(batch)
+            if not self._sharded():  # a stream's first state is built of whole parameters
+                self._log_memory(batch)
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
@@ -180,14 +181,17 @@ class AtlasModule(L.LightningModule):
     def on_validation_end(self) -> None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         boards = self._boards()
-        if tokenizer is None or not boards or self.trainer.sanity_checking:
-            return
+        if tokenizer is None or not boards or self.trainer.sanity_checking or self._sharded():
+            return  # where parameters are sharded a forward pass takes all ranks, and the boards are on one
         try:
             text = continue_text(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
         except FloatingPointError as error:  # the verdict says so too; a sample is no reason to lose the run
             text = f"({error})"
         for board in boards:
             board.add_text("sample", f"```\n{SAMPLE_PROMPT}{text}\n```", self.global_step)
+
+    def _sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def configure_model(self) -> None:
         """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""
