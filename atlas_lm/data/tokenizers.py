@@ -200,6 +200,8 @@ def _byte_offsets(text: str) -> np.ndarray:
 
 def _checked(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:
     values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
-    if values.size and (values.min() < 0 or values.max() >= vocab_size):
-        raise ValueError(f"token ids must be in [0, {vocab_size}), got {values.min()} to {values.max()}")
+    if values.size:
+        lowest, highest = int(np.min(values)), int(np.max(values))
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(f"token ids must be in [0, {vocab_size}), got {lowest} to {highest}")
     return values
