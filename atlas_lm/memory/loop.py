@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atlas_lm.memory import cpu_loop
 from atlas_lm.memory.chunk_gradient import gradients
 from atlas_lm.memory.chunk_step import Inputs, Plan, learn_and_read, update
 
@@ -23,6 +24,8 @@ STATES = 64  # fast weights that are kept for the backward pass, at most; those 
 
 def run(plan: Plan, states: list[Tensor], inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q)."""
+    if cpu_loop.can_run(plan, inputs):
+        return cpu_loop.run(plan, states, inputs)
     y, *after = _Loop.apply(plan, len(states), *states, *inputs)
     return y, after
 
