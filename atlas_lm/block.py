@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.attention import AttentionState, SlidingWindowAttention
+from atlas_lm.memory import cpu_convolution
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 
 FUSIONS = ("multiplicative", "normalised_product", "convex")
@@ -40,7 +41,13 @@ class CausalConv(nn.Module):
         y = row[:, :T] * weight[0]
         for i in range(1, self.width):
             y = torch.addcmul(y, row[:, i : i + T], weight[i])
-        return y, row[:, row.size(1) - self.width + 1 :].clone()
+        return y, self.next_tail(x_BTM, tail_BWM)
+
+    def next_tail(self, x_BTM: Tensor, tail_BWM: Tensor) -> Tensor:
+        """The last width − 1 inputs, those of calls before included."""
+        keep = self.width - 1
+        row = torch.cat([tail_BWM.to(x_BTM.dtype), x_BTM[:, max(0, x_BTM.size(1) - keep) :]], dim=1)
+        return row[:, row.size(1) - keep :].clone()
 
 
 class SwiGLU(nn.Module):
@@ -95,11 +102,19 @@ class MemoryBranch(nn.Module):
     def forward(
         self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None
     ) -> tuple[Tensor, Tensor, HierarchyState | None]:
-        qkv, conv = self.conv(self.qkv(x_BTM), conv)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
-        q, k = (nnf.normalize(y, dim=-1).to(v.dtype) for y in (q, k))
+        q, k, v, conv = self._heads(self.qkv(x_BTM), conv)
         y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT)
         return self.norm(y_BHTD.to(x_BTM.dtype)).transpose(1, 2).flatten(2), conv, state
+
+    def _heads(self, qkv: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v (B, H, T, D), and the convolution's new tail."""
+        if cpu_convolution.can_run(qkv):
+            q, k, v = cpu_convolution.heads(qkv, tail, self.conv.weight, self.heads)
+            return q, k, v, self.conv.next_tail(qkv, tail)
+        qkv, tail = self.conv(qkv, tail)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
+        q, k = (nnf.normalize(y, dim=-1).to(v.dtype) for y in (q, k))
+        return q, k, v, tail
 
 
 class Block(nn.Module):

@@ -47,12 +47,9 @@ class Plan(NamedTuple):
 class Inputs(NamedTuple):
     """Tensors of all chunks; from `decay` on coefficients. `scores`, `at` and `over` are for reads inside chunks."""
 
-    initial_out: Maybe  # (G, E, D) W_init of the second layer
     phi: Tensor  # (G, K, N, F)
     v: Tensor  # (G, K, N, D)
-    by_initial: Tensor  # (G, K, N, P) φ(k) W_init
     phi_q: Tensor  # (G, K, C, F)
-    q_by_initial: Tensor  # (G, K, C, P) φ(q) W_init
     scores: Maybe  # (G, K, C, N) φ(q)·φ(k)
     gamma: Tensor  # (G, K, N), no gradient
     same: Maybe  # (G, K, N, N) tokens of one segment, no gradient; None without restarts
@@ -62,6 +59,9 @@ class Inputs(NamedTuple):
     on: Tensor  # (G, K, 2, N) −ω_w, ω_s
     at: Maybe  # (G, K, 2, C) a, −b
     over: Maybe  # (G, K, C, N) Γ
+    initial_out: Maybe = None  # (G, E, D) W_init of the second layer
+    by_initial: Maybe = None  # (G, K, N, P) φ(k) W_init
+    q_by_initial: Maybe = None  # (G, K, C, P) φ(q) W_init
 
 
 class Record(NamedTuple):

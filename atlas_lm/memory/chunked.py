@@ -44,8 +44,6 @@ def scan(
     with torch.autocast(q_BHTD.device.type, enabled=False):  # products of gates stay wide
         steps = fold.steps(rule, blocks, keeps)
         reads = fold.reads(rule, blocks, keeps) if rule.read == "token" and rule.update == "gradient" else None
-    # what does not depend on the fast weights is computed for all chunks at once
-    by_initial, q_by_initial = (_times_initial(x, initial[0]) for x in (blocks.phi, phi_q_BHKCF))
     scores = None if reads is None else phi_q_BHKCF @ blocks.phi.mT
     residual = rule.network.residual
     low, wide = _precisions(blocks.k)
@@ -54,12 +52,9 @@ def scan(
         return x.flatten(0, 1).to(dtype)
 
     inputs = loop.Inputs(
-        initial_out=None if len(initial) == 1 else initial[1].repeat(state.change[1].size(0), 1, 1).to(wide),
         phi=flat(blocks.phi, low),
         v=flat(blocks.v - blocks.k if residual else blocks.v, low),
-        by_initial=flat(by_initial, low),
         phi_q=flat(phi_q_BHKCF, low),
-        q_by_initial=flat(q_by_initial, low),
         scores=None if scores is None else flat(scores, low),
         gamma=flat(blocks.gates.gamma.detach(), wide),
         same=None if keeps is None else flat(keeps.same, torch.bool),
@@ -75,7 +70,7 @@ def scan(
         complete=count if filled == 0 else count - 1, train=torch.is_grad_enabled(),
     )  # fmt: skip
     before = [torch.cat(halves, dim=-2).flatten(0, 1) for halves in zip(state.change, state.momentum, strict=True)]
-    y_GTD, after = loop.run(plan, before, inputs)
+    y_GTD, after = loop.run(plan, before, initial, inputs)
     halves = (z.unflatten(0, q_BHTD.shape[:2]).chunk(2, dim=-2) for z in after)
     change, momentum = zip(*halves, strict=True)
     y_BHTD = y_GTD.unflatten(0, q_BHTD.shape[:2])[:, :, state.filled : length]
@@ -120,10 +115,3 @@ def _queries(rule: Rule, x_BHTD: Tensor, filled: int, count: int) -> Tensor:
     """Queries of the new tokens at their places in the chunks: (B, H, K, C, D)."""
     behind = count * rule.chunk - filled - x_BHTD.size(2)
     return nnf.pad(x_BHTD, (0, 0, filled, behind)).unflatten(2, (count, rule.chunk))
-
-
-def _times_initial(x_BHKNF: Tensor, w_HFP: Tensor) -> Tensor:
-    """x W_init, head by head, over all sequences and chunks at once."""
-    B, _, K, N, _ = x_BHKNF.shape
-    y = x_BHKNF.transpose(0, 1).flatten(1, 3) @ w_HFP
-    return y.unflatten(1, (B, K, N)).transpose(0, 1)

@@ -18,16 +18,39 @@ from torch import Tensor
 from atlas_lm.memory import cpu_loop
 from atlas_lm.memory.chunk_gradient import gradients
 from atlas_lm.memory.chunk_step import Inputs, Plan, learn_and_read, update
+from atlas_lm.memory.network import Weights
 
 STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 
 
-def run(plan: Plan, states: list[Tensor], inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-    """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q)."""
+def run(plan: Plan, states: list[Tensor], initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q).
+
+    `initial` is W_init (H, R, Q) per layer; what depends on it alone among `inputs` is not there yet.
+    """
     if cpu_loop.can_run(plan, inputs):
-        return cpu_loop.run(plan, states, inputs)
+        return cpu_loop.run(plan, states, initial, inputs)
+    low, wide = inputs.phi.dtype, inputs.decay.dtype
+    inputs = inputs._replace(
+        # what does not depend on the fast weights is computed for all chunks at once
+        by_initial=_times_initial(inputs.phi, initial[0].to(low)),
+        q_by_initial=_times_initial(inputs.phi_q, initial[0].to(low)),
+        initial_out=None if len(initial) == 1 else _of_sequences(initial[1], inputs.phi.size(0)).to(wide),
+    )
     y, *after = _Loop.apply(plan, len(states), *states, *inputs)
     return y, after
+
+
+def _times_initial(x_GKNF: Tensor, w_HFP: Tensor) -> Tensor:
+    """x W_init, head by head, over all sequences and chunks at once."""
+    x = x_GKNF.unflatten(0, (-1, w_HFP.size(0)))
+    y = x.transpose(0, 1).flatten(1, 3) @ w_HFP
+    return y.unflatten(1, (x.size(0), *x_GKNF.shape[1:3])).transpose(0, 1).flatten(0, 1)
+
+
+def _of_sequences(w: Tensor, count: int) -> Tensor:
+    """(H, R, Q) → (G, R, Q)."""
+    return w.repeat(count // w.size(0), 1, 1)
 
 
 class _Loop(torch.autograd.Function):
@@ -81,7 +104,7 @@ class _Loop(torch.autograd.Function):
                     now = states.pop() if n <= plan.complete else states[-1]
                     dstates, chunks[n] = gradients(plan, x, n, now, records[n], dy[:, n], dstates, dinitial)
                     records[n] = None  # gives its memory back
-        grads = [dinitial, *(_stack(chunks, name) for name in Inputs._fields[1:])]
+        grads = (dinitial if name == "initial_out" else _stack(chunks, name) for name in Inputs._fields)
         return (None, None, *dstates, *grads)
 
 

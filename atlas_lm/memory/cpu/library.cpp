@@ -1,0 +1,47 @@
+// What is compiled, once per machine (compiled.py).
+
+#include "convolution.h"
+#include "loop.h"
+
+namespace {
+
+// Denormals are flushed in every thread as in the one that asks: results must not depend on who computes them.
+void round_as(I mode) {
+#if defined(__SSE__)
+    _mm_setcsr(unsigned(mode));
+#else
+    (void)mode;
+#endif
+}
+
+template <class T, class S> void loop(Arguments* a) {
+    round_as(a->rounding);
+    Worker<T, S> worker(*a);
+    for (I g; (g = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->G;)
+        a->dy ? worker.backward(g) : worker.forward(g);
+}
+
+template <class T, class S> void convolve(ConvolutionArguments* a) {
+    round_as(a->rounding);
+    Convolution<T, S> worker(*a);
+    for (I n; (n = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->B * worker.pieces;)
+        a->dx ? worker.backward(n) : worker.forward(n);
+}
+
+}  // namespace
+
+extern "C" {
+I rounding_mode() {
+#if defined(__SSE__)
+    return I(_mm_getcsr());
+#else
+    return 0;
+#endif
+}
+void loop_double(Arguments* a) { loop<double, double>(a); }
+void loop_float(Arguments* a) { loop<float, float>(a); }
+void loop_bf16(Arguments* a) { loop<float, bf16>(a); }
+void convolution_double(ConvolutionArguments* a) { convolve<double, double>(a); }
+void convolution_float(ConvolutionArguments* a) { convolve<float, float>(a); }
+void convolution_bf16(ConvolutionArguments* a) { convolve<float, bf16>(a); }
+}
