@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory import cpu_features
+
 CONSTANT_WEIGHT = 1 / 32  # share of ‖φ‖² in the constant: a bias for the memory, small, since it is common to all keys
 LINEAR_WEIGHT = 1 / 4  # share in the linear part where a quadratic part exists (crosstalk E[(q·k)²] = 1/D)
 
@@ -71,10 +73,13 @@ class Sketch(nn.Module):
         self.dim_out = 1 + dim + rank
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        products_BR = nnf.linear(x_BD, self.left_RD) * nnf.linear(x_BD, self.right_RD)
-        sketch_BR = nnf.normalize(products_BR.to(x_BD.dtype), dim=-1)
-        constant = torch.full_like(x_BD[..., :1], self.weights[0] ** 0.5)
-        return torch.cat([constant, x_BD * self.weights[1] ** 0.5, sketch_BR * self.weights[2] ** 0.5], dim=-1)
+        both_BR = nnf.linear(x_BD, torch.cat([self.left_RD, self.right_RD]))
+        constant, linear, quadratic = (weight**0.5 for weight in self.weights)
+        if cpu_features.can_run(x_BD, both_BR):
+            return cpu_features.sketch(x_BD, both_BR, (constant, linear, quadratic))
+        left_BR, right_BR = both_BR.chunk(2, dim=-1)
+        sketch_BR = nnf.normalize((left_BR * right_BR).to(x_BD.dtype), dim=-1)
+        return torch.cat([torch.full_like(x_BD[..., :1], constant), x_BD * linear, sketch_BR * quadratic], dim=-1)
 
 
 def build_features(kind: str, dim: int, rank: int) -> Monomials | Sketch:

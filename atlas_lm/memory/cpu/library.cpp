@@ -1,6 +1,7 @@
 // What is compiled, once per machine (compiled.py).
 
 #include "convolution.h"
+#include "features.h"
 #include "loop.h"
 
 namespace {
@@ -28,6 +29,11 @@ template <class T, class S> void convolve(ConvolutionArguments* a) {
         a->dx ? worker.backward(n) : worker.forward(n);
 }
 
+template <class T, class S> void sketch(SketchArguments* a) {
+    round_as(a->rounding);
+    for (I n; (n = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) * a->block < a->rows;) sketch_piece<T, S>(*a, n);
+}
+
 }  // namespace
 
 extern "C" {
@@ -44,4 +50,7 @@ void loop_bf16(Arguments* a) { loop<float, bf16>(a); }
 void convolution_double(ConvolutionArguments* a) { convolve<double, double>(a); }
 void convolution_float(ConvolutionArguments* a) { convolve<float, float>(a); }
 void convolution_bf16(ConvolutionArguments* a) { convolve<float, bf16>(a); }
+void sketch_double(SketchArguments* a) { sketch<double, double>(a); }
+void sketch_float(SketchArguments* a) { sketch<float, float>(a); }
+void sketch_bf16(SketchArguments* a) { sketch<float, bf16>(a); }
 }
