@@ -34,12 +34,37 @@ def scan(
     """
     row = append(rule, state, tokens)
     length = row.k.size(2) - rule.halo
-    count, filled = -(-length // rule.chunk), length % rule.chunk
+    filled = length % rule.chunk
     tail = make_tail(rule, row, filled)
+    complete = length // rule.chunk
+    before = [torch.cat(halves, dim=-2).flatten(0, 1) for halves in zip(state.change, state.momentum, strict=True)]
+    y_BHTD, after = _run(rule, before, initial, q_BHTD, phi_q_BHTF, row, state.filled, complete)
+    halves = (z.unflatten(0, q_BHTD.shape[:2]).chunk(2, dim=-2) for z in after)
+    change, momentum = zip(*halves, strict=True)
+    return y_BHTD, MemoryState(change, momentum, tail, filled)
+
+
+def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:
+    """The outputs of `scan` from an empty memory. What no read of these tokens sees is not computed."""
+    row = tokens
+    if rule.halo:
+        row = map_tokens(lambda x: nnf.pad(x, (0, 0, rule.halo, 0) if x.dim() == 4 else (rule.halo, 0)), tokens)
+    last = -(-q_BHTD.size(2) // rule.chunk) - 1
+    return _run(rule, None, initial, q_BHTD, phi_q_BHTF, row, 0, last)[0]
+
+
+def _run(
+    rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
+    filled: int, complete: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Of a row that begins with the halo and `filled` tokens of before: the outputs of the new ones, and the states
+    behind `complete` chunks (none where `before` is None, an empty memory)."""
+    length = row.k.size(2) - rule.halo
+    count = -(-length // rule.chunk)
     if length < rule.chunk:  # decoding: no more than the tokens that are there
         rule = rule._replace(chunk=length)
     blocks = _blocks(rule, row, count)
-    phi_q_BHKCF = _queries(rule, phi_q_BHTF, state.filled, count)
+    phi_q_BHKCF = _queries(rule, phi_q_BHTF, filled, count)
     keeps = fold.segments(rule, blocks)
     with torch.autocast(q_BHTD.device.type, enabled=False):  # products of gates stay wide
         steps = fold.steps(rule, blocks, keeps)
@@ -67,14 +92,11 @@ def scan(
     )
     plan = loop.Plan(
         rule.network, rule.context, rule.update, rule.newton_schulz_steps, rule.radius, low,
-        complete=count if filled == 0 else count - 1, train=torch.is_grad_enabled(),
+        complete=complete, train=torch.is_grad_enabled(),
     )  # fmt: skip
-    before = [torch.cat(halves, dim=-2).flatten(0, 1) for halves in zip(state.change, state.momentum, strict=True)]
     y_GTD, after = loop.run(plan, before, initial, inputs)
-    halves = (z.unflatten(0, q_BHTD.shape[:2]).chunk(2, dim=-2) for z in after)
-    change, momentum = zip(*halves, strict=True)
-    y_BHTD = y_GTD.unflatten(0, q_BHTD.shape[:2])[:, :, state.filled : length]
-    return y_BHTD + q_BHTD if residual else y_BHTD, MemoryState(change, momentum, tail, filled)
+    y_BHTD = y_GTD.unflatten(0, q_BHTD.shape[:2])[:, :, filled:length]
+    return y_BHTD + q_BHTD if residual else y_BHTD, after
 
 
 def _decay(rule: Rule, steps: Steps) -> Tensor:

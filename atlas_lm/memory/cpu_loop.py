@@ -18,7 +18,9 @@ from atlas_lm.memory import network as net
 from atlas_lm.memory.chunk_step import Inputs, Plan
 from atlas_lm.memory.network import Weights
 
-STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
+# Fast weights are kept for the backward pass at every few chunks, at most so many a sequence; those between are computed
+# again, which takes no longer than to fetch them from memory.
+STRIDE, STATES = 4, 64
 
 _SIZES = ("G", "H", "K", "C", "N", "F", "P", "E", "D", "kind", "token", "complete", "stride", "context", "train")
 _TENSORS: tuple[compiled.Field, ...] = (
@@ -36,19 +38,20 @@ def can_run(plan: Plan, inputs: Inputs) -> bool:
     return (inputs.decay.dtype, plan.operands) in compiled.KINDS and compiled.library() is not None
 
 
-def run(plan: Plan, states: list[Tensor], initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+def run(plan: Plan, states: list[Tensor] | None, initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     """As `loop.run`."""
-    y, *after = _CompiledLoop.apply(plan, len(states), *states, *initial, *inputs)
+    given = states or []
+    y, *after = _CompiledLoop.apply(plan, len(initial), len(given), *initial, *given, *inputs)
     return y, after
 
 
 class _CompiledLoop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, layers: int, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, plan: Plan, layers: int, states: int, *tensors: Tensor | None) -> Any:
         given = [None if x is None else x.contiguous() for x in tensors]
-        before: list[Any] = given[:layers]
-        initial: list[Any] = [w.to(before[0].dtype) for w in given[layers : 2 * layers] if w is not None]
-        x = Inputs(*given[2 * layers :])
+        x = Inputs(*given[layers + states :])
+        initial: list[Any] = [w.to(x.decay.dtype) for w in given[:layers] if w is not None]
+        before: list[Any] = given[layers : layers + states]
         arguments = _arguments(plan, x, initial)
         after = [torch.empty_like(z) for z in before]
         G, K, C, N = arguments.G, arguments.K, arguments.C, arguments.N
@@ -57,7 +60,7 @@ class _CompiledLoop(torch.autograd.Function):
         if plan.train:
             wide, P, E, D = x.decay.new_empty, arguments.P, arguments.E, arguments.D
             records = {
-                "kept": [wide(-(-K // arguments.stride), *z.shape) for z in after],
+                "kept": [wide(-(-K // arguments.stride), G, 2 * w.size(1), w.size(2)) for w in initial],
                 "pre": wide(G, K, N, P),
                 "total": wide(G, K, C if arguments.token else 1, N),
                 "scale": wide(G, K, 3),
@@ -93,7 +96,7 @@ class _CompiledLoop(torch.autograd.Function):
         given = {"dy": dy.to(ctx.plan.operands).contiguous(), "initial": initial}
         _call(ctx.plan, arguments, x, x._asdict() | records | given | outputs)
         of_heads = (dw.view(G // H, H, *dw.shape[1:]).sum(0) for dw in dinitial)
-        return (None, None, *dstate, *of_heads, *(grads.get(name) for name in Inputs._fields))
+        return (None, None, None, *of_heads, *dstate, *(grads.get(name) for name in Inputs._fields))
 
 
 def _arguments(plan: Plan, x: Inputs, initial: Sequence[Tensor]) -> Any:
@@ -102,7 +105,7 @@ def _arguments(plan: Plan, x: Inputs, initial: Sequence[Tensor]) -> Any:
     return _Arguments(
         G=G, H=initial[0].size(0), K=K, C=x.phi_q.size(2), N=N, F=F, P=initial[0].size(2), E=initial[-1].size(1),
         D=x.v.size(-1), kind=0 if act is None else act.width, token=x.at is not None, complete=plan.complete,
-        stride=-(-K // STATES), context=plan.context, train=plan.train, radius=plan.radius,
+        stride=max(-(-K // STATES), min(K, STRIDE)), context=plan.context, train=plan.train, radius=plan.radius,
         smallest=net.SMALLEST_CURVATURE,
     )  # fmt: skip
 

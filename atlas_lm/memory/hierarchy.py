@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.chunked import scan
+from atlas_lm.memory.chunked import scan, scan_shard
 from atlas_lm.memory.features import CONSTANT_WEIGHT, build_features
 from atlas_lm.memory.network import Network, Weights, build_network
 from atlas_lm.memory.newton_schulz import STEPS
@@ -196,31 +196,34 @@ class Hierarchy(nn.Module):
         phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
         tokens = Tokens(k_BHTD, phi_k, v_BHTD, self.global_memory.open(x_BTM), restart)
-        streaming = state is not None
-        state = state or self.initial_state(B, restart is not None)
         memory = self.global_memory
-        y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
+        global_state: MemoryState | None = None
+        if state is None:
+            y_BHTD = scan_shard(memory.rule, memory.weights(), q_BHTD, phi_q, tokens)
+        else:
+            y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
         if not self.local_memories:
-            return y_BHTD, HierarchyState(global_state, (), state.projection) if streaming else None
+            return y_BHTD, None if state is None else state._replace(global_memory=global_state)
 
-        shards = _Shards(T, T if streaming else self.spec.shard)
+        shards = _Shards(T, self.spec.shard if state is None else T)
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
         restart = None if restart is None else shards.fold(restart)
         persistent = persistent_state(self.persistent_keys, q.size(0))
-        q, projection = project(q, k, state.projection if streaming else persistent, persistent, restart)
+        q, projection = project(q, k, persistent if state is None else state.projection, persistent, restart)
         phi_q = self.features(q)
         local_states = []
         for n, memory in enumerate(self._local()):
-            before = (
-                state.local_memories[n]
-                if streaming
-                else initial_state(memory.rule, memory.weights(), q.size(0), phi.size(-1), restart is not None)
-            )
             gates = Gates(*(shards.fold(gate) for gate in memory.open(x_BTM)))
-            y, after = scan(memory.rule, before, memory.weights(), q, phi_q, Tokens(k, phi, v, gates, restart))
+            tokens = Tokens(k, phi, v, gates, restart)
+            if state is None:
+                y = scan_shard(memory.rule, memory.weights(), q, phi_q, tokens)
+            else:
+                y, after = scan(memory.rule, state.local_memories[n], memory.weights(), q, phi_q, tokens)
+                local_states.append(after)
             y_BHTD = y_BHTD + shards.unfold(y)
-            local_states.append(after)
-        return y_BHTD, HierarchyState(global_state, tuple(local_states), projection) if streaming else None
+        if global_state is None:
+            return y_BHTD, None
+        return y_BHTD, HierarchyState(global_state, tuple(local_states), projection)
 
 
 class _Shards(NamedTuple):

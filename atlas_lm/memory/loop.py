@@ -23,9 +23,10 @@ from atlas_lm.memory.network import Weights
 STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 
 
-def run(plan: Plan, states: list[Tensor], initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+def run(plan: Plan, states: list[Tensor] | None, initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q).
 
+    Without states the memory is empty, and none are given back.
     `initial` is W_init (H, R, Q) per layer; what depends on it alone among `inputs` is not there yet.
     """
     if cpu_loop.can_run(plan, inputs):
@@ -37,8 +38,9 @@ def run(plan: Plan, states: list[Tensor], initial: Weights, inputs: Inputs) -> t
         q_by_initial=_times_initial(inputs.phi_q, initial[0].to(low)),
         initial_out=None if len(initial) == 1 else _of_sequences(initial[1], inputs.phi.size(0)).to(wide),
     )
-    y, *after = _Loop.apply(plan, len(states), *states, *inputs)
-    return y, after
+    given = states or [w.new_zeros(inputs.phi.size(0), 2 * w.size(1), w.size(2), dtype=wide) for w in initial]
+    y, *after = _Loop.apply(plan, len(given), *given, *inputs)
+    return y, after if states else []
 
 
 def _times_initial(x_GKNF: Tensor, w_HFP: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from atlas_lm.memory import network as net
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.newton_schulz import newton_schulz
 from atlas_lm.memory.projection import ProjectionState
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, bounded, make_tail
+from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, bounded, initial_state, make_tail
 
 
 def scan(
@@ -61,6 +61,13 @@ def scan(
             chunk = _Chunk(rule, change, momentum, initial, row, max(t + 1 - rule.halo, floor), start=t + 1)
     filled = (row.k.size(2) - rule.halo) % rule.chunk
     return torch.cat(outputs, dim=2), MemoryState(change, momentum, make_tail(rule, row, filled), filled)
+
+
+def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:
+    """The outputs of `scan` from an empty memory."""
+    B, F = q_BHTD.size(0), phi_q_BHTF.size(-1)
+    state = initial_state(rule, initial, B, F, tokens.restart is not None)
+    return scan(rule, state, initial, q_BHTD, phi_q_BHTF, tokens)[0]
 
 
 def _add(initial: Weights, change: Weights) -> Weights:

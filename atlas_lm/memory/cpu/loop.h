@@ -171,11 +171,11 @@ template <class T, class S> struct Worker {
     template <class X> X* chunk(void* p, I g, I n, I size) const { return (X*)p + (g * a.K + n) * size; }
     template <class X> const X* chunk(const void* p, I g, I n, I size) const { return (const X*)p + (g * a.K + n) * size; }
 
-    void load_state(M* to, const void* const* from, I index) {
-        for (int l = 0; l < layers; l++) load(to[l], (const T*)from[l] + index * 2 * R[l] * Q[l]);
+    void load_state(M* to, const void* const* from, I index) {  // null: empty
+        for (int l = 0; l < layers; l++) from[l] ? load(to[l], (const T*)from[l] + index * 2 * R[l] * Q[l]) : zero(to[l]);
     }
     void store_state(void* const* to, M* from, I index) {
-        for (int l = 0; l < layers; l++) store((T*)to[l] + index * 2 * R[l] * Q[l], from[l], Q[l]);
+        for (int l = 0; l < layers && to[l]; l++) store((T*)to[l] + index * 2 * R[l] * Q[l], from[l], Q[l]);
     }
 
     void load_initial(I g) {
