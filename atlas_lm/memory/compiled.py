@@ -68,6 +68,13 @@ def point(arguments: Any, fields: Sequence[Field], tensors: dict[str, Any]) -> N
             setattr(arguments, name, given.data_ptr())
 
 
+def leading_dimension(item: int, columns: int) -> int:
+    """Of a matrix that compiled code works on in place: padded to whole vectors. `item`: bytes of a number."""
+    built = library()
+    assert built is not None
+    return int(built.leading_dimension(ctypes.c_int64(columns), ctypes.c_int64(item)))
+
+
 _ALONE = 2**18  # operations below which waking another thread costs more than it brings
 
 
@@ -98,7 +105,7 @@ def library() -> ctypes.CDLL | None:
             "install g++ 9 or newer, or name a compiler by CXX", _first_line(error),
         )  # fmt: skip
         return None
-    built.rounding_mode.restype = ctypes.c_int64
+    built.rounding_mode.restype = built.leading_dimension.restype = ctypes.c_int64
     return built
 
 

@@ -7,6 +7,7 @@ weights in the cache. What it computes is `loop.py`'s, to rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,14 +60,19 @@ class _CompiledLoop(torch.autograd.Function):
         records: dict[str, Any] = {}
         if plan.train:
             wide, P, E, D = x.decay.new_empty, arguments.P, arguments.E, arguments.D
+            padded = functools.partial(compiled.leading_dimension, x.decay.element_size())
             records = {
                 "kept": [wide(-(-K // arguments.stride), G, 2 * w.size(1), w.size(2)) for w in initial],
-                "pre": wide(G, K, N, P),
+                "pre": wide(G, K, N, padded(P)),
                 "total": wide(G, K, C if arguments.token else 1, N),
                 "scale": wide(G, K, 3),
             }
             if arguments.kind:
-                records |= {"read_pre": wide(G, K, C, P), "error": wide(G, K, N, D), "back": wide(G, K, N, E)}
+                records |= {
+                    "read_pre": wide(G, K, C, padded(P)),
+                    "error": wide(G, K, N, padded(D)),
+                    "back": wide(G, K, N, padded(E)),
+                }
         given_back = {"y": y, "before": before, "after": after, "initial": initial}
         _call(plan, arguments, x, x._asdict() | records | given_back)
         if plan.train:

@@ -74,10 +74,7 @@ template <class T, class S> struct Convolution {
                     continue;
                 }
                 T norm = ((const T*)a.norms)[((b * a.H + h) * 2 + p) * a.T + t], along = 0;
-                if (norm > T(SMALLEST_NORM)) {
-                    for (I c = 0; c < a.D; c++) to[c] = T(dy[c]) * T(y[c]);
-                    for (I c = 0; c < a.D; c++) along += to[c];
-                }
+                if (norm > T(SMALLEST_NORM)) along = total_of<T>(a.D, [&](I c) { return T(dy[c]) * T(y[c]); });
                 for (I c = 0; c < a.D; c++) to[c] = (T(dy[c]) - T(y[c]) * along) / norm;
             }
     }

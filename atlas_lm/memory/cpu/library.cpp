@@ -1,7 +1,7 @@
 // What is compiled, once per machine (compiled.py).
 
 #include "convolution.h"
-#include "features.h"
+#include "sketch.h"
 #include "loop.h"
 
 namespace {
@@ -18,6 +18,8 @@ void round_as(I mode) {
 template <class T, class S> void loop(Arguments* a) {
     round_as(a->rounding);
     Worker<T, S> worker(*a);
+    using Unit = typename std::conditional<std::is_same<S, bf16>::value, MatrixUnit, int>::type;
+    [[maybe_unused]] Unit unit{};
     for (I g; (g = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->G;)
         a->dy ? worker.backward(g) : worker.forward(g);
 }
@@ -44,6 +46,7 @@ I rounding_mode() {
     return 0;
 #endif
 }
+I leading_dimension(I columns, I item) { return item == 8 ? padded<double>(columns) : padded<float>(columns); }
 void loop_double(Arguments* a) { loop<double, double>(a); }
 void loop_float(Arguments* a) { loop<float, float>(a); }
 void loop_bf16(Arguments* a) { loop<float, bf16>(a); }

@@ -6,6 +6,7 @@
 
 #include "activations.h"
 #include "mix.h"
+#include "narrow.h"
 
 extern "C" struct Arguments {
     // sizes: batch × heads, heads, chunks, tokens of a chunk and of a block, features, pre-activations, hidden, outputs
@@ -54,13 +55,14 @@ template <class T, class S> struct Worker {
     // scratch
     M w0[2], sum[2], phi, phi_old, pre, v, hidden, hidden_old, slopes, e1, e2, back, kappa, hh, total, over, phi_q, two0,
         two1, read_pre, read_hidden, y, alike, tmp, ton, tsq, z[2];
-    M dz[2], dy, de1, de2, dphi, dhidden, y0, y1, eo0, eo1, left, right, drh, drp, datt, datt2, dover, dback, dslopes,
+    M dz[2], dy, de1, de2, dphi, dhidden, y0, y1, left, right, drh, drp, datt, datt2, dover, dback,
         dpre, factor[4], dinitial[2], spare[2];
     std::vector<M> states[2];
-    std::vector<T> sens, on0, on1, don0, don1, rows, dat0, dat1;
+    std::vector<T> sens, on0, on1, don0, don1, rows, squares, dat0, dat1;
     std::vector<T> own_row;
 
     explicit Worker(Arguments& a_) : a(a_) {
+        narrow = std::is_same<S, bf16>::value && narrow_available();
         act = a.kind > 0, token = a.token, summed = !a.old && a.N >= 6;
         layers = act ? 2 : 1;
         R[0] = a.F, Q[0] = a.P, R[1] = a.E, Q[1] = a.D;
@@ -73,7 +75,7 @@ template <class T, class S> struct Worker {
         plan(pool);
         for (auto* x : {&sens, &on0, &on1, &don0, &don1, &own_row}) x->assign(a.N, 0);
         for (auto* x : {&dat0, &dat1}) x->assign(a.C, 0);
-        rows.assign(std::max(a.E, a.D), 0);
+        rows.assign(std::max(a.E, a.D), 0), squares.assign(a.E, 0);
     }
 
     void plan(Pool<T>& p) {
@@ -98,13 +100,12 @@ template <class T, class S> struct Worker {
             for (I i = 0; i < a.stride; i++) states[l].push_back(p.take(2 * R[l], Q[l]));
         }
         dy = p.take(C, D), de1 = p.take(N, P), dphi = p.take(N, F);
-        y0 = p.take(N, wide), y1 = p.take(N, wide), eo0 = p.take(N, wide), eo1 = p.take(N, wide);
+        y0 = p.take(N, wide), y1 = p.take(N, wide);
         drp = p.take(C, P), dpre = p.take(N, P);
         if (token) left = p.take(C, wide), right = p.take(C, wide), datt = p.take(C, N), datt2 = p.take(C, N), dover = p.take(C, N);
         for (auto& f : factor) f = p.take(std::max(N, C), wide);
         if (act) {
             de2 = p.take(N, D), dhidden = p.take(N, E), drh = p.take(C, E), dback = p.take(N, E);
-            dslopes = p.take(N, P);
         }
     }
 
@@ -122,23 +123,37 @@ template <class T, class S> struct Worker {
     static void zero(M m) { std::memset(m.p, 0, size_t(m.rows * m.ld) * sizeof(T)); }
     static M view(M m, I rows, I cols) { return {m.p, rows, cols, padded<T>(cols)}; }  // of scratch, for a smaller one
 
+    // With bf16 tensors outside, products of enough rows go through the matrix unit.
+    static constexpr I FEW = 12;  // rows; below, packing for it takes longer than the product
+    bool narrow = false;
+    void product(M A, bool across, M B, bool turned, I rows, I columns, I deep, M C, T alpha, bool add) {
+        if constexpr (std::is_same<T, float>::value)
+            narrow_product(rows, columns, deep, {A.p, A.ld, across}, {B.p, B.ld, turned}, C.p, C.ld, alpha, add);
+    }
     // C = [C +] alpha A B
-    static void nn(M A, M B, M C, T alpha = 1, bool add = false) {
+    void nn(M A, M B, M C, T alpha = 1, bool add = false) {
+        if (narrow && A.rows >= FEW) return product(A, false, B, false, A.rows, B.cols, A.cols, C, alpha, add);
         gemm<T>(A.rows, B.cols, A.cols, A.p, A.ld, 1, B.p, B.ld, C.p, C.ld, alpha, add);
     }
     // C = [C +] alpha Aᵀ B
-    static void tn(M A, M B, M C, T alpha = 1, bool add = false) {
+    void tn(M A, M B, M C, T alpha = 1, bool add = false) {
+        if (narrow && A.rows >= FEW) return product(A, true, B, false, A.cols, B.cols, A.rows, C, alpha, add);
         gemm<T>(A.cols, B.cols, A.rows, A.p, 1, A.ld, B.p, B.ld, C.p, C.ld, alpha, add);
     }
     // C = [C +] alpha (A Bᵀ [+ A2 B2ᵀ]): transposes what is smaller, A and the result or B
     void nt(M A, M B, M C, T alpha = 1, bool add = false, const M* A2 = nullptr, const M* B2 = nullptr) {
+        if (narrow) {
+            product(A, false, B, true, A.rows, B.rows, A.cols, C, alpha, add);
+            if (A2) product(*A2, false, *B2, true, A2->rows, B2->rows, A2->cols, C, alpha, true);
+            return;
+        }
         if (A.rows * (A.cols + B.rows) < B.rows * B.cols) {
             M At = view(ton, A.cols, A.rows), Ct = view(tsq, B.rows, A.rows), back = view(tmp, A.rows, B.rows);
             transpose<T>(A.rows, A.cols, A.p, A.ld, At.p, At.ld);
-            gemm<T>(B.rows, A.rows, B.cols, B.p, B.ld, 1, At.p, At.ld, Ct.p, Ct.ld, alpha, false);
+            nn(B, At, Ct, alpha);
             if (A2) {
                 transpose<T>(A2->rows, A2->cols, A2->p, A2->ld, At.p, At.ld);
-                gemm<T>(B.rows, A.rows, B.cols, B2->p, B2->ld, 1, At.p, At.ld, Ct.p, Ct.ld, alpha, true);
+                nn(*B2, At, Ct, alpha, true);
             }
             if (!add) return transpose<T>(B.rows, A.rows, Ct.p, Ct.ld, C.p, C.ld);
             transpose<T>(B.rows, A.rows, Ct.p, Ct.ld, back.p, back.ld);
@@ -152,6 +167,30 @@ template <class T, class S> struct Worker {
         if (A2) {
             transpose<T>(B.rows, B.cols, B2->p, B2->ld, Bt.p, Bt.ld);
             nn(*A2, Bt, C, alpha, true);
+        }
+    }
+    // mix(m), its products through the matrix unit where they have enough tokens
+    void blend(Mix<T> m) {
+        bool few = !narrow;
+        for (int f = 0; f < m.count; f++) few |= m.outer[f].tokens < FEW;
+        if (few) return mix(m);
+        I rows = m.z.rows / 2, columns = m.z.cols;
+        M sum = view(ton, rows, columns);
+        auto add = [&](const Outer<T>& o, const T* a, M to, bool onto) {
+            tn(M{const_cast<T*>(a), o.tokens, rows, o.ld}, M{const_cast<T*>(o.b), o.tokens, columns, o.ldb}, to, 1, onto);
+        };
+        for (int f = 0; f < m.shared; f++) add(m.outer[f], m.outer[f].w, sum, f > 0);
+        const Outer<T> identity{nullptr, nullptr, 0, nullptr, 0, 0};
+        Mix<T> rest = m;
+        rest.outer = &identity, rest.count = 0, rest.shared = 0;
+        mix(rest);
+        M w = first(m.to), s = second(m.to);
+        if (m.shared)
+            for (I r = 0; r < rows; r++)
+                for (I c = 0; c < columns; c++) w[r][c] += sum[r][c], m.sum[r][c] += sum[r][c];
+        for (int f = m.shared; f < m.count; f++) {
+            add(m.outer[f], m.outer[f].w, w, true);
+            if (m.outer[f].s) add(m.outer[f], m.outer[f].s, s, true);
         }
     }
 
@@ -218,7 +257,7 @@ template <class T, class S> struct Worker {
             for (I i = 0; i < a.N; i++)
                 for (I c = 0; c < a.P; c++) e1[i][c] = pre[i][c] - v[i][c];
         } else {
-            for (I i = 0; i < a.N; i++) activate(a.kind, a.E, pre[i], hidden[i], slopes[i]);
+            for (I i = 0; i < a.N; i++) activate<T, true>(a.kind, a.E, pre[i], hidden[i], slopes[i]);
             if (a.old) mask(g, n, hidden, hidden_old, 0);
             forward_product(1, hidden, hidden_old, z[1], e2);
             for (I i = 0; i < a.N; i++)
@@ -230,11 +269,17 @@ template <class T, class S> struct Worker {
         }
         curvature(g, n);
         if (!a.train) return;
-        store(chunk<T>(a.pre, g, n, a.N * a.P), pre, a.P);
         store(chunk<T>(a.total, g, n, H2 * a.N), total, a.N);
+    }
+
+    // What the backward pass needs is computed where it is kept, in padded rows.
+    void place(I g, I n) {
+        if (!a.pre) return;
+        pre.p = chunk<T>(a.pre, g, n, a.N * pre.ld);
         if (!act) return;
-        store(chunk<T>(a.error, g, n, a.N * a.D), e2, a.D);
-        store(chunk<T>(a.back, g, n, a.N * a.E), back, a.E);
+        read_pre.p = chunk<T>(a.read_pre, g, n, a.C * read_pre.ld);
+        e2.p = chunk<T>(a.error, g, n, a.N * e2.ld);
+        back.p = chunk<T>(a.back, g, n, a.N * back.ld);
     }
 
     void first_errors() {
@@ -246,7 +291,7 @@ template <class T, class S> struct Worker {
     void restore(I g, I n) {  // what `learn` found, from what it kept
         load(phi, chunk<S>(a.phi, g, n, a.N * a.F));
         if (a.old) mask(g, n, phi, phi_old, 0);
-        load(pre, chunk<T>(a.pre, g, n, a.N * a.P));
+        place(g, n);
         load(total, chunk<T>(a.total, g, n, H2 * a.N));
         if (!act) {
             load(v, chunk<S>(a.v, g, n, a.N * a.D));
@@ -254,10 +299,8 @@ template <class T, class S> struct Worker {
                 for (I c = 0; c < a.P; c++) e1[i][c] = pre[i][c] - v[i][c];
             return;
         }
-        for (I i = 0; i < a.N; i++) activate(a.kind, a.E, pre[i], hidden[i], slopes[i]);
+        for (I i = 0; i < a.N; i++) activate<T, true>(a.kind, a.E, pre[i], hidden[i], slopes[i]);
         if (a.old) mask(g, n, hidden, hidden_old, 0);
-        load(e2, chunk<T>(a.error, g, n, a.N * a.D));
-        load(back, chunk<T>(a.back, g, n, a.N * a.E));
         first_errors();
     }
 
@@ -266,13 +309,7 @@ template <class T, class S> struct Worker {
         M wt = view(ton, a.D, a.E), gram = view(tsq, a.D, a.D);
         transpose<T>(a.E, a.D, w.p, w.ld, wt.p, wt.ld);
         nn(wt, w, gram);
-        T most = 0;
-        for (I r = 0; r < a.D; r++) {
-            T sum = 0;
-            for (I c = 0; c < a.D; c++) sum += std::abs(gram[r][c]);
-            most = sum > most || sum != sum ? sum : most;
-        }
-        return most;
+        return most_of<T>(a.D, [&](I r) { return total_of<T>(a.D, [&](I c) { return std::abs(gram[r][c]); }); });
     }
 
     void sensitivity(I g, I n, M w, bool seen) {
@@ -280,14 +317,13 @@ template <class T, class S> struct Worker {
         for (I r = 0; r < a.E; r++) rows[r] = dot(a.D, w[r], w[r]);
         for (I i = 0; i < a.N; i++) {
             if (a.old && old(g, n, i) != seen) continue;
-            T frobenius = 0, most = 0;
-            for (I c = 0; c < a.E; c++) {
-                T squared = 0;
-                for (I k = 0; k < a.kind; k++) squared += slopes[i][k * a.E + c] * slopes[i][k * a.E + c];
-                frobenius += squared * rows[c];
-                most = squared > most ? squared : most;
-            }
-            T other = most * spectral;
+            const T* __restrict slope = slopes[i];
+            T* __restrict squared = squares.data();
+            for (I c = 0; c < a.E; c++) squared[c] = slope[c] * slope[c];
+            if (a.kind == 2)
+                for (I c = 0; c < a.E; c++) squared[c] += slope[a.E + c] * slope[a.E + c];
+            T frobenius = dot(a.E, squared, rows.data());
+            T other = spectral * most_of<T>(a.E, [&](I c) { return squared[c]; });
             sens[i] = std::sqrt(other < frobenius ? other : frobenius);
         }
     }
@@ -358,9 +394,8 @@ template <class T, class S> struct Worker {
             attention(over, alike, alike);
             nn(alike, e1, read_pre, -1, true);
         }
-        if (a.train && act) store(chunk<T>(a.read_pre, g, n, a.C * a.P), read_pre, a.P);
         if (!act) return store(chunk<S>(a.y, g, n, a.C * a.D), read_pre, a.D);
-        for (I i = 0; i < a.C; i++) activate<T>(a.kind, a.E, read_pre[i], read_hidden[i], nullptr);
+        for (I i = 0; i < a.C; i++) activate<T, false>(a.kind, a.E, read_pre[i], read_hidden[i], nullptr);
         if (!token) {
             M x = read_hidden;
             if (a.old) mask(g, n, read_hidden, x = view(two0, a.C, a.E), halo());
@@ -393,7 +428,7 @@ template <class T, class S> struct Worker {
             for (I i = 0; i < a.N; i++)
                 for (I c = 0; c < R[l]; c++) x0[i][c] = on0[i] * x[i][c], x1[i][c] = on1[i] * x[i][c];
             Outer<T> o{x0.p, x1.p, x0.ld, errors[l]->p, errors[l]->ld, a.N};
-            mix(Mix<T>{from[l], to[l], by, &o, 1});
+            blend(Mix<T>{from[l], to[l], by, &o, 1});
         }
     }
 
@@ -429,6 +464,7 @@ template <class T, class S> struct Worker {
         for (I n = 0; n < a.K; n++) {
             if (a.train && n % a.stride == 0) store_state(a.kept, z, n / a.stride * a.G + g);
             sum_initial(z);
+            place(g, n);
             if (learns(n)) learn(g, n);
             read(g, n);
             if (n >= a.complete) continue;
@@ -477,16 +513,19 @@ template <class T, class S> struct Worker {
         std::fill(don0.begin(), don0.end(), T(0)), std::fill(don1.begin(), don1.end(), T(0));
         for (int l = 0; l < layers; l++) {
             M x = *inputs[l], e = *errors[l], de = *derrors[l], w = first(dz[l]), s = second(dz[l]);
-            M a0 = view(y0, a.N, Q[l]), a1 = view(y1, a.N, Q[l]), b0 = view(eo0, a.N, Q[l]), b1 = view(eo1, a.N, Q[l]);
+            M a0 = view(y0, a.N, Q[l]), a1 = view(y1, a.N, Q[l]);
             nn(x, w, a0), nn(x, s, a1);
             for (I i = 0; i < a.N; i++) {
                 don0[i] += dot(Q[l], e[i], a0[i]), don1[i] += dot(Q[l], e[i], a1[i]);
-                for (I c = 0; c < Q[l]; c++) {
-                    de[i][c] = on0[i] * a0[i][c] + on1[i] * a1[i][c];
-                    b0[i][c] = on0[i] * e[i][c], b1[i][c] = on1[i] * e[i][c];
-                }
+                for (I c = 0; c < Q[l]; c++) de[i][c] = on0[i] * a0[i][c] + on1[i] * a1[i][c];
             }
-            nt(b0, w, *dinputs[l], 1, false, &b1, &s);
+            // on₀ e wᵀ + on₁ e sᵀ, by columns
+            M et = view(ton, Q[l], a.N), by_w = view(tsq, R[l], a.N), by_s = view(tmp, R[l], a.N);
+            transpose<T>(a.N, Q[l], e.p, e.ld, et.p, et.ld);
+            nn(w, et, by_w), nn(s, et, by_s);
+            for (I r = 0; r < R[l]; r++)
+                for (I i = 0; i < a.N; i++) by_w[r][i] = on0[i] * by_w[r][i] + on1[i] * by_s[r][i];
+            transpose<T>(R[l], a.N, by_w.p, by_w.ld, dinputs[l]->p, dinputs[l]->ld);
         }
         for (I i = 0; i < a.N; i++)
             don[i] = don0[i] / total[H2 - 1][i], don[a.N + i] = don1[i] / total[H2 - 1][i];
@@ -522,8 +561,8 @@ template <class T, class S> struct Worker {
             zero(dover), std::fill(dat0.begin(), dat0.end(), T(0)), std::fill(dat1.begin(), dat1.end(), T(0));
         }
         if (act) {
-            load(read_pre, chunk<T>(a.read_pre, g, n, a.C * a.P));
-            for (I i = 0; i < a.C; i++) activate<T>(a.kind, a.E, read_pre[i], read_hidden[i], nullptr);
+            place(g, n);
+            for (I i = 0; i < a.C; i++) activate<T, false>(a.kind, a.E, read_pre[i], read_hidden[i], nullptr);
             M f0 = view(factor[0], a.C, a.E), f1 = view(factor[1], a.C, a.E);
             if (!token) {
                 M x = read_hidden;
@@ -541,7 +580,7 @@ template <class T, class S> struct Worker {
                 outer[1] = {f0.p, f1.p, f0.ld, dy.p, dy.ld, a.C};
             }
             if (token || a.old) tn(read_hidden, dy, dinitial[1], 1, true);
-            for (I i = 0; i < a.C; i++) deactivate<T>(a.kind, a.E, read_pre[i], drh[i], nullptr, drp[i]);
+            for (I i = 0; i < a.C; i++) deactivate<T, false>(a.kind, a.E, read_pre[i], drh[i], nullptr, nullptr, drp[i]);
             d = drp;
         }
         M dx = view(two0, a.C, a.F), f2 = view(factor[2], a.C, a.F), f3 = view(factor[3], a.C, a.F);
@@ -571,13 +610,8 @@ template <class T, class S> struct Worker {
         if (act) {
             for (I i = 0; i < a.N; i++)
                 for (I c = 0; c < a.E; c++) {
-                    T sum = 0;
-                    for (I k = 0; k < a.kind; k++) {
-                        I p = k * a.E + c;
-                        sum += slopes[i][p] * de1[i][p];
-                        dslopes[i][p] = back[i][c] * de1[i][p];
-                    }
-                    dback[i][c] = sum;
+                    dback[i][c] = slopes[i][c] * de1[i][c];
+                    if (a.kind == 2) dback[i][c] += slopes[i][a.E + c] * de1[i][a.E + c];
                 }
             M b = dback, seen = de2;
             if (a.old) mask(g, n, dback, b = view(y0, a.N, a.E), 0);
@@ -591,14 +625,14 @@ template <class T, class S> struct Worker {
             if (a.old) tn(dback, e2, dinitial[1], 1, true), tn(hidden, de2, dinitial[1], 1, true);
             outer[count++] = {b.p, nullptr, b.ld, e2.p, e2.ld, a.N};
             outer[count++] = {hidden_old.p, nullptr, hidden_old.ld, de2.p, de2.ld, a.N};
-            for (I i = 0; i < a.N; i++) deactivate<T>(a.kind, a.E, pre[i], dhidden[i], dslopes[i], dpre[i]);
+            for (I i = 0; i < a.N; i++) deactivate<T, true>(a.kind, a.E, pre[i], dhidden[i], de1[i], back[i], dpre[i]);
             d = dpre;
             store(chunk<S>(a.dv, g, n, a.N * a.D), de2, a.D, -1);
         } else {
             store(chunk<S>(a.dv, g, n, a.N * a.D), de1, a.D, -1);
         }
         M seen = d;
-        if (a.old) mask(g, n, d, seen = view(eo0, a.N, a.P), 0), tn(phi, d, dinitial[0], 1, true);
+        if (a.old) mask(g, n, d, seen = view(y1, a.N, a.P), 0), tn(phi, d, dinitial[0], 1, true);
         backward_product(0, d, seen, state[0], dphi, n < a.complete);
         store(chunk<S>(a.dphi, g, n, a.N * a.F), dphi, a.F);
         return count;
@@ -627,8 +661,8 @@ template <class T, class S> struct Worker {
             by[0] = decay[0], by[1] = decay[2], by[2] = decay[1], by[3] = decay[3];
             ddecay = chunk<T>(a.ddecay, g, n, 4);
         }
-        mix(Mix<T>{dz[0], dz[0], by, in, ins, a.old ? 0 : ins - less, dinitial[0], state[0], ddecay});
-        if (act) mix(Mix<T>{dz[1], dz[1], by, out, outs, a.old ? 0 : outs - less, dinitial[1], state[1], ddecay});
+        blend(Mix<T>{dz[0], dz[0], by, in, ins, a.old ? 0 : ins - less, dinitial[0], state[0], ddecay});
+        if (act) blend(Mix<T>{dz[1], dz[1], by, out, outs, a.old ? 0 : outs - less, dinitial[1], state[1], ddecay});
     }
 
     void backward(I g) {

@@ -173,4 +173,31 @@ template <class T> T dot(I n, const T* __restrict a, const T* __restrict b) {
     return sum;
 }
 
+// Σ f(i), in as many partial sums as a vector has lanes: the compiler may not reorder a sum by itself
+template <class T, class F> T total_of(I n, F f) {
+    constexpr int L = Vec<T>::lanes;
+    T part[L] = {};
+    I i = 0;
+    for (; i + L <= n; i += L)
+        for (int j = 0; j < L; j++) part[j] += f(i + j);
+    T sum = 0;
+    for (; i < n; i++) sum += f(i);
+    for (int j = 0; j < L; j++) sum += part[j];
+    return sum;
+}
+
+// the largest f(i) ≥ 0; NaN wins
+template <class T, class F> T most_of(I n, F f) {
+    constexpr int L = Vec<T>::lanes;
+    T part[L] = {};
+    I i = 0;
+    auto larger = [](T a, T b) { return b > a || b != b ? b : a; };
+    for (; i + L <= n; i += L)
+        for (int j = 0; j < L; j++) part[j] = larger(part[j], f(i + j));
+    T most = 0;
+    for (; i < n; i++) most = larger(most, f(i));
+    for (int j = 0; j < L; j++) most = larger(most, part[j]);
+    return most;
+}
+
 }  // namespace

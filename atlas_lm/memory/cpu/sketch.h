@@ -45,8 +45,7 @@ template <class T, class S> void sketch_piece(SketchArguments& a, I piece) {
         for (I r = 0; r < a.R; r++) p[r] = T(left[r]) * T(right[r]) * T(dphi[1 + a.D + r]);
         T along = 0, scale = T(a.quadratic) / *norm;
         if (*norm > T(1e-12)) {
-            for (I r = 0; r < a.R; r++) along += p[r];
-            along /= *norm * *norm;
+            along = total_of<T>(a.R, [&](I r) { return p[r]; }) / (*norm * *norm);
         }
         for (I r = 0; r < a.R; r++) {
             T l = T(left[r]), w = T(right[r]), dp = scale * (T(dphi[1 + a.D + r]) - l * w * along);
