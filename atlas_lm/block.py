@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from atlas_lm.attention import AttentionState, SlidingWindowAttention
 from atlas_lm.memory import cpu_convolution
+from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 
 FUSIONS = ("multiplicative", "normalised_product", "convex")
@@ -81,7 +82,7 @@ class MemoryBranch(nn.Module):
         self.qkv = nn.Linear(spec.dim, 3 * width, bias=False)
         self.conv = CausalConv(3 * width, conv)
         self.hierarchy = Hierarchy(spec)
-        self.norm = nn.RMSNorm(spec.head_dim)
+        self.norm = RMSNorm(spec.head_dim)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -104,7 +105,7 @@ class MemoryBranch(nn.Module):
     ) -> tuple[Tensor, Tensor, HierarchyState | None]:
         q, k, v, conv = self._heads(self.qkv(x_BTM), conv)
         y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT)
-        return self.norm(y_BHTD.to(x_BTM.dtype)).transpose(1, 2).flatten(2), conv, state
+        return normalised_heads(self.norm, y_BHTD.to(x_BTM.dtype)), conv, state
 
     def _heads(self, qkv: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v (B, H, T, D), and the convolution's new tail."""
@@ -128,12 +129,12 @@ class Block(nn.Module):
         if fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
         width = heads * head_dim
-        self.norm = nn.RMSNorm(dim)
+        self.norm = RMSNorm(dim)
         self.attention = SlidingWindowAttention(dim, heads, head_dim, window, rope_base)
         self.memory = None if spec is None else MemoryBranch(spec, conv)
         self.fusion = None if spec is None else Fusion(fusion, width)
         self.out = nn.Linear(width, dim, bias=False)
-        self.ffn_norm = nn.RMSNorm(dim)
+        self.ffn_norm = RMSNorm(dim)
         self.ffn = SwiGLU(dim, hidden)
 
     def initial_state(self, batch: int, restart: bool) -> BlockState:
@@ -173,7 +174,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "normalised_product":
-            self.norm = nn.RMSNorm(width)
+            self.norm = RMSNorm(width)
             self.weight = nn.Parameter(torch.ones(width))
         else:
             self.gate = nn.Linear(width, width)

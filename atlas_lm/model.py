@@ -23,6 +23,7 @@ from torch.nn import functional as nnf
 
 from atlas_lm.block import Block, BlockState
 from atlas_lm.config import ModelConfig
+from atlas_lm.memory.cpu_norm import RMSNorm
 from atlas_lm.memory.hierarchy import MemorySpec
 
 State = tuple[BlockState, ...]
@@ -96,7 +97,7 @@ class AtlasLM(nn.Module):
         self.embed = nn.Embedding(vocab_size, config.dim)
         hidden = ffn_hidden(config)
         self.blocks = nn.ModuleList(make_block(config, hidden) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -95,8 +95,7 @@ class _CompiledLoop(torch.autograd.Function):
         grads: dict[str, Tensor | None] = {}
         for name in ("phi", "v", "phi_q", "scores", "at", "over", "decay", "on"):
             like = getattr(x, name)
-            # the last chunk may learn nothing; the products of `decay` are summed
-            empty = torch.zeros_like if ctx.plan.complete < arguments.K or name == "decay" else torch.empty_like
+            empty = torch.zeros_like if name == "decay" else torch.empty_like  # its products are summed
             grads[name] = None if like is None else empty(like)
         outputs = {f"d{name}": grad for name, grad in grads.items()} | {"dstate": dstate, "dinitial": dinitial}
         given = {"dy": dy.to(ctx.plan.operands).contiguous(), "initial": initial}

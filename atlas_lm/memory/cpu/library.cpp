@@ -1,6 +1,7 @@
 // What is compiled, once per machine (compiled.py).
 
 #include "convolution.h"
+#include "norm.h"
 #include "sketch.h"
 #include "loop.h"
 
@@ -36,6 +37,12 @@ template <class T, class S> void sketch(SketchArguments* a) {
     for (I n; (n = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) * a->block < a->rows;) sketch_piece<T, S>(*a, n);
 }
 
+template <class T, class S> void norm(NormArguments* a) {
+    round_as(a->rounding);
+    I pieces = a->B * ((a->T + a->block - 1) / a->block);
+    for (I n; (n = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < pieces;) norm_piece<T, S>(*a, n);
+}
+
 }  // namespace
 
 extern "C" {
@@ -53,6 +60,8 @@ void loop_bf16(Arguments* a) { loop<float, bf16>(a); }
 void convolution_double(ConvolutionArguments* a) { convolve<double, double>(a); }
 void convolution_float(ConvolutionArguments* a) { convolve<float, float>(a); }
 void convolution_bf16(ConvolutionArguments* a) { convolve<float, bf16>(a); }
+void norm_double(NormArguments* a) { norm<double, double>(a); }
+void norm_float(NormArguments* a) { norm<float, float>(a); }
 void sketch_double(SketchArguments* a) { sketch<double, double>(a); }
 void sketch_float(SketchArguments* a) { sketch<float, float>(a); }
 void sketch_bf16(SketchArguments* a) { sketch<float, bf16>(a); }

@@ -638,8 +638,14 @@ template <class T, class S> struct Worker {
         return count;
     }
 
+    template <class X> void nothing(void* p, I g, I n, I size) {
+        std::fill(chunk<X>(p, g, n, size), chunk<X>(p, g, n, size) + size, X(0));
+    }
+
     void backward_chunk(I g, I n, M* state) {
         bool ends = n < a.complete;
+        if (!ends) nothing<T>(a.don, g, n, 2 * a.N);
+        if (!learns(n)) nothing<S>(a.dphi, g, n, a.N * a.F), nothing<S>(a.dv, g, n, a.N * a.D);
         if (ends) backward_update(g, n, state);
         else if (learns(n)) restore(g, n);
         sum_initial(state);

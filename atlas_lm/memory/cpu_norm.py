@@ -1,0 +1,71 @@
+"""Root-mean-square norm on a CPU, as compiled code: one pass over memory each way, heads merged behind it."""
+
+# B batch, H heads, T tokens, D channels of a head
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atlas_lm.memory import compiled
+
+_TENSORS: tuple[compiled.Field, ...] = ("x", "weight", "y", "scales", "dy", "dx", "dweight")
+_Arguments = compiled.structure(("B", "H", "T", "D", "block"), ("epsilon",), _TENSORS)
+
+BLOCK = 256  # tokens of a piece of work
+
+
+class RMSNorm(nn.RMSNorm):
+    """As PyTorch's, of (…, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3 and _can_run(x, self.weight):
+            return _Norm.apply(x.unsqueeze(1), self.weight, _epsilon(self, x))
+        return super().forward(x)
+
+
+def normalised_heads(norm: nn.RMSNorm, x_BHTD: Tensor) -> Tensor:
+    """Every head normalised, then all side by side: (B, H, T, D) → (B, T, H·D)."""
+    if _can_run(x_BHTD, norm.weight):
+        return _Norm.apply(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
+    return norm(x_BHTD).transpose(1, 2).flatten(2)
+
+
+def _epsilon(norm: nn.RMSNorm, x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+
+
+def _can_run(x: Tensor, weight: Tensor) -> bool:
+    known = x.dtype == weight.dtype and (x.dtype, x.dtype) in compiled.KINDS
+    return x.device.type == "cpu" and known and compiled.library() is not None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        B, H, T, D = x.shape
+        y, scales = x.new_empty(B, T, H * D), x.new_empty(B, H, T)
+        _call(epsilon, {"x": x, "weight": weight, "y": y, "scales": scales})
+        ctx.save_for_backward(x, weight, scales)
+        ctx.epsilon = epsilon
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, scales = ctx.saved_tensors
+        B, _, T, D = x.shape
+        dx, dweight = torch.empty_like(x), x.new_empty(B * -(-T // BLOCK), D)
+        tensors = {"x": x, "weight": weight, "scales": scales, "dy": dy.contiguous(), "dx": dx, "dweight": dweight}
+        _call(ctx.epsilon, tensors)
+        return dx, dweight.sum(0), None
+
+
+def _call(epsilon: float, tensors: dict[str, Any]) -> None:
+    x = tensors["x"]
+    B, H, T, D = x.shape
+    arguments = _Arguments(B=B, H=H, T=T, D=D, block=BLOCK, epsilon=epsilon)
+    compiled.point(arguments, _TENSORS, tensors)
+    compiled.call("norm_" + compiled.KINDS[x.dtype, x.dtype], arguments, B * -(-T // BLOCK), 4 * x.numel())
