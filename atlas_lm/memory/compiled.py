@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +74,39 @@ def leading_dimension(item: int, columns: int) -> int:
     return int(built.leading_dimension(ctypes.c_int64(columns), ctypes.c_int64(item)))
 
 
-_ALONE = 2**18  # operations below which waking another thread costs more than it brings
+_ALONE = 2**18  # operations below which waking other threads costs more than it brings
 
 
-def call(name: str, arguments: Any, pieces: int, work: int) -> None:
-    """Run on as many threads as PyTorch uses: each takes one of the `pieces` after another. `work`: operations."""
+def call(name: str, arguments: Any, work: int) -> None:
+    """Run on all threads that PyTorch uses, each of which takes one piece of the work after another.
+
+    `work`: operations in all.
+    """
     built = library()
     assert built is not None
     arguments.rounding = built.rounding_mode()
-    function, pointer = getattr(built, name), ctypes.byref(arguments)
-    others = min(torch.get_num_threads(), pieces) - 1 if work > _ALONE else 0
-    futures = [_helpers(torch.get_num_threads()).submit(function, pointer) for _ in range(others)]
-    function(pointer)
-    for future in futures:
-        future.result()
+    function, pointer, threads = getattr(built, name), ctypes.byref(arguments), torch.get_num_threads()
+    parallel = _parallel()
+    if parallel is None or threads == 1 or work < _ALONE:
+        function(pointer)
+    else:  # as many as PyTorch's own loops have: the runtime ends and starts threads where the number changes
+        parallel(ctypes.cast(function, ctypes.c_void_p), pointer, ctypes.c_uint(threads), ctypes.c_uint(0))
+
+
+@functools.cache
+def _parallel() -> Any:
+    """GOMP_parallel of the OpenMP runtime that PyTorch runs on; None where it is another runtime.
+
+    Threads of our own would share the cores with PyTorch's, which spin for a while after each loop.
+    """
+    folders = (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs")
+    for path in (path for folder in folders for path in sorted(folder.glob("libgomp*"))):
+        try:
+            return ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    log.warning("warning: no OpenMP runtime found beside PyTorch: the memory's inner loops run on one thread")
+    return None
 
 
 @functools.cache
@@ -151,11 +169,3 @@ def _cache_folder() -> Path:
             return folder
     except OSError:  # a read-only home
         return Path(tempfile.mkdtemp(prefix="atlas_lm-"))
-
-
-@functools.cache
-def _helpers(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="atlas_lm")
-
-
-os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork

@@ -61,6 +61,5 @@ class _Heads(torch.autograd.Function):
 
 def _call(arguments: Any, wide: Tensor, tensors: dict[str, Any]) -> None:
     compiled.point(arguments, _TENSORS, tensors)
-    pieces = arguments.B * -(-arguments.T // BLOCK)
     name = "convolution_" + compiled.KINDS[wide.dtype, tensors["x"].dtype]
-    compiled.call(name, arguments, pieces, tensors["x"].numel() * arguments.taps)
+    compiled.call(name, arguments, tensors["x"].numel() * arguments.taps)

@@ -56,4 +56,4 @@ def _call(scales: tuple[float, float, float], tensors: dict[str, Any]) -> None:
     )  # fmt: skip
     compiled.point(arguments, _TENSORS, tensors)
     name = "sketch_" + compiled.KINDS[norms.dtype, x.dtype]
-    compiled.call(name, arguments, -(-norms.numel() // BLOCK), 4 * ab.numel())
+    compiled.call(name, arguments, 4 * ab.numel())

@@ -118,4 +118,4 @@ def _arguments(plan: Plan, x: Inputs, initial: Sequence[Tensor]) -> Any:
 def _call(plan: Plan, arguments: Any, x: Inputs, tensors: dict[str, Any]) -> None:
     compiled.point(arguments, _TENSORS, tensors)
     work = arguments.G * arguments.K * arguments.N * (arguments.F * arguments.P + arguments.E * arguments.D)
-    compiled.call("loop_" + compiled.KINDS[x.decay.dtype, plan.operands], arguments, arguments.G, work)
+    compiled.call("loop_" + compiled.KINDS[x.decay.dtype, plan.operands], arguments, work)
