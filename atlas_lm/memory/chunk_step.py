@@ -44,24 +44,42 @@ class Plan(NamedTuple):
     train: bool  # keep what a backward pass needs
 
 
-class Inputs(NamedTuple):
-    """Tensors of all chunks; from `decay` on coefficients. `scores`, `at` and `over` are for reads inside chunks."""
+class Chunks(NamedTuple):
+    """What a scan gives of all chunks; from `decay` on coefficients, the gates of every token where reads see them."""
 
     phi: Tensor  # (G, K, N, F)
     v: Tensor  # (G, K, N, D)
     phi_q: Tensor  # (G, K, C, F)
-    scores: Maybe  # (G, K, C, N) φ(q)·φ(k)
-    gamma: Tensor  # (G, K, N), no gradient
+    gamma: Tensor  # (G, K, N)
     same: Maybe  # (G, K, N, N) tokens of one segment, no gradient; None without restarts
     old: Maybe  # (G, K, N, 1) tokens of W_ξ's segment, no gradient
     decay: Tensor  # (G, K, 2, 2) [[α, −β], [0, θ]]
     eta: Tensor  # (G, K) of Newton–Schulz
     on: Tensor  # (G, K, 2, N) −ω_w, ω_s
+    token_eta: Maybe  # (G, K, C), as the next three: `coefficients.Decays`; None where reads are at the chunk's start
+    intake: Maybe
+    retain: Maybe
+    carry: Maybe
+
+
+class Inputs(NamedTuple):
+    """What does not depend on the fast weights. `scores`, `at` and `over` are for reads inside chunks."""
+
+    phi: Tensor  # these as in `Chunks`
+    v: Tensor
+    phi_q: Tensor
+    gamma: Tensor  # no gradient
+    same: Maybe
+    old: Maybe
+    decay: Tensor
+    eta: Tensor
+    on: Tensor
+    scores: Maybe  # (G, K, C, N) φ(q)·φ(k)
     at: Maybe  # (G, K, 2, C) a, −b
     over: Maybe  # (G, K, C, N) Γ
-    initial_out: Maybe = None  # (G, E, D) W_init of the second layer
-    by_initial: Maybe = None  # (G, K, N, P) φ(k) W_init
-    q_by_initial: Maybe = None  # (G, K, C, P) φ(q) W_init
+    initial_out: Maybe  # (G, E, D) W_init of the second layer
+    by_initial: Tensor  # (G, K, N, P) φ(k) W_init
+    q_by_initial: Tensor  # (G, K, C, P) φ(q) W_init
 
 
 class Record(NamedTuple):

@@ -68,33 +68,35 @@ def _run(
     keeps = fold.segments(rule, blocks)
     with torch.autocast(q_BHTD.device.type, enabled=False):  # products of gates stay wide
         steps = fold.steps(rule, blocks, keeps)
-        reads = fold.reads(rule, blocks, keeps) if rule.read == "token" and rule.update == "gradient" else None
-    scores = None if reads is None else phi_q_BHKCF @ blocks.phi.mT
+        gates = fold.decays(rule, blocks, keeps)
+    token = rule.read == "token" and rule.update == "gradient"
     residual = rule.network.residual
     low, wide = _precisions(blocks.k)
 
     def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.flatten(0, 1).to(dtype)
 
-    inputs = loop.Inputs(
+    each = fold.Decays(*(flat(gate, wide) if token else None for gate in gates))  # type: ignore[arg-type]
+    chunks = loop.Chunks(
         phi=flat(blocks.phi, low),
         v=flat(blocks.v - blocks.k if residual else blocks.v, low),
         phi_q=flat(phi_q_BHKCF, low),
-        scores=None if scores is None else flat(scores, low),
-        gamma=flat(blocks.gates.gamma.detach(), wide),
+        gamma=flat(blocks.gates.gamma, wide),
         same=None if keeps is None else flat(keeps.same, torch.bool),
         old=None if keeps is None else flat(keeps.old, torch.bool),
         decay=flat(_decay(rule, steps), wide),
         eta=flat(steps.eta, wide),
         on=flat(_on(rule, steps), wide),
-        at=None if reads is None else flat(torch.stack([reads.weights, -reads.momentum], dim=-2), wide),
-        over=None if reads is None else flat(reads.gradients, wide),
+        token_eta=each.eta,
+        intake=each.intake,
+        retain=each.retain,
+        carry=each.carry,
     )
     plan = loop.Plan(
         rule.network, rule.context, rule.update, rule.newton_schulz_steps, rule.radius, low,
         complete=complete, train=torch.is_grad_enabled(),
     )  # fmt: skip
-    y_GTD, after = loop.run(plan, before, initial, inputs)
+    y_GTD, after = loop.run(plan, before, initial, chunks)
     y_BHTD = y_GTD.unflatten(0, q_BHTD.shape[:2])[:, :, filled:length]
     return y_BHTD + q_BHTD if residual else y_BHTD, after
 

@@ -37,8 +37,8 @@ def segments(rule: Rule, blocks: Tokens) -> Segments | None:
     return Segments(same, (segment == belongs).unsqueeze(-1), blocks.restart[..., rule.halo :])
 
 
-class _Decays(NamedTuple):
-    """The gates of the chunks' own tokens, each (B, H, K, C)."""
+class Decays(NamedTuple):
+    """The gates of the chunks' own tokens, each (…, C)."""
 
     eta: Tensor
     intake: Tensor  # 1 − θ
@@ -46,11 +46,11 @@ class _Decays(NamedTuple):
     carry: Tensor  # θ, alike
 
 
-def _decays(rule: Rule, blocks: Tokens, keeps: Segments | None) -> _Decays:
+def decays(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Decays:
     alpha, eta, theta = (gate[..., rule.halo :] for gate in blocks.gates[:3])
     if keeps is None:
-        return _Decays(eta, 1 - theta, alpha, theta)
-    return _Decays(eta, 1 - theta, alpha.masked_fill(keeps.cut, 0.0), theta.masked_fill(keeps.cut, 0.0))
+        return Decays(eta, 1 - theta, alpha, theta)
+    return Decays(eta, 1 - theta, alpha.masked_fill(keeps.cut, 0.0), theta.masked_fill(keeps.cut, 0.0))
 
 
 def _products(decay_BHKC: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ def _from_end(x: Tensor, decay: Tensor) -> Tensor:
     return x
 
 
-def _band(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Tensor:
-    """Ω[j, i] = γ_i for j−c < i ≤ j: (B, H, K, C, N). SPEC M4."""
-    N = rule.chunk + rule.halo
-    ones = torch.ones(N, N, dtype=torch.bool, device=blocks.k.device)
-    band = (ones.tril() & ones.triu(-rule.halo))[rule.halo :]
-    gamma = blocks.gates.gamma.unsqueeze(-2)
+def _band(gamma: Tensor, chunk: int, context: int, same: Tensor | None) -> Tensor:
+    """Ω[j, i] = γ_i for j−c < i ≤ j: (…, N) → (…, C, N). SPEC M4."""
+    N = gamma.size(-1)
+    ones = torch.ones(N, N, dtype=torch.bool, device=gamma.device)
+    band = (ones.tril() & ones.triu(1 - context))[N - chunk :]
+    gamma = gamma.unsqueeze(-2)
     omega = torch.where(band, gamma, torch.zeros_like(gamma))
-    return omega if keeps is None else omega * keeps.same[..., rule.halo :, :]
+    return omega if same is None else omega * same[..., N - chunk :, :]
 
 
 def _to_end(decay_BHKC: Tensor) -> Tensor:
@@ -93,18 +93,19 @@ def _to_end(decay_BHKC: Tensor) -> Tensor:
 class Reads(NamedTuple):
     """Coefficients of a read at every token of a chunk."""
 
-    weights: Tensor  # (B, H, K, C) a_t of W_ξ − W_init; zero behind a restart
-    momentum: Tensor  # (B, H, K, C) b_t
-    gradients: Tensor  # (B, H, K, C, N) Γ
+    weights: Tensor  # (…, C) a_t of W_ξ − W_init; zero behind a restart
+    momentum: Tensor  # (…, C) b_t
+    gradients: Tensor  # (…, C, N) Γ
 
 
-def reads(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Reads:
-    eta, intake, retain, carry = _decays(rule, blocks, keeps)
+def reads(gates: Decays, gamma: Tensor, context: int, same: Tensor | None) -> Reads:
+    """γ (…, N) and `same` (…, N, N) or None: of blocks."""
+    eta, intake, retain, carry = gates
     A = _products(retain)
     folded = (A * eta.unsqueeze(-2)) @ _products(carry)  # A diag(η) Θ
     momentum = folded[..., 0] * carry[..., :1]
     weights = A[..., 0] * retain[..., :1]
-    gradients = (folded * intake.unsqueeze(-2)) @ _band(rule, blocks, keeps)
+    gradients = (folded * intake.unsqueeze(-2)) @ _band(gamma, eta.size(-1), context, same)
     return Reads(weights, momentum, gradients)
 
 
@@ -121,7 +122,7 @@ class Steps(NamedTuple):
 
 def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
     """The last row of what `reads` returns, without its C×C matrices: a global memory has long chunks."""
-    eta, intake, retain, carry = _decays(rule, blocks, keeps)
+    eta, intake, retain, carry = decays(rule, blocks, keeps)
     retain_to_end, carry_to_end = _to_end(retain), _to_end(carry)
     on_intake = _from_end(retain_to_end * eta, carry)
     last = torch.ones_like(eta) if keeps is None else keeps.same[..., rule.halo :, -1].to(eta)
@@ -141,6 +142,6 @@ def _band_sum(rule: Rule, blocks: Tokens, keeps: Segments | None, x_BHKRC: Tenso
     if rule.context == 1 and keeps is None:
         return x_BHKRC * blocks.gates.gamma.unsqueeze(-2)
     if keeps is not None:
-        return x_BHKRC @ _band(rule, blocks, keeps)
+        return x_BHKRC @ _band(blocks.gates.gamma, rule.chunk, rule.context, keeps.same)
     windows = nnf.pad(x_BHKRC, (rule.halo, rule.halo)).unfold(-1, rule.context, 1).sum(-1)
     return windows * blocks.gates.gamma.unsqueeze(-2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atlas_lm.memory import compiled
 from atlas_lm.memory import network as net
-from atlas_lm.memory.chunk_step import Inputs, Plan
+from atlas_lm.memory.chunk_step import Chunks, Plan
 from atlas_lm.memory.network import Weights
 
 # Fast weights are kept for the backward pass at every few chunks, at most so many a sequence; those between are computed
@@ -25,24 +25,25 @@ STRIDE, STATES = 4, 64
 
 _SIZES = ("G", "H", "K", "C", "N", "F", "P", "E", "D", "kind", "token", "complete", "stride", "context", "train")
 _TENSORS: tuple[compiled.Field, ...] = (
-    ("initial", 2), "phi", "v", "phi_q", "scores", "gamma", "same", "old", "decay", "on", "at", "over", ("before", 2),
+    ("initial", 2), "phi", "v", "phi_q", "gamma", "same", "old", "decay", "on", ("gates", 4), ("before", 2),
     "y", ("after", 2), ("kept", 2), "pre", "read_pre", "error", "back", "total", "scale",
-    "dy", ("dstate", 2), ("dinitial", 2), "dphi", "dv", "dphi_q", "dscores", "ddecay", "don", "dat", "dover",
+    "dy", ("dstate", 2), ("dinitial", 2), "dphi", "dv", "dphi_q", "dgamma", "ddecay", "don", ("dgates", 4),
 )  # fmt: skip
+_GATES = ("token_eta", "intake", "retain", "carry")
 _Arguments = compiled.structure(_SIZES, ("radius", "smallest"), _TENSORS)
 
 
-def can_run(plan: Plan, inputs: Inputs) -> bool:
+def can_run(plan: Plan, chunks: Chunks) -> bool:
     """Whether the compiled loop knows this rule, device and precision, and could be built here."""
-    if inputs.phi.device.type != "cpu" or plan.update != "gradient":
+    if chunks.phi.device.type != "cpu" or plan.update != "gradient":
         return False
-    return (inputs.decay.dtype, plan.operands) in compiled.KINDS and compiled.library() is not None
+    return (chunks.decay.dtype, plan.operands) in compiled.KINDS and compiled.library() is not None
 
 
-def run(plan: Plan, states: list[Tensor] | None, initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
     """As `loop.run`."""
     given = states or []
-    y, *after = _CompiledLoop.apply(plan, len(initial), len(given), *initial, *given, *inputs)
+    y, *after = _CompiledLoop.apply(plan, len(initial), len(given), *initial, *given, *chunks)
     return y, after
 
 
@@ -50,7 +51,7 @@ class _CompiledLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, layers: int, states: int, *tensors: Tensor | None) -> Any:
         given = [None if x is None else x.contiguous() for x in tensors]
-        x = Inputs(*given[layers + states :])
+        x = Chunks(*given[layers + states :])
         initial: list[Any] = [w.to(x.decay.dtype) for w in given[:layers] if w is not None]
         before: list[Any] = given[layers : layers + states]
         arguments = _arguments(plan, x, initial)
@@ -87,35 +88,39 @@ class _CompiledLoop(torch.autograd.Function):
         if ctx.records is None:
             raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
         records, ctx.records = ctx.records, None
-        initial, x = ctx.saved_tensors[: ctx.layers], Inputs(*ctx.saved_tensors[ctx.layers :])
+        initial, x = ctx.saved_tensors[: ctx.layers], Chunks(*ctx.saved_tensors[ctx.layers :])
         arguments = _arguments(ctx.plan, x, initial)
         G, H = arguments.G, arguments.H
         dstate = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
         dinitial = [w.new_empty(G, *w.shape[1:]) for w in initial]
         grads: dict[str, Tensor | None] = {}
-        for name in ("phi", "v", "phi_q", "scores", "at", "over", "decay", "on"):
+        for name in ("phi", "v", "phi_q", "decay", "on", *(("gamma", *_GATES) if arguments.token else ())):
             like = getattr(x, name)
             empty = torch.zeros_like if name == "decay" else torch.empty_like  # its products are summed
             grads[name] = None if like is None else empty(like)
         outputs = {f"d{name}": grad for name, grad in grads.items()} | {"dstate": dstate, "dinitial": dinitial}
         given = {"dy": dy.to(ctx.plan.operands).contiguous(), "initial": initial}
+        if arguments.token:
+            outputs["dgates"] = [grads[name] for name in _GATES]
         _call(ctx.plan, arguments, x, x._asdict() | records | given | outputs)
         of_heads = (dw.view(G // H, H, *dw.shape[1:]).sum(0) for dw in dinitial)
-        return (None, None, None, *of_heads, *dstate, *(grads.get(name) for name in Inputs._fields))
+        return (None, None, None, *of_heads, *dstate, *(grads.get(name) for name in Chunks._fields))
 
 
-def _arguments(plan: Plan, x: Inputs, initial: Sequence[Tensor]) -> Any:
+def _arguments(plan: Plan, x: Chunks, initial: Sequence[Tensor]) -> Any:
     G, K, N, F = x.phi.shape
     act = plan.network.activation
     return _Arguments(
         G=G, H=initial[0].size(0), K=K, C=x.phi_q.size(2), N=N, F=F, P=initial[0].size(2), E=initial[-1].size(1),
-        D=x.v.size(-1), kind=0 if act is None else act.width, token=x.at is not None, complete=plan.complete,
+        D=x.v.size(-1), kind=0 if act is None else act.width, token=x.token_eta is not None, complete=plan.complete,
         stride=max(-(-K // STATES), min(K, STRIDE)), context=plan.context, train=plan.train, radius=plan.radius,
         smallest=net.SMALLEST_CURVATURE,
     )  # fmt: skip
 
 
-def _call(plan: Plan, arguments: Any, x: Inputs, tensors: dict[str, Any]) -> None:
+def _call(plan: Plan, arguments: Any, x: Chunks, tensors: dict[str, Any]) -> None:
+    if arguments.token:
+        tensors = tensors | {"gates": [getattr(x, name) for name in _GATES]}
     compiled.point(arguments, _TENSORS, tensors)
     work = arguments.G * arguments.K * arguments.N * (arguments.F * arguments.P + arguments.E * arguments.D)
     compiled.call("loop_" + compiled.KINDS[x.decay.dtype, plan.operands], arguments, work)

@@ -15,32 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas_lm.memory import cpu_loop
+from atlas_lm.memory import coefficients, cpu_loop
 from atlas_lm.memory.chunk_gradient import gradients
-from atlas_lm.memory.chunk_step import Inputs, Plan, learn_and_read, update
+from atlas_lm.memory.chunk_step import Chunks, Inputs, Plan, learn_and_read, update
+from atlas_lm.memory.coefficients import Decays
 from atlas_lm.memory.network import Weights
 
 STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 
 
-def run(plan: Plan, states: list[Tensor] | None, initial: Weights, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
     """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q).
 
-    Without states the memory is empty, and none are given back.
-    `initial` is W_init (H, R, Q) per layer; what depends on it alone among `inputs` is not there yet.
+    `initial` is W_init (H, R, Q) per layer. Without states the memory is empty, and none are given back.
     """
-    if cpu_loop.can_run(plan, inputs):
-        return cpu_loop.run(plan, states, initial, inputs)
-    low, wide = inputs.phi.dtype, inputs.decay.dtype
-    inputs = inputs._replace(
-        # what does not depend on the fast weights is computed for all chunks at once
-        by_initial=_times_initial(inputs.phi, initial[0].to(low)),
-        q_by_initial=_times_initial(inputs.phi_q, initial[0].to(low)),
-        initial_out=None if len(initial) == 1 else _of_sequences(initial[1], inputs.phi.size(0)).to(wide),
-    )
-    given = states or [w.new_zeros(inputs.phi.size(0), 2 * w.size(1), w.size(2), dtype=wide) for w in initial]
+    if cpu_loop.can_run(plan, chunks):
+        return cpu_loop.run(plan, states, initial, chunks)
+    inputs = _inputs(plan, initial, chunks)
+    G, wide = chunks.phi.size(0), chunks.decay.dtype
+    given = states or [w.new_zeros(G, 2 * w.size(1), w.size(2), dtype=wide) for w in initial]
     y, *after = _Loop.apply(plan, len(given), *given, *inputs)
     return y, after if states else []
+
+
+def _inputs(plan: Plan, initial: Weights, chunks: Chunks) -> Inputs:
+    """What does not depend on the fast weights is computed for all chunks at once."""
+    low, wide = chunks.phi.dtype, chunks.decay.dtype
+    scores = at = over = None
+    if chunks.token_eta is not None:
+        with torch.autocast(chunks.phi.device.type, enabled=False):  # products of gates stay wide
+            gates = Decays(chunks.token_eta, chunks.intake, chunks.retain, chunks.carry)
+            reads = coefficients.reads(gates, chunks.gamma, plan.context, chunks.same)
+            at, over = torch.stack([reads.weights, -reads.momentum], dim=-2), reads.gradients
+            scores = chunks.phi_q @ chunks.phi.mT
+    known = chunks._asdict()
+    return Inputs(
+        **{name: known[name] for name in Inputs._fields if name in known and name != "gamma"},
+        gamma=chunks.gamma.detach(),
+        scores=scores,
+        at=at,
+        over=over,
+        initial_out=None if len(initial) == 1 else _of_sequences(initial[1], chunks.phi.size(0)).to(wide),
+        by_initial=_times_initial(chunks.phi, initial[0].to(low)),
+        q_by_initial=_times_initial(chunks.phi_q, initial[0].to(low)),
+    )
 
 
 def _times_initial(x_GKNF: Tensor, w_HFP: Tensor) -> Tensor:

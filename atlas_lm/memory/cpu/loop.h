@@ -5,6 +5,7 @@
 #pragma once
 
 #include "activations.h"
+#include "coefficients.h"
 #include "mix.h"
 #include "narrow.h"
 
@@ -16,14 +17,14 @@ extern "C" struct Arguments {
     I complete, stride, context, train;
     double radius, smallest;
     // inputs
-    const void *initial[2], *phi, *v, *phi_q, *scores, *gamma, *same, *old, *decay, *on,
-        *at, *over, *before[2];
+    const void *initial[2], *phi, *v, *phi_q, *gamma, *same, *old, *decay, *on,
+        *gates[4], *before[2];  // gates of reads inside a chunk: eta, intake, retain, carry
     // what the forward pass gives, and keeps for the backward pass
     void *y, *after[2], *kept[2], *pre, *read_pre, *error, *back, *total, *scale;
     // gradients; dstate comes in as that of `after` and goes out as that of `before`
     const void* dy;
-    void *dstate[2], *dinitial[2], *dphi, *dv, *dphi_q, *dscores, *ddecay, *don, *dat,
-        *dover;
+    void *dstate[2], *dinitial[2], *dphi, *dv, *dphi_q, *dgamma, *ddecay, *don,
+        *dgates[4];
     I rounding;  // the control word of the thread that asks: whether denormals are flushed
     I next;  // the next g that nobody has taken
 };
@@ -58,6 +59,7 @@ template <class T, class S> struct Worker {
     M dz[2], dy, de1, de2, dphi, dhidden, y0, y1, left, right, drh, drp, datt, datt2, dover, dback,
         dpre, factor[4], dinitial[2], spare[2];
     std::vector<M> states[2];
+    Coefficients<T> fold;
     std::vector<T> sens, on0, on1, don0, don1, rows, squares, dat0, dat1;
     std::vector<T> own_row;
 
@@ -88,7 +90,7 @@ template <class T, class S> struct Worker {
         phi_q = p.take(C, F), read_pre = p.take(C, P), y = p.take(C, D);
         two0 = p.take(std::max(N, C), wide), two1 = p.take(std::max(N, C), wide);
         tmp = p.take(wide, wide), ton = p.take(wide, wide), tsq = p.take(wide, wide);
-        if (token) over = p.take(C, N), alike = p.take(C, N);
+        if (token) over = p.take(C, N), alike = p.take(C, N), fold.sigma = p.take(C, N), fold.of_gradients = p.take(C, N);
         if (act) {
             hidden = p.take(N, E), hidden_old = a.old ? p.take(N, E) : hidden;
             slopes = p.take(N, P), e2 = p.take(N, D), back = p.take(N, E), read_hidden = p.take(C, E);
@@ -371,14 +373,18 @@ template <class T, class S> struct Worker {
     }
 
     void divide_over(I g, I n) {
-        const T* gamma = chunk<T>(a.over, g, n, a.C * a.N);
+        fold.C = a.C, fold.N = a.N, fold.context = a.context;
+        fold.eta = chunk<T>(a.gates[0], g, n, a.C), fold.intake = chunk<T>(a.gates[1], g, n, a.C);
+        fold.retain = chunk<T>(a.gates[2], g, n, a.C), fold.carry = chunk<T>(a.gates[3], g, n, a.C);
+        fold.gamma = chunk<T>(a.gamma, g, n, a.N);
+        fold.same = a.same ? chunk<uint8_t>(a.same, g, n, a.N * a.N) : nullptr;
+        fold.fold();
         for (I i = 0; i < a.C; i++)
-            for (I c = 0; c < a.N; c++) over[i][c] = gamma[i * a.N + c] / total[i][c];
+            for (I c = 0; c < a.N; c++) over[i][c] = fold.of_gradients[i][c] / total[i][c];
     }
 
     void read(I g, I n) {
         load(phi_q, chunk<S>(a.phi_q, g, n, a.C * a.F));
-        const T* at_ = token ? chunk<T>(a.at, g, n, 2 * a.C) : nullptr;
         M x0 = view(two0, a.C, a.F), x1 = view(two1, a.C, a.F);
         if (!token) {
             M x = phi_q;
@@ -386,11 +392,12 @@ template <class T, class S> struct Worker {
             forward_product(0, phi_q, x, z[0], read_pre);
         } else {
             divide_over(g, n);
+            const T* at_ = fold.at.data();
             weigh(phi_q, at_, x0, x1, a.C);
             nn(phi_q, w0[0], read_pre);
             nn(x0, first(z[0]), read_pre, 1, true);
             nn(x1, second(z[0]), read_pre, 1, true);
-            load(alike, chunk<S>(a.scores, g, n, a.C * a.N));
+            nt(phi_q, phi, alike);
             attention(over, alike, alike);
             nn(alike, e1, read_pre, -1, true);
         }
@@ -402,7 +409,7 @@ template <class T, class S> struct Worker {
             forward_product(1, read_hidden, x, z[1], y);
         } else {
             M h0 = view(two0, a.C, a.E), h1 = view(two1, a.C, a.E);
-            weigh(read_hidden, at_, h0, h1, a.C);
+            weigh(read_hidden, fold.at.data(), h0, h1, a.C);
             nn(read_hidden, w0[1], y);
             nn(h0, first(z[1]), y, 1, true);
             nn(h1, second(z[1]), y, 1, true);
@@ -532,15 +539,16 @@ template <class T, class S> struct Worker {
     }
 
     // of one layer of a read inside a chunk: the gradient of x
-    void backward_token(I g, I n, M x, M state, M d, M dx, M error, M derror, bool started) {
-        const T* at_ = chunk<T>(a.at, g, n, 2 * a.C);
+    void backward_token(M x, M keys, M state, M w_init, M d, M dx, M dkeys, M error, M derror, bool started) {
+        const T* at_ = fold.at.data();
+        nt(x, keys, alike);
         M L = view(left, a.C, x.cols), Rr = view(right, a.C, x.cols);
         nt(d, first(state), L), nt(d, second(state), Rr);
         for (I i = 0; i < a.C; i++) {
             dat0[i] += dot(x.cols, x[i], L[i]), dat1[i] += dot(x.cols, x[i], Rr[i]);
             for (I c = 0; c < x.cols; c++) dx[i][c] = at_[i] * L[i][c] + at_[a.C + i] * Rr[i][c];
         }
-        // alike: x kᵀ
+        nt(d, w_init, dx, 1, true);
         nt(d, error, datt, -1);
         attention(over, alike, datt2);
         tn(datt2, d, derror, -1, started);
@@ -549,10 +557,11 @@ template <class T, class S> struct Worker {
                 dover[i][c] += datt[i][c] * alike[i][c] / total[i][c];
                 datt[i][c] *= over[i][c];  // the gradient of x kᵀ
             }
+        nn(datt, keys, dx, 1, true);
+        tn(datt, x, dkeys, 1, started);
     }
 
     void backward_read(I g, I n, M* state, bool started, Outer<T>* outer) {
-        const T* at_ = token ? chunk<T>(a.at, g, n, 2 * a.C) : nullptr;
         load(dy, chunk<S>(a.dy, g, n, a.C * a.D));
         load(phi_q, chunk<S>(a.phi_q, g, n, a.C * a.F));
         M d = dy;
@@ -571,12 +580,8 @@ template <class T, class S> struct Worker {
                 backward_product(1, dy, seen, state[1], drh, false);
                 outer[1] = {x.p, nullptr, x.ld, dy.p, dy.ld, a.C};
             } else {
-                nt(read_hidden, hidden, alike);
-                backward_token(g, n, read_hidden, state[1], dy, drh, e2, de2, started);
-                nn(datt, hidden, drh, 1, true);
-                tn(datt, read_hidden, dhidden, 1, started);
-                nt(dy, w0[1], drh, 1, true);
-                weigh(read_hidden, at_, f0, f1, a.C);
+                backward_token(read_hidden, hidden, state[1], w0[1], dy, drh, dhidden, e2, de2, started);
+                weigh(read_hidden, fold.at.data(), f0, f1, a.C);
                 outer[1] = {f0.p, f1.p, f0.ld, dy.p, dy.ld, a.C};
             }
             if (token || a.old) tn(read_hidden, dy, dinitial[1], 1, true);
@@ -590,15 +595,14 @@ template <class T, class S> struct Worker {
             backward_product(0, d, seen, state[0], dx, false);
             outer[0] = {x.p, nullptr, x.ld, d.p, d.ld, a.C};
         } else {
-            load(alike, chunk<S>(a.scores, g, n, a.C * a.N));
-            backward_token(g, n, phi_q, state[0], d, dx, e1, de1, started);
-            nt(d, w0[0], dx, 1, true);
-            store(chunk<S>(a.dscores, g, n, a.C * a.N), datt, a.N);
-            weigh(phi_q, at_, f2, f3, a.C);
+            backward_token(phi_q, phi, state[0], w0[0], d, dx, dphi, e1, de1, started);
+            weigh(phi_q, fold.at.data(), f2, f3, a.C);
             outer[0] = {f2.p, f3.p, f2.ld, d.p, d.ld, a.C};
-            T* dat = chunk<T>(a.dat, g, n, 2 * a.C);
-            for (I i = 0; i < a.C; i++) dat[i] = dat0[i], dat[a.C + i] = dat1[i];
-            store(chunk<T>(a.dover, g, n, a.C * a.N), dover, a.N);
+            T* dgates[4];
+            for (int i = 0; i < 4; i++) dgates[i] = chunk<T>(a.dgates[i], g, n, a.C);
+            T* dgamma = chunk<T>(a.dgamma, g, n, a.N);
+            std::fill(dgamma, dgamma + a.N, T(0));
+            fold.unfold(dover, dat0.data(), dat1.data(), dgates[0], dgates[1], dgates[2], dgates[3], dgamma);
         }
         store(chunk<S>(a.dphi_q, g, n, a.C * a.F), dx, a.F);
         if (token || a.old) tn(phi_q, d, dinitial[0], 1, true);
@@ -633,7 +637,7 @@ template <class T, class S> struct Worker {
         }
         M seen = d;
         if (a.old) mask(g, n, d, seen = view(y1, a.N, a.P), 0), tn(phi, d, dinitial[0], 1, true);
-        backward_product(0, d, seen, state[0], dphi, n < a.complete);
+        backward_product(0, d, seen, state[0], dphi, token || n < a.complete);
         store(chunk<S>(a.dphi, g, n, a.N * a.F), dphi, a.F);
         return count;
     }
