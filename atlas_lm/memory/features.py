@@ -73,7 +73,9 @@ class Sketch(nn.Module):
         self.dim_out = 1 + dim + rank
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        both_BR = nnf.linear(x_BD, torch.cat([self.left_RD, self.right_RD]))
+        # as one matrix: of more axes PyTorch picks its product by whether gradients are asked for
+        rows = nnf.linear(x_BD.flatten(0, -2), torch.cat([self.left_RD, self.right_RD]))
+        both_BR = rows.unflatten(0, x_BD.shape[:-1])
         constant, linear, quadratic = (weight**0.5 for weight in self.weights)
         if cpu_features.can_run(x_BD, both_BR):
             return cpu_features.sketch(x_BD, both_BR, (constant, linear, quadratic))

@@ -46,17 +46,58 @@ def project(
     Computed as q M_ξ + tril(q Kᵀ) K block by block: no D×D matrix per token. `restart_BHT` (bool) marks the tokens at
     which M and n go back to `persistent`.
     """
+    if restart_BHT is None:
+        return _all_blocks(q_BHTD, k_BHTD, state)
     outputs = []
     for start in range(0, k_BHTD.size(2), BLOCK):
         now = slice(start, start + BLOCK)
-        restart = None if restart_BHT is None else restart_BHT[:, :, now]
-        y, state = _block(q_BHTD[:, :, now], k_BHTD[:, :, now], state, persistent, restart)
+        y, state = _block(q_BHTD[:, :, now], k_BHTD[:, :, now], state, persistent, restart_BHT[:, :, now])
         outputs.append(y)
     return torch.cat(outputs, dim=2), state
 
 
+def _all_blocks(q_BHTD: Tensor, k_BHTD: Tensor, state: ProjectionState) -> tuple[Tensor, ProjectionState]:
+    """Without restarts M_ξ of every block is a running sum. n_t cancels out of q', which has unit norm."""
+    T = k_BHTD.size(2)
+    count = -(-T // BLOCK)
+    C = T if count == 1 else BLOCK  # decoding: no more than the tokens that are there
+    missing = count * C - T
+    q, k = (nnf.pad(x, (0, 0, 0, missing)) if missing else x for x in (q_BHTD, k_BHTD))
+    q, k = (x.unflatten(2, (count, C)) for x in (q, k))
+    wide = torch.promote_types(state.M.dtype, torch.float32)
+    gram = (k.mT @ k).to(wide)
+    behind = state.M.to(wide).unsqueeze(2) + gram.cumsum(dim=2)
+    scores = (q @ k.mT).tril()
+    projected = q @ (behind - gram).to(q.dtype) + scores @ k
+    y = nnf.normalize(projected.to(q_BHTD.dtype), dim=-1).flatten(2, 3)[:, :, :T]
+    n = state.n + k_BHTD.square().sum(dim=(-2, -1))
+    return y, ProjectionState(behind[:, :, -1], n)
+
+
 def _block(
-    q_BHCD: Tensor, k_BHCD: Tensor, state: ProjectionState, persistent: ProjectionState, restart: Tensor | None
+    q_BHCD: Tensor, k_BHCD: Tensor, state: ProjectionState, persistent: ProjectionState, restart: Tensor
+) -> tuple[Tensor, ProjectionState]:
+    C = q_BHCD.size(2)
+    seen = torch.ones(C, C, dtype=torch.bool, device=q_BHCD.device).tril()
+    segment = restart.long().cumsum(-1)
+    seen = seen & (segment.unsqueeze(-1) == segment.unsqueeze(-2))
+    fresh = segment > 0
+    carried = torch.where(fresh.unsqueeze(-1), q_BHCD @ persistent.M, q_BHCD @ state.M)
+    n_BHC = torch.where(fresh, persistent.n.unsqueeze(-1), state.n.unsqueeze(-1))
+    last = fresh[..., -1]
+    base = ProjectionState(
+        torch.where(last[..., None, None], persistent.M, state.M), torch.where(last, persistent.n, state.n)
+    )
+    weight_BHC = (segment == segment[..., -1:]).to(k_BHCD)
+    scores = (q_BHCD @ k_BHCD.mT) * seen
+    squares_BHC = k_BHCD.square().sum(-1)
+    n_BHC = n_BHC + (seen.to(squares_BHC) @ squares_BHC.unsqueeze(-1)).squeeze(-1)
+    projected = (carried + scores @ k_BHCD) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
+    kept = k_BHCD * weight_BHC.unsqueeze(-1)
+    state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
+    return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state
+def _block(
+    q_BHCD: Tensor, k_BHCD: Tensor, state: ProjectionState, persistent: ProjectionState, restart: Tensor
 ) -> tuple[Tensor, ProjectionState]:
     C = q_BHCD.size(2)
     seen = torch.ones(C, C, dtype=torch.bool, device=q_BHCD.device).tril()

@@ -5,12 +5,21 @@ import torch
 from hierarchy_cases import SPEC, Inputs, make_hierarchy, make_inputs
 from memory_cases import everything, gradients, make_case, relative_errors, run
 
-from atlas_lm.memory import chunked, hierarchy, network, projection, reference
+from atlas_lm.memory import chunked, compiled, cpu_loop, hierarchy, network, projection, reference
 from atlas_lm.memory.state import Rule
 
 WHOLE = 0  # a chunk as long as the sequence
 CHUNKS = (1, 2, 7, 16, 32, 64, WHOLE)
 KINDS = ("gated_mlp", "mlp", "linear")
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request, monkeypatch):
+    """Both ways that the loop over chunks can take on a CPU; Newton–Schulz has one."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
+    else:
+        assert compiled.library() is not None, "no C++ compiler: the compiled loop is not tested"
 
 
 def rule_of(case, T: int, chunk: int, context: int, update: str, read: str = "token") -> Rule:
@@ -32,7 +41,7 @@ ETA = {"gradient": 1.0, "newton_schulz": 0.01}
 @pytest.mark.parametrize("context", [1, 4, 20])  # 20 reaches back over more than one chunk of 7 or 16
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("T", [1, 7, 63, 100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_chunked_equals_reference(T, chunk, context, update):
+def test_chunked_equals_reference(T, chunk, context, update, path):
     case = make_case("gated_mlp", T, eta_max=ETA[update])
     compare(case, rule_of(case, T, chunk, context, update), 1e-9)
 
@@ -40,7 +49,7 @@ def test_chunked_equals_reference(T, chunk, context, update):
 @pytest.mark.parametrize("read", ["token", "chunk"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 7, 32])
-def test_every_network_and_read(kind, chunk, read):
+def test_every_network_and_read(kind, chunk, read, path):
     case = make_case(kind, 63)
     compare(case, rule_of(case, 63, chunk, 4, "gradient", read), 1e-9)
 
@@ -48,7 +57,7 @@ def test_every_network_and_read(kind, chunk, read):
 @pytest.mark.parametrize("read", ["token", "chunk"])
 @pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
 @pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_on_the_ball(chunk, update, read):
+def test_on_the_ball(chunk, update, read, path):
     """Where the radius holds W − W_init back, its projection is part of the gradient."""
     case = make_case("gated_mlp", 63, eta_max=ETA[update])
     radius = 0.02 if update == "gradient" else 0.002
@@ -61,14 +70,14 @@ def test_on_the_ball(chunk, update, read):
 @pytest.mark.parametrize("read", ["token", "chunk"])
 @pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
-def test_restarts_inside_chunks(chunk, update, read):
+def test_restarts_inside_chunks(chunk, update, read, path):
     case = make_case("gated_mlp", 63, eta_max=ETA[update], restarts=(3, 5, 40))
     compare(case, rule_of(case, 63, chunk, 4, update, read), 1e-9)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (20, 21), (7, 14, 50)])
 @pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
-def test_pieces_equal_one_call(cuts, update):
+def test_pieces_equal_one_call(cuts, update, path):
     """A stream may be cut anywhere, also in the middle of a chunk (SPEC M14)."""
     case = make_case("gated_mlp", 63, eta_max=ETA[update])
     compare(case, rule_of(case, 63, 7, 4, update), 1e-9, cuts)
@@ -76,7 +85,7 @@ def test_pieces_equal_one_call(cuts, update):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("T", [1, 7, 63, 100])
-def test_float32(T, chunk):
+def test_float32(T, chunk, path):
     case = make_case("gated_mlp", T, dtype=torch.float32)
     compare(case, rule_of(case, T, chunk, 4, "gradient"), 1e-4)
 

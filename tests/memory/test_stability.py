@@ -167,8 +167,9 @@ def test_no_direction_is_overshot(network, strength):
     initial = [strength * torch.randn(1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
     none, coefficients = torch.zeros(1, 1, C, 1), torch.zeros(1, 1, 2, C)
     inputs = Inputs(
-        None if len(initial) == 1 else initial[1], phi, v, phi @ initial[0], phi, phi @ initial[0], None, gates.gamma,
-        None, None, none, none, coefficients, None, None,
+        phi=phi, v=v, phi_q=phi, gamma=gates.gamma, same=None, old=None, decay=none, eta=none, on=coefficients,
+        scores=None, at=None, over=None, initial_out=None if len(initial) == 1 else initial[1],
+        by_initial=phi @ initial[0], q_by_initial=phi @ initial[0],
     )  # fmt: skip
     plan = Plan(net, 1, "gradient", 5, math.inf, torch.float64, complete=1, train=True)
     states = [torch.cat([w, w], dim=-2)[0] for w in change]
