@@ -79,7 +79,8 @@ def _status(field: str) -> int:
 
 def in_process(module: str, request: dict[str, Any]) -> Any:
     """The answer of a fresh Python, which runs `module` with --worker."""
-    done = subprocess.run([sys.executable, "-m", module, "--worker", json.dumps(request)], capture_output=True, text=True)
+    command = [sys.executable, "-m", module, "--worker", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
         raise SystemExit(f"\n{request}: {last}")
@@ -100,7 +101,10 @@ def progress(text: str) -> None:
     print(f"\r{text:78}", end="", file=sys.stderr, flush=True)
 
 
-def publish(rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]], target: str | None) -> None:
+Row = dict[str, Any]
+
+
+def publish(rows: list[Row], columns: dict[str, Callable[[Row], str]], target: str | None) -> None:
     """Print a Markdown table; write the rows where a file is given."""
     print(file=sys.stderr)
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

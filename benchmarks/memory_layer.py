@@ -4,9 +4,9 @@ Every case is a process of its own: all layers of one chunk size, length and pre
 memory comes from further processes, one a layer, in which it does one step. A layer takes (batch, length, dim) and
 gives the same back: projections, short convolution and norms are part of it.
 
-The peer has the network that it comes with: two layers, GELU, a hidden size of four times the head dim, inputs as they
-are. `--network mlp --features linear --hidden 256` gives ours the same; without these it is the one that the models use,
-gated and on a quadratic sketch.
+The peer has the network that it comes with: two layers, GELU, on inputs as they are; its default hidden size is four
+times the head dim. `--network mlp --features linear --hidden 256` gives ours the same; without these it is the one that
+the models use, gated and on a quadratic sketch.
 
 Useful operations of the memory, per token and head, in multiply-adds, with F features, P pre-activations, E hidden
 units, D outputs and a chunk of C tokens:
@@ -19,8 +19,8 @@ units, D outputs and a chunk of C tokens:
 
 and those of the projections, 4 dim² forward and 8 backward. Their share of what the same time would have been enough
 for, at this machine's rate for a 2048³ product in that precision, is the `matmul_share`. What an implementation
-computes again, pads, or computes apart although it could be had at once, is not counted. Titans' share is not given: its
-operations are others.
+computes again, pads, or computes apart although it could be had at once, is not counted. Titans' share is not given:
+its operations are others.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def model_values(name: str) -> dict[str, Any]:
     """The settings of a file of conf/model, with those of the files that it stands on."""
     path = CONF / f"{name}.yaml"
     if not path.exists():
-        raise SystemExit(f"no model {name!r}; choose one of {', '.join(sorted(p.stem for p in CONF.glob('[!_]*.yaml')))}")
+        known = sorted(found.stem for found in CONF.glob("[!_]*.yaml"))
+        raise SystemExit(f"no model {name!r}; choose one of {', '.join(known)}")
     own: Any = OmegaConf.to_container(OmegaConf.load(path))
     values: dict[str, Any] = {}
     for base in own.pop("defaults", []):

@@ -19,8 +19,8 @@ from atlas_lm.memory import network as net
 from atlas_lm.memory.chunk_step import Chunks, Plan
 from atlas_lm.memory.network import Weights
 
-# Fast weights are kept for the backward pass at every few chunks, at most so many a sequence; those between are computed
-# again, which takes no longer than to fetch them from memory.
+# Fast weights are kept for the backward pass at every few chunks, at most so many a sequence; those between are
+# computed again, which takes no longer than to fetch them from memory.
 STRIDE, STATES = 4, 64
 
 _SIZES = ("G", "H", "K", "C", "N", "F", "P", "E", "D", "kind", "token", "complete", "stride", "context", "train")
@@ -50,7 +50,7 @@ def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunk
 class _CompiledLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, layers: int, states: int, *tensors: Tensor | None) -> Any:
-        given = [None if x is None else x.contiguous() for x in tensors]
+        given: list[Any] = [None if x is None else x.contiguous() for x in tensors]
         x = Chunks(*given[layers + states :])
         initial: list[Any] = [w.to(x.decay.dtype) for w in given[:layers] if w is not None]
         before: list[Any] = given[layers : layers + states]

@@ -203,7 +203,9 @@ class Hierarchy(nn.Module):
         else:
             y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
         if not self.local_memories:
-            return y_BHTD, None if state is None else state._replace(global_memory=global_state)
+            if state is None or global_state is None:
+                return y_BHTD, None
+            return y_BHTD, state._replace(global_memory=global_state)
 
         shards = _Shards(T, self.spec.shard if state is None else T)
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))

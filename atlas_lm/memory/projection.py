@@ -96,30 +96,3 @@ def _block(
     kept = k_BHCD * weight_BHC.unsqueeze(-1)
     state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
     return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state
-def _block(
-    q_BHCD: Tensor, k_BHCD: Tensor, state: ProjectionState, persistent: ProjectionState, restart: Tensor
-) -> tuple[Tensor, ProjectionState]:
-    C = q_BHCD.size(2)
-    seen = torch.ones(C, C, dtype=torch.bool, device=q_BHCD.device).tril()
-    carried = q_BHCD @ state.M
-    n_BHC = state.n.unsqueeze(-1)
-    base = state
-    weight_BHC = torch.ones_like(k_BHCD[..., 0])
-    if restart is not None:
-        segment = restart.long().cumsum(-1)
-        seen = seen & (segment.unsqueeze(-1) == segment.unsqueeze(-2))
-        fresh = segment > 0
-        carried = torch.where(fresh.unsqueeze(-1), q_BHCD @ persistent.M, carried)
-        n_BHC = torch.where(fresh, persistent.n.unsqueeze(-1), n_BHC)
-        last = fresh[..., -1]
-        base = ProjectionState(
-            torch.where(last[..., None, None], persistent.M, state.M), torch.where(last, persistent.n, state.n)
-        )
-        weight_BHC = (segment == segment[..., -1:]).to(k_BHCD)
-    scores = (q_BHCD @ k_BHCD.mT) * seen
-    squares_BHC = k_BHCD.square().sum(-1)
-    n_BHC = n_BHC + (seen.to(squares_BHC) @ squares_BHC.unsqueeze(-1)).squeeze(-1)
-    projected = (carried + scores @ k_BHCD) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
-    kept = k_BHCD * weight_BHC.unsqueeze(-1)
-    state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
-    return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state

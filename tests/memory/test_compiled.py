@@ -1,4 +1,4 @@
-"""Compiled code against PyTorch's operations: outputs and every gradient; and what happens where nothing can be built."""
+"""Compiled code against PyTorch's operations: outputs and every gradient; and where nothing can be built."""
 
 import logging
 import os
@@ -162,7 +162,12 @@ print("built" if compiled.library() else "not built", bool(y.isfinite().all()))
 
 def run_script(**environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=300
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
     )
 
 
