@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory import cpu_attention
+
 
 class AttentionState(NamedTuple):
     """The rolling cache: the last W − 1 keys and values. Constant size."""
@@ -22,13 +24,18 @@ class AttentionState(NamedTuple):
 
 def rotate(x_BHTD: Tensor, position: int, base: float) -> Tensor:
     """Rotary position embedding (RoPE, arXiv 2104.09864) of T tokens that start at `position`."""
-    D, T = x_BHTD.size(-1), x_BHTD.size(-2)
-    wide = torch.float64 if x_BHTD.dtype == torch.float64 else torch.float32
-    frequency = base ** (-torch.arange(0, D, 2, device=x_BHTD.device, dtype=wide) / D)
-    angle = torch.arange(position, position + T, device=x_BHTD.device, dtype=wide).unsqueeze(-1) * frequency
-    cos, sin = angle.cos().to(x_BHTD.dtype), angle.sin().to(x_BHTD.dtype)
+    turns = angles(x_BHTD, x_BHTD.size(-2), x_BHTD.size(-1), position, base)
+    cos, sin = (turn.to(x_BHTD.dtype) for turn in turns)
     x, y = x_BHTD.chunk(2, dim=-1)
     return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
+
+
+def angles(like: Tensor, T: int, D: int, position: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, D/2) of rotary positions, in at least float32."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    frequency = base ** (-torch.arange(0, D, 2, device=like.device, dtype=wide) / D)
+    angle = torch.arange(position, position + T, device=like.device, dtype=wide).unsqueeze(-1) * frequency
+    return angle.cos(), angle.sin()
 
 
 def window_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tensor, window: int) -> Tensor:
@@ -67,9 +74,18 @@ class SlidingWindowAttention(nn.Module):
         valid = torch.zeros(self.window - 1, dtype=torch.bool, device=weight.device)
         return AttentionState(cache, cache, valid, 0)
 
-    def forward(self, x_BTM: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """(B, T, M) → (B, T, H·D) and the cache behind the last token."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x_BTM).chunk(3, dim=-1))
+    def forward(self, x_BTM: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
+        """(B, T, M) → (B, T, H·D) and, with a cache, the cache behind the last token."""
+        qkv = self.qkv(x_BTM)
+        if state is None:
+            if cpu_attention.can_run(qkv):
+                cos, sin = angles(qkv, qkv.size(1), self.head_dim, 0, self.rope_base)
+                return cpu_attention.window_attention(qkv, cos, sin, self.heads, self.window), None
+            return self._stream(qkv, self.initial_state(x_BTM.size(0)))[0], None
+        return self._stream(qkv, state)
+
+    def _stream(self, qkv: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
         q, k = (rotate(y, state.position, self.rope_base) for y in (q, k))
         k, v = torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2)
         valid = torch.cat([state.valid, state.valid.new_ones(q.size(2))])

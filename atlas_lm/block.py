@@ -151,7 +151,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
         """(B, T, M) → (B, T, M), the fusion gates (B, T, H·D) and, with a state, the next state."""
         y = self.norm(x_BTM)
-        attended, cache = self.attention(y, state.attention if state else self.attention.initial_state(y.size(0)))
+        attended, cache = self.attention(y, state.attention if state else None)
         conv, memory_state, gate = None, None, None
         if self.memory is not None and self.fusion is not None:
             tail = state.conv if state and state.conv is not None else self.memory.initial_conv(y.size(0))
@@ -159,7 +159,7 @@ class Block(nn.Module):
             attended, gate = self.fusion(attended, remembered)
         x_BTM = x_BTM + self.out(attended)
         x_BTM = x_BTM + self.ffn(self.ffn_norm(x_BTM))
-        return x_BTM, gate, BlockState(cache, conv, memory_state) if state else None
+        return x_BTM, gate, None if cache is None else BlockState(cache, conv, memory_state)
 
 
 class Fusion(nn.Module):

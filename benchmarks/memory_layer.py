@@ -101,7 +101,7 @@ class Window(nn.Module):
         self.out = nn.Linear(DIM, DIM, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.attention(x, self.attention.initial_state(x.size(0)))[0])
+        return self.out(self.attention(x, None)[0])
 
 
 def titans(case: Case) -> nn.Module:

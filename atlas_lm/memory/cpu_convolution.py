@@ -26,6 +26,7 @@ def can_run(x: Tensor) -> bool:
     return x.device.type == "cpu" and kind in compiled.KINDS and compiled.library() is not None
 
 
+@torch.compiler.disable  # it calls into a library with addresses
 def heads(x_BTM: Tensor, tail_BWM: Tensor, weight_WM: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve (B, T, 3·H·D) with the W − 1 inputs before it: q, k of unit norm and v, each (B, H, T, D)."""
     return _Heads.apply(x_BTM, tail_BWM.to(x_BTM.dtype), weight_WM, count)

@@ -23,6 +23,7 @@ def can_run(x: Tensor, ab: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == ab.dtype and kind in compiled.KINDS and compiled.library() is not None
 
 
+@torch.compiler.disable  # it calls into a library with addresses
 def sketch(x: Tensor, ab: Tensor, scales: tuple[float, float, float]) -> Tensor:
     """[c₀, c₁ x, c₂ p / ‖p‖] with p = a ⊙ b: (…, D), (…, 2R) → (…, 1+D+R)."""
     return _Sketch.apply(x, ab, scales)

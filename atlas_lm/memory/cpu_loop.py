@@ -40,6 +40,7 @@ def can_run(plan: Plan, chunks: Chunks) -> bool:
     return (chunks.decay.dtype, plan.operands) in compiled.KINDS and compiled.library() is not None
 
 
+@torch.compiler.disable  # it calls into a library with addresses
 def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
     """As `loop.run`."""
     given = states or []

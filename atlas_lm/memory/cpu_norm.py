@@ -22,15 +22,20 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3 and _can_run(x, self.weight):
-            return _Norm.apply(x.unsqueeze(1), self.weight, _epsilon(self, x))
+            return _compiled(x.unsqueeze(1), self.weight, _epsilon(self, x))
         return super().forward(x)
 
 
 def normalised_heads(norm: nn.RMSNorm, x_BHTD: Tensor) -> Tensor:
     """Every head normalised, then all side by side: (B, H, T, D) → (B, T, H·D)."""
     if _can_run(x_BHTD, norm.weight):
-        return _Norm.apply(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
+        return _compiled(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
     return norm(x_BHTD).transpose(1, 2).flatten(2)
+
+
+@torch.compiler.disable  # it calls into a library with addresses
+def _compiled(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return _Norm.apply(x, weight, epsilon)
 
 
 def _epsilon(norm: nn.RMSNorm, x: Tensor) -> float:

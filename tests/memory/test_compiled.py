@@ -13,8 +13,9 @@ from memory_cases import relative_errors
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.attention import SlidingWindowAttention
 from atlas_lm.block import MemoryBranch
-from atlas_lm.memory import compiled, cpu_convolution, cpu_features, cpu_loop
+from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop
 from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
 from atlas_lm.memory.features import Sketch
 from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
@@ -64,6 +65,22 @@ def test_a_vector_of_zeros_has_no_direction():
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
     assert q.abs().max() == k.abs().max() == 0
     assert gradient.isfinite().all()
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("T", "window"), [(1, 64), (5, 3), (63, 64), (64, 64), (200, 64), (300, 100), (70, 200), (130, 1)]
+)
+def test_window_attention(T, window, dtype, monkeypatch):
+    torch.manual_seed(0)
+    attention = SlidingWindowAttention(32, 2, 16, window, 10_000.0).to(wide(dtype))
+    x = torch.randn(2, T, 32, dtype=wide(dtype), requires_grad=True)
+
+    def run() -> tuple[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return (attention(x, None)[0],)
+
+    compare(run, [x, attention.qkv.weight], cpu_attention, dtype, monkeypatch)
 
 
 @DTYPES

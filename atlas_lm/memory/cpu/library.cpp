@@ -1,5 +1,6 @@
 // What is compiled, once per machine (compiled.py).
 
+#include "attention.h"
 #include "convolution.h"
 #include "norm.h"
 #include "sketch.h"
@@ -16,11 +17,20 @@ void round_as(I mode) {
 #endif
 }
 
+template <class S> using Unit = typename std::conditional<std::is_same<S, bf16>::value, MatrixUnit, int>::type;
+
+template <class T, class S> void attend(AttentionArguments* a) {
+    round_as(a->rounding);
+    Attention<T, S> worker(*a);
+    [[maybe_unused]] Unit<S> unit{};
+    for (I g; (g = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->B * a->H;)
+        a->dy ? worker.backward(g) : worker.forward(g);
+}
+
 template <class T, class S> void loop(Arguments* a) {
     round_as(a->rounding);
     Worker<T, S> worker(*a);
-    using Unit = typename std::conditional<std::is_same<S, bf16>::value, MatrixUnit, int>::type;
-    [[maybe_unused]] Unit unit{};
+    [[maybe_unused]] Unit<S> unit{};
     for (I g; (g = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->G;)
         a->dy ? worker.backward(g) : worker.forward(g);
 }
@@ -54,6 +64,9 @@ I rounding_mode() {
 #endif
 }
 I leading_dimension(I columns, I item) { return item == 8 ? padded<double>(columns) : padded<float>(columns); }
+void attention_double(AttentionArguments* a) { attend<double, double>(a); }
+void attention_float(AttentionArguments* a) { attend<float, float>(a); }
+void attention_bf16(AttentionArguments* a) { attend<float, bf16>(a); }
 void loop_double(Arguments* a) { loop<double, double>(a); }
 void loop_float(Arguments* a) { loop<float, float>(a); }
 void loop_bf16(Arguments* a) { loop<float, bf16>(a); }
