@@ -23,11 +23,13 @@ from atlas_lm.memory.network import Weights
 # computed again, which takes no longer than to fetch them from memory.
 STRIDE, STATES = 4, 64
 
-_SIZES = ("G", "H", "K", "C", "N", "F", "P", "E", "D", "kind", "token", "complete", "stride", "context", "train")
+_SIZES = ("G", "H", "K", "C", "N", "F", "P", "E", "D", "kind", "token", "complete", "stride", "context", "train",
+    "steps",
+)
 _TENSORS: tuple[compiled.Field, ...] = (
-    ("initial", 2), "phi", "v", "phi_q", "gamma", "same", "old", "decay", "on", ("gates", 4), ("before", 2),
+    ("initial", 2), "phi", "v", "phi_q", "gamma", "same", "old", "decay", "eta", "on", ("gates", 4), ("before", 2),
     "y", ("after", 2), ("kept", 2), "pre", "read_pre", "error", "back", "total", "scale",
-    "dy", ("dstate", 2), ("dinitial", 2), "dphi", "dv", "dphi_q", "dgamma", "ddecay", "don", ("dgates", 4),
+    "dy", ("dstate", 2), ("dinitial", 2), "dphi", "dv", "dphi_q", "dgamma", "ddecay", "deta", "don", ("dgates", 4),
 )  # fmt: skip
 _GATES = ("token_eta", "intake", "retain", "carry")
 _Arguments = compiled.structure(_SIZES, ("radius", "smallest"), _TENSORS)
@@ -35,7 +37,7 @@ _Arguments = compiled.structure(_SIZES, ("radius", "smallest"), _TENSORS)
 
 def can_run(plan: Plan, chunks: Chunks) -> bool:
     """Whether the compiled loop knows this rule, device and precision, and could be built here."""
-    if chunks.phi.device.type != "cpu" or plan.update != "gradient":
+    if chunks.phi.device.type != "cpu":
         return False
     return (chunks.decay.dtype, plan.operands) in compiled.KINDS and compiled.library() is not None
 
@@ -95,7 +97,7 @@ class _CompiledLoop(torch.autograd.Function):
         dstate = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
         dinitial = [w.new_empty(G, *w.shape[1:]) for w in initial]
         grads: dict[str, Tensor | None] = {}
-        for name in ("phi", "v", "phi_q", "decay", "on", *(("gamma", *_GATES) if arguments.token else ())):
+        for name in ("phi", "v", "phi_q", "decay", "eta", "on", *(("gamma", *_GATES) if arguments.token else ())):
             like = getattr(x, name)
             empty = torch.zeros_like if name == "decay" else torch.empty_like  # its products are summed
             grads[name] = None if like is None else empty(like)
@@ -114,7 +116,8 @@ def _arguments(plan: Plan, x: Chunks, initial: Sequence[Tensor]) -> Any:
     return _Arguments(
         G=G, H=initial[0].size(0), K=K, C=x.phi_q.size(2), N=N, F=F, P=initial[0].size(2), E=initial[-1].size(1),
         D=x.v.size(-1), kind=0 if act is None else act.width, token=x.token_eta is not None, complete=plan.complete,
-        stride=max(-(-K // STATES), min(K, STRIDE)), context=plan.context, train=plan.train, radius=plan.radius,
+        stride=max(-(-K // STATES), min(K, STRIDE)), context=plan.context, train=plan.train,
+        steps=plan.newton_schulz_steps if plan.update == "newton_schulz" else 0, radius=plan.radius,
         smallest=net.SMALLEST_CURVATURE,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@
 #include "activations.h"
 #include "coefficients.h"
 #include "mix.h"
+#include "newton_schulz.h"
 #include "operations.h"
 
 extern "C" struct Arguments {
@@ -15,15 +16,16 @@ extern "C" struct Arguments {
     I kind;  // pre-activations per hidden unit: 0 linear, 1 mlp, 2 gated_mlp
     I token;  // reads see the writes of their own chunk
     I complete, stride, context, train;
+    I steps;  // of Newton–Schulz; 0: the update is the gradient
     double radius, smallest;
     // inputs
-    const void *initial[2], *phi, *v, *phi_q, *gamma, *same, *old, *decay, *on,
+    const void *initial[2], *phi, *v, *phi_q, *gamma, *same, *old, *decay, *eta, *on,
         *gates[4], *before[2];  // gates of reads inside a chunk: eta, intake, retain, carry
     // what the forward pass gives, and keeps for the backward pass
     void *y, *after[2], *kept[2], *pre, *read_pre, *error, *back, *total, *scale;
     // gradients; dstate comes in as that of `after` and goes out as that of `before`
     const void* dy;
-    void *dstate[2], *dinitial[2], *dphi, *dv, *dphi_q, *dgamma, *ddecay, *don,
+    void *dstate[2], *dinitial[2], *dphi, *dv, *dphi_q, *dgamma, *ddecay, *deta, *don,
         *dgates[4];
     I rounding;  // the control word of the thread that asks: whether denormals are flushed
     I next;  // the next g that nobody has taken
@@ -51,6 +53,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         dpre, factor[4], dinitial[2], spare[2];
     std::vector<M> states[2];
     Coefficients<T> fold;
+    NewtonSchulz<T, S> orthogonal{*this};
     std::vector<T> sens, on0, on1, don0, don1, rows, squares, dat0, dat1;
     std::vector<T> own_row;
 
@@ -78,8 +81,9 @@ template <class T, class S> struct Worker : Operations<T, S> {
         pre = p.take(N, P), v = p.take(N, D), e1 = p.take(N, P);
         kappa = p.take(N, N), hh = p.take(N, N), total = p.take(H2, N);
         phi_q = p.take(C, F), read_pre = p.take(C, P), y = p.take(C, D);
-        two0 = p.take(std::max(N, C), wide), two1 = p.take(std::max(N, C), wide);
+        two0 = p.take(a.steps ? wide : std::max(N, C), wide), two1 = p.take(std::max(N, C), wide);
         this->room(p, wide);
+        if (a.steps) orthogonal.plan(p, a.steps, wide);
         if (token) over = p.take(C, N), alike = p.take(C, N), fold.sigma = p.take(C, N), fold.of_gradients = p.take(C, N);
         if (act) {
             hidden = p.take(N, E), hidden_old = a.old ? p.take(N, E) : hidden;
@@ -202,6 +206,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
             backward_product(1, e2, e_old, z[1], back, false);
             first_errors();
         }
+        if (a.steps) return;
         curvature(g, n);
         if (!a.train) return;
         store(chunk<T>(a.total, g, n, H2 * a.N), total, a.N);
@@ -227,7 +232,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         load(phi, chunk<S>(a.phi, g, n, a.N * a.F));
         if (a.old) mask(g, n, phi, phi_old, 0);
         place(g, n);
-        load(total, chunk<T>(a.total, g, n, H2 * a.N));
+        if (!a.steps) load(total, chunk<T>(a.total, g, n, H2 * a.N));
         if (!act) {
             load(v, chunk<S>(a.v, g, n, a.N * a.D));
             for (I i = 0; i < a.N; i++)
@@ -355,7 +360,10 @@ template <class T, class S> struct Worker : Operations<T, S> {
 
     void step_sizes(I g, I n) {  // ω/D
         const T* on = chunk<T>(a.on, g, n, 2 * a.N);
-        for (I i = 0; i < a.N; i++) on0[i] = on[i] / total[H2 - 1][i], on1[i] = on[a.N + i] / total[H2 - 1][i];
+        for (I i = 0; i < a.N; i++) {
+            T d = a.steps ? T(1) : total[H2 - 1][i];
+            on0[i] = on[i] / d, on1[i] = on[a.N + i] / d;
+        }
     }
 
     void update(I g, I n, M* from, M* to) {
@@ -370,14 +378,20 @@ template <class T, class S> struct Worker : Operations<T, S> {
             Outer<T> o{x0.p, x1.p, x0.ld, errors[l]->p, errors[l]->ld, a.N};
             blend(Mix<T>{from[l], to[l], by, &o, 1});
         }
+        for (int m = 0; a.steps && m < matrices(); m++) {
+            M w = matrix(to, m), u = orthogonal.forward(matrix(to, m, true));
+            T eta = *chunk<T>(a.eta, g, n, 1);
+            for (I r = 0; r < w.rows; r++)
+                for (I c = 0; c < w.cols; c++) w[r][c] -= eta * u[r][c];
+        }
     }
 
     // the matrices of the paper: W_gate and W_up lie side by side
     int matrices() const { return act ? int(a.kind) + 1 : 1; }
-    M matrix(M* state, int m) const {
+    M matrix(M* state, int m, bool momentum = false) const {
         bool last = m == matrices() - 1;
         int l = last && act ? 1 : 0;
-        M w = first(state[l]);
+        M w = momentum ? second(state[l]) : first(state[l]);
         I columns = act && !last ? a.E : Q[l];
         return {w.p + (act && !last ? m * a.E : 0), w.rows, columns, w.ld};
     }
@@ -443,6 +457,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
 
     void backward_update(I g, I n, M* state) {
         backward_ball(g, n, state);
+        if (a.steps) backward_orthogonal(g, n, state);
         restore(g, n);
         step_sizes(g, n);
         M* inputs[2] = {&phi, &hidden};
@@ -468,7 +483,22 @@ template <class T, class S> struct Worker : Operations<T, S> {
             transpose<T>(R[l], a.N, by_w.p, by_w.ld, dinputs[l]->p, dinputs[l]->ld);
         }
         for (I i = 0; i < a.N; i++)
-            don[i] = don0[i] / total[H2 - 1][i], don[a.N + i] = don1[i] / total[H2 - 1][i];
+            don[i] = a.steps ? don0[i] : don0[i] / total[H2 - 1][i],
+            don[a.N + i] = a.steps ? don1[i] : don1[i] / total[H2 - 1][i];
+    }
+
+    void backward_orthogonal(I g, I n, M* state) {
+        next_state(g, n, state, spare);
+        T eta = *chunk<T>(a.eta, g, n, 1), along = 0;
+        for (int m = 0; m < matrices(); m++) {
+            M s = matrix(spare, m, true), dw = matrix(dz, m), ds = matrix(dz, m, true), du = view(two0, s.rows, s.cols);
+            M u = orthogonal.forward(s);
+            along += NewtonSchulz<T, S>::product(u, dw);
+            for (I r = 0; r < dw.rows; r++)
+                for (I c = 0; c < dw.cols; c++) du[r][c] = -eta * dw[r][c];
+            orthogonal.backward(s, du, ds);
+        }
+        *chunk<T>(a.deta, g, n, 1) = -along;
     }
 
     // of one layer of a read inside a chunk: the gradient of x
@@ -582,6 +612,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
     void backward_chunk(I g, I n, M* state) {
         bool ends = n < a.complete;
         if (!ends) nothing<T>(a.don, g, n, 2 * a.N);
+        if (!ends && a.deta) nothing<T>(a.deta, g, n, 1);
         if (!learns(n)) nothing<S>(a.dphi, g, n, a.N * a.F), nothing<S>(a.dv, g, n, a.N * a.D);
         if (ends) backward_update(g, n, state);
         else if (learns(n)) restore(g, n);
