@@ -23,7 +23,22 @@ from atlas_lm.memory.network import Weights
 # computed again, which takes no longer than to fetch them from memory.
 STRIDE, STATES = 4, 64
 
-_SIZES = ("G", "H", "K", "C", "N", "F", "P", "E", "D", "kind", "token", "complete", "stride", "context", "train",
+_SIZES = (
+    "G",
+    "H",
+    "K",
+    "C",
+    "N",
+    "F",
+    "P",
+    "E",
+    "D",
+    "kind",
+    "token",
+    "complete",
+    "stride",
+    "context",
+    "train",
     "steps",
 )
 _TENSORS: tuple[compiled.Field, ...] = (
@@ -97,7 +112,8 @@ class _CompiledLoop(torch.autograd.Function):
         dstate = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
         dinitial = [w.new_empty(G, *w.shape[1:]) for w in initial]
         grads: dict[str, Tensor | None] = {}
-        for name in ("phi", "v", "phi_q", "decay", "eta", "on", *(("gamma", *_GATES) if arguments.token else ())):
+        written = ("phi", "v", "phi_q", "decay", "on", *(("eta",) if arguments.steps else ()))
+        for name in (*written, *(("gamma", *_GATES) if arguments.token else ())):
             like = getattr(x, name)
             empty = torch.zeros_like if name == "decay" else torch.empty_like  # its products are summed
             grads[name] = None if like is None else empty(like)
