@@ -29,6 +29,17 @@ Maybe = Any  # a tensor, or None where the rule has no use for it
 SMALL = 64  # up to so many tokens a product is bound by the matrix that it adds to, and is done in that one's precision
 
 
+STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
+
+
+def check_backward(gone: bool) -> None:
+    """RuntimeError where a backward pass would be wrong: its records are constants, and given back as it runs."""
+    if torch.is_grad_enabled():  # second derivatives would lack most of their terms
+        raise RuntimeError("the memory has no second derivatives: call backward without create_graph")
+    if gone:
+        raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
+
+
 class Plan(NamedTuple):
     """What is no tensor."""
 
@@ -37,9 +48,8 @@ class Plan(NamedTuple):
     update: str
     newton_schulz_steps: int
     radius: float
-    operands: (
-        torch.dtype
-    )  # of matrix products and of what they give; states and coefficients are wide, and so is D once it is summed
+    # of matrix products and of what they give; states and coefficients are wide, and so is D once it is summed
+    operands: torch.dtype
     complete: int  # chunks that end; the last one may be unfinished
     train: bool  # keep what a backward pass needs
 

@@ -24,8 +24,10 @@ import torch
 log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).with_name("cpu")
+# Elsewhere the compiler knows no preferred width.
+_WIDTH = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 _FLAGS = [
-    "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+    "-std=c++17", "-O3", "-march=native", *_WIDTH, "-fno-math-errno", "-fno-trapping-math", "-fPIC",
     "-shared",
 ]  # fmt: skip
 # precision of arithmetic and of large tensors → the suffix of a function

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from atlas_lm.memory import compiled
 from atlas_lm.memory import network as net
-from atlas_lm.memory.chunk_step import Chunks, Plan
+from atlas_lm.memory.chunk_step import STATES, Chunks, Plan, check_backward
 from atlas_lm.memory.network import Weights
 
-# Fast weights are kept for the backward pass at every few chunks, at most so many a sequence; those between are
-# computed again, which takes no longer than to fetch them from memory.
-STRIDE, STATES = 4, 64
+# Fast weights are kept at every so many chunks at the most often: to compute those between again takes no longer than
+# to fetch them from memory.
+STRIDE = 4
 
 _SIZES = (
     "G",
@@ -101,10 +101,7 @@ class _CompiledLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
-        if torch.is_grad_enabled():  # the records are constants: second derivatives would lack most of their terms
-            raise RuntimeError("the memory has no second derivatives: call backward without create_graph")
-        if ctx.records is None:
-            raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
+        check_backward(gone=ctx.records is None)
         records, ctx.records = ctx.records, None
         initial, x = ctx.saved_tensors[: ctx.layers], Chunks(*ctx.saved_tensors[ctx.layers :])
         arguments = _arguments(ctx.plan, x, initial)

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from atlas_lm.memory import coefficients, cpu_loop
 from atlas_lm.memory.chunk_gradient import gradients
-from atlas_lm.memory.chunk_step import Chunks, Inputs, Plan, learn_and_read, update
+from atlas_lm.memory.chunk_step import STATES, Chunks, Inputs, Plan, check_backward, learn_and_read, update
 from atlas_lm.memory.coefficients import Decays
 from atlas_lm.memory.network import Weights
-
-STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 
 
 def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
@@ -101,10 +99,7 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
         plan, layers, records, stride = ctx.plan, ctx.layers, ctx.records, ctx.stride
-        if torch.is_grad_enabled():  # the records are constants: second derivatives would lack most of their terms
-            raise RuntimeError("the memory has no second derivatives: call backward without create_graph")
-        if records[0] is None:
-            raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
+        check_backward(gone=records[0] is None)
         count = layers + len(Inputs._fields)
         x = Inputs(*ctx.saved_tensors[layers:count])
         kept = ctx.saved_tensors[count:]

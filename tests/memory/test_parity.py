@@ -15,7 +15,7 @@ KINDS = ("gated_mlp", "mlp", "linear")
 
 @pytest.fixture(params=["compiled", "torch"])
 def path(request, monkeypatch):
-    """Both ways that the loop over chunks can take on a CPU; Newton–Schulz has one."""
+    """Both ways that the loop over chunks can take on a CPU."""
     if request.param == "torch":
         monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
     else:

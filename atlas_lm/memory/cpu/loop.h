@@ -105,9 +105,6 @@ template <class T, class S> struct Worker : Operations<T, S> {
         }
     }
 
-    // ------------------------------------------------------------------------------------------------- to and fro
-
-    template <class X> static const X* at(const void* p, I index, I size) { return (const X*)p + index * size; }
     // mix(m), its products through the matrix unit where they have enough tokens
     void blend(Mix<T> m) {
         bool few = !narrow;
@@ -571,7 +568,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         if (token || a.old) tn(phi_q, d, dinitial[0], 1, true);
     }
 
-    int backward_learn(I g, I n, M* state, bool started, Outer<T>* outer) {  // more products for the second layer
+    int backward_learn(I g, I n, M* state, Outer<T>* outer) {  // more products for the second layer
         int count = 0;
         M d = de1;
         if (act) {
@@ -588,7 +585,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
                 nn(dback, w0[1], de2, 1, true), nn(b, first(state[1]), de2, 1, true);
             }
             if (a.old) mask(g, n, de2, seen = view(two0, a.N, a.D), 0);
-            backward_product(1, de2, seen, state[1], dhidden, started);
+            backward_product(1, de2, seen, state[1], dhidden, true);
             if (a.old) tn(dback, e2, dinitial[1], 1, true), tn(hidden, de2, dinitial[1], 1, true);
             outer[count++] = {b.p, nullptr, b.ld, e2.p, e2.ld, a.N};
             outer[count++] = {hidden_old.p, nullptr, hidden_old.ld, de2.p, de2.ld, a.N};
@@ -621,7 +618,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         int ins = 0, outs = 0;
         backward_read(g, n, state, ends, of_read);
         if (learns(n)) {
-            outs = backward_learn(g, n, state, true, out);
+            outs = backward_learn(g, n, state, out);
             const M& d = act ? dpre : de1;
             in[ins++] = {phi_old.p, nullptr, phi_old.ld, d.p, d.ld, a.N};
         }

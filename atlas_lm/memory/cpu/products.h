@@ -62,7 +62,6 @@ template <class T> struct Matrix {
     T* p = nullptr;
     I rows = 0, cols = 0, ld = 0;
     T* operator[](I r) const { return p + r * ld; }
-    Matrix from(I row) const { return {p + row * ld, rows - row, cols, ld}; }
     Matrix part(I row, I count) const { return {p + row * ld, count, cols, ld}; }
 };
 
@@ -137,7 +136,7 @@ template <class T> void interleave(typename Vec<T>::type& a, typename Vec<T>::ty
     a = x, b = y;
 }
 
-// to[c][r] (+)= alpha from[r][c]; columns of `to` up to a whole vector are written, with zeros behind the end
+// to[c][r] = from[r][c]; columns of `to` up to a whole vector are written, with zeros behind the end
 template <class T> void transpose(I rows, I cols, const T* from, I lf, T* to, I lt) {
     typedef typename Vec<T>::type V;
     constexpr int L = Vec<T>::lanes;
