@@ -1,45 +1,15 @@
-"""A module small enough to train in milliseconds, for callbacks that work with any LightningModule."""
+"""Training a toy in milliseconds, for callbacks that work with any LightningModule."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from toys import STEPS, Line, loader
 
-STEPS = 8
-
-
-class Line(lightning.LightningModule):
-    """Fits one number per step; `bad` maps optimizer steps to losses that take the place of the true one."""
-
-    def __init__(self, bad: dict[int, float] | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 1)
-        self.bad = bad or {}
-        self.seen: list[int] = []
-
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        self.seen.append(int(batch[0, 0]))
-        loss = self.layer(batch).square().mean()
-        self.log("train/loss", loss)
-        if self.global_step in self.bad:
-            return loss * self.bad[self.global_step]
-        return loss
-
-    def validation_step(self, batch: Tensor, index: int) -> None:
-        self.log("val/loss", self.layer(batch).square().mean())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
-
-
-def loader() -> Any:
-    data = torch.arange(STEPS * 2, dtype=torch.float32)[:, None].repeat(1, 4)
-    return DataLoader(data, batch_size=1)  # type: ignore[arg-type]
+sys.path.append(str(Path(__file__).parents[1]))  # for two_ranks.py, also where only this folder is collected
 
 
 @pytest.fixture
@@ -64,3 +34,21 @@ def fit(tmp_path: Path) -> Any:
 @pytest.fixture
 def line() -> type[Line]:
     return Line
+
+
+@pytest.fixture
+def same_training() -> Any:
+    """same_training(a, b) asserts that two Trainers ended with bitwise the same weights and optimizer moments."""
+
+    def compare(a: lightning.Trainer, b: lightning.Trainer) -> None:
+        assert a.global_step == b.global_step > 0
+        ours, theirs = a.lightning_module.state_dict(), b.lightning_module.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), "the weights differ"
+        moments = [
+            [value for state in trainer.optimizers[0].state.values() for value in state.values()] for trainer in (a, b)
+        ]
+        assert len(moments[0]) > 0
+        assert all(torch.equal(x, y) for x, y in zip(*moments, strict=True)), "the optimizer's moments differ"
+
+    return compare

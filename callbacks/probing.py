@@ -1,0 +1,72 @@
+"""What probes share: a held-out batch, a corner in which training is not disturbed, and values that get logged.
+
+A probe must leave training bitwise as it was: no gradient, no random number and no mode of a module may differ after it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """eval(), no gradients, the trainer's precision; random generators and every module's mode as before at the end."""
+    modes = {module: module.training for module in pl_module.modules()}
+    device = trainer.strategy.root_device
+    pl_module.eval()
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.no_grad(),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        reshard(pl_module)
+
+
+def reshard(pl_module: LightningModule) -> None:
+    """Drop what FSDP has gathered: without a backward pass it keeps the root's, blind to changes of the shards."""
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def held_out_batch(trainer: Trainer, rows: int, asker: str) -> Any:
+    """The first `rows` rows of this rank's first validation batch, on its device; the same at every call.
+
+    ValueError, naming who asks, if the Trainer has no validation data.
+    """
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        raise ValueError(
+            f"{asker} measures on held-out data and this run validates on none: give the Trainer a validation "
+            f"loader and limit_val_batches > 0, or remove {asker}"
+        )
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    with torch.random.fork_rng([]):  # an iterator draws a seed for its workers
+        batch = next(iter(loader))
+    batch = tree_map(lambda x: x[:rows] if isinstance(x, Tensor) and x.dim() else x, batch)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def record(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
+    """Log `values` at this very step, also between the steps at which Lightning logs; for progress bars too."""
+    for name, value in values.items():
+        pl_module.log(name, float(value), logger=False)
+    send(trainer, values)
+
+
+def send(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Give `values` to the loggers at this very step."""
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # Lightning's own step of loggers: it never goes back
+    for logger in trainer.loggers:
+        logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)

@@ -1,0 +1,288 @@
+"""Return to an earlier state when the perplexity of held-out text jumps, or is not finite.
+
+Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, against its moving average; the training loss of
+          every step for NaN and infinity, which make it look at that batch at once. `watch: training_loss` takes the
+          mean training loss in between instead.
+Acts:     returns to the second most recent of the last `keep_last` snapshots (model, optimizer, schedulers, scaler,
+          callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
+          `mode: observe` only records.
+Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, spike/rollbacks, spike/timeline.
+Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed behind the
+          checkpoint callbacks: it runs last of all, so that a snapshot knows what they have saved.
+Source:   SPEC C2, C3. A failsafe, not the first defence.
+"""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from callbacks.probing import held_out_batch, record, send, undisturbed
+from callbacks.ranks import any_rank, mean_over_ranks
+from callbacks.snapshots import Snapshot, restore, take
+
+log = logging.getLogger(__name__)
+
+ABANDONED = ".abandoned"  # ending of checkpoints that a rollback left behind
+
+
+@runtime_checkable
+class HasHeldOutLoss(Protocol):
+    """All that this safeguard knows of the module."""
+
+    def held_out_loss(self, batch: Any) -> Tensor:
+        """Mean loss of a validation batch, nats per target; changes nothing."""
+        ...
+
+
+class TrainingUnstable(FloatingPointError):
+    """More spikes than rollbacks are allowed."""
+
+
+class Kept(NamedTuple):
+    """A snapshot in memory, the file behind it, and the moving average at that moment."""
+
+    snapshot: Snapshot
+    path: Path | None  # None: of the state that a sharded run starts from
+    written: int  # when, ns
+    ema: float | None
+
+
+class SpikeRollback(Checkpoint):
+    """Keeps snapshots of healthy moments and goes back to one when the run is no longer healthy.
+
+    `threshold`: relative rise of the perplexity above its moving average that is a spike. `smoothing`: weight of the
+    newest value in that average. `rows`: sequences of the held-out batch, per rank. `cool_down_steps`: training steps
+    after a rollback in which only what is not finite is a spike.
+
+    A `Checkpoint` by type: Lightning runs these behind all other callbacks. ValueError: a value out of its range.
+    """
+
+    survives_rollback = True  # its counters say what has happened, and that stays so
+
+    def __init__(
+        self,
+        folder: str,
+        threshold: float = 0.05,
+        every_n_steps: int = 100,
+        keep_last: int = 5,
+        max_rollbacks: int = 3,
+        cool_down_steps: int = 0,
+        smoothing: float = 0.5,
+        rows: int = 2,
+        watch: str = "held_out",
+        mode: str = "act",
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1), ("keep_last", keep_last, 2), ("max_rollbacks", max_rollbacks, 0),
+            ("cool_down_steps", cool_down_steps, 0), ("rows", rows, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}={value} of spike_rollback must be at least {least}")
+        if not threshold > 0:
+            raise ValueError(f"threshold={threshold} of spike_rollback must be positive, 0.05 means 5 %")
+        if not 0 < smoothing <= 1:
+            raise ValueError(f"smoothing={smoothing} of spike_rollback must lie in (0, 1]")
+        if watch not in ("held_out", "training_loss"):
+            raise ValueError(f"watch={watch} of spike_rollback must be held_out or training_loss")
+        if mode not in ("act", "observe"):
+            raise ValueError(f"mode={mode} of spike_rollback must be act or observe")
+        self.folder = Path(folder)
+        self.threshold, self.every_n_steps, self.keep_last = threshold, every_n_steps, keep_last
+        self.max_rollbacks, self.cool_down_steps = max_rollbacks, cool_down_steps
+        self.smoothing, self.rows, self.watch, self.mode = smoothing, rows, watch, mode
+        self.ema: float | None = None
+        self.rollbacks = 0
+        self.spikes: list[int] = []  # optimizer steps at which one was seen
+        self.quiet_until = 0  # training batches
+        self.ring: list[Kept] = []
+        self._batch: Any = None
+        self._window: list[Tensor] = []  # losses of the micro-batches of this step
+        self._losses: list[Tensor] = []  # of the steps since the last look
+
+    # The judgement
+
+    def delta(self, perplexity: float) -> float:
+        """Relative rise above the moving average; 0 before there is one; infinite where it is not finite."""
+        if not math.isfinite(perplexity):
+            return math.inf
+        return 0.0 if self.ema is None else (perplexity - self.ema) / self.ema
+
+    def judge(self, delta: float, quiet: bool = False) -> bool:
+        """Whether a rise is a spike; `quiet`: in the cool-down behind a rollback."""
+        return not math.isfinite(delta) or (delta > self.threshold and not quiet)
+
+    def follow(self, perplexity: float) -> None:
+        """Let a healthy value into the average."""
+        old = perplexity if self.ema is None else self.ema
+        self.ema = old + self.smoothing * (perplexity - old)
+
+    # Hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """TypeError if the module cannot be probed, or takes its optimizer steps itself."""
+        if self.watch == "held_out" and not isinstance(pl_module, HasHeldOutLoss):
+            raise TypeError(f"spike_rollback needs held_out_loss(batch), which {type(pl_module).__name__} does not have")
+        if not pl_module.automatic_optimization:
+            raise TypeError("spike_rollback cannot rewind a module that takes its optimizer steps by itself")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look once, and keep the state that training starts from."""
+        self._window, self._losses = [], []
+        if self.watch == "held_out":
+            self._batch = held_out_batch(trainer, self.rows, "spike_rollback")
+            perplexity = self._perplexity(trainer, pl_module)
+            if not math.isfinite(perplexity):
+                raise TrainingUnstable(
+                    f"the held-out perplexity is {perplexity} before the first step: "
+                    "the weights that this run starts from are broken, start from others"
+                )
+            if self.ema is None:
+                self.follow(perplexity)
+        if self.mode == "act":
+            self.ring = []
+            self._keep(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look if it is time, or if the loss was not finite."""
+        if isinstance(outputs, dict) and outputs.get("loss") is not None:
+            self._window.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        if trainer.fit_loop._should_accumulate():
+            return
+        alarm = any_rank(trainer, bool(self._window) and not bool(torch.stack(self._window).isfinite().all()))
+        self._losses += self._window if self.watch == "training_loss" else []
+        self._window = []
+        due = trainer.global_step % self.every_n_steps == 0
+        if due or alarm:
+            self.look(trainer, pl_module, due)
+        for name, value in self._counters().items():
+            pl_module.log(name, value)
+
+    def look(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
+        """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
+        perplexity = self._perplexity(trainer, pl_module)
+        self._losses = []
+        delta, step = self.delta(perplexity), trainer.global_step
+        spike = self.judge(delta, quiet=self._now(trainer) < self.quiet_until)
+        if spike:
+            self.spikes.append(step)
+        record(trainer, pl_module, self._values(perplexity, delta))
+        send(trainer, self._counters())
+        if spike and self.mode == "act":
+            self._roll_back(trainer, pl_module, delta)
+            send(trainer, self._counters())
+        if due and not spike and delta <= self.threshold:
+            self.follow(perplexity)
+            if self.mode == "act":
+                self._keep(trainer, pl_module)
+        elif due and self.mode == "observe" and math.isfinite(perplexity):
+            self.follow(perplexity)
+
+    # State that survives a resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and the average; snapshots are taken anew from the state that a run resumes from."""
+        return {
+            "ema": self.ema,
+            "rollbacks": self.rollbacks,
+            "spikes": list(self.spikes),
+            "quiet_until": self.quiet_until,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.ema, self.rollbacks = state_dict["ema"], state_dict["rollbacks"]
+        self.spikes, self.quiet_until = list(state_dict["spikes"]), state_dict["quiet_until"]
+
+    # Parts
+
+    def _values(self, perplexity: float, delta: float) -> dict[str, float]:
+        return {
+            "spike/ppl": perplexity,
+            "spike/ema": math.nan if self.ema is None else self.ema,
+            "spike/ppl_delta": delta,
+            "spike/threshold": self.threshold,
+        }
+
+    def _counters(self) -> dict[str, float]:
+        rollbacks = float(self.rollbacks)
+        return {"spike/count": float(len(self.spikes)), "spike/rollbacks": rollbacks, "spike/timeline": rollbacks}
+
+    def _now(self, trainer: Trainer) -> int:
+        """Training steps so far, those of abandoned timelines included."""
+        return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+    def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        if self.watch == "training_loss":
+            loss = torch.stack(self._losses).double().mean()
+        else:
+            assert isinstance(pl_module, HasHeldOutLoss)
+            with undisturbed(trainer, pl_module):
+                loss = pl_module.held_out_loss(self._batch)
+        mean = float(mean_over_ranks(trainer, loss.detach().float()))
+        return math.exp(mean) if mean < 700 else mean * math.inf  # e^700 is about the largest float; NaN stays NaN
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a snapshot, write the file behind it, drop the oldest."""
+        path, written = None, time.time_ns()
+        # before its first step an optimizer has no moments, and saving sharded ones would make some
+        fresh = not any(optimizer.state for optimizer in trainer.optimizers)
+        if not (fresh and isinstance(trainer.strategy, ModelParallelStrategy)):
+            path = self.folder / f"snapshot-step={trainer.global_step:07d}.ckpt"
+            trainer.save_checkpoint(path, weights_only=False)
+            written = trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else written)
+        self.ring = [kept for kept in self.ring if kept.path != path or path is None]
+        self.ring.append(Kept(take(trainer, pl_module), path, written, self.ema))
+        self._drop(trainer, self.ring[: -self.keep_last])
+        self.ring = self.ring[-self.keep_last :]
+
+    def _drop(self, trainer: Trainer, kept: list[Kept]) -> None:
+        for old in kept:
+            if old.path is not None:
+                trainer.strategy.remove_checkpoint(old.path)
+
+    def _roll_back(self, trainer: Trainer, pl_module: LightningModule, delta: float) -> None:
+        """Return to the second most recent snapshot: the most recent may hold what led to the spike already."""
+        kept, later, seen = self.ring[-2:][0], self.ring[-2:][1:], trainer.global_step
+        self._drop(trainer, later)
+        self.ring = self.ring[: len(self.ring) - len(later)]
+        self._abandon(trainer, kept)
+        trainer.strategy.barrier("spike_rollback")
+        rise = f"{delta:+.1%} above its average" if math.isfinite(delta) else "not finite"
+        if self.rollbacks >= self.max_rollbacks:
+            raise TrainingUnstable(
+                f"held-out perplexity {rise} at step {seen}: the spike number {len(self.spikes)} of this run (steps "
+                f"{', '.join(map(str, self.spikes))}), and max_rollbacks={self.max_rollbacks} have been made: "
+                f"the last good checkpoint is {kept.path or 'what this run started from'}; resume it with a lower "
+                "optim.lr, or look at the data"
+            )
+        restore(trainer, pl_module, kept.snapshot)
+        self.ema, self.rollbacks = kept.ema, self.rollbacks + 1
+        self.quiet_until = self._now(trainer) + self.cool_down_steps
+        if trainer.is_global_zero:
+            log.warning(
+                "spike: held-out perplexity %s at step %d: back to step %d (rollback %d of at most %d), the data moves on",
+                rise, seen, trainer.global_step, self.rollbacks, self.max_rollbacks,
+            )  # fmt: skip
+
+    @rank_zero_only
+    def _abandon(self, trainer: Trainer, kept: Kept) -> None:
+        """Mark every checkpoint that was written after `kept`, so that nobody resumes what was found to be bad."""
+        folders = {self.folder, *(Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None))}
+        for folder in folders:
+            for path in folder.glob("*.ckpt"):
+                if path != kept.path and not path.is_symlink() and path.stat().st_mtime_ns > kept.written:
+                    path.rename(path.with_name(f"{path.name}{ABANDONED}{self.rollbacks + 1}"))
+            for path in folder.glob("*.ckpt"):
+                if path.is_symlink() and not path.exists():
+                    path.unlink()

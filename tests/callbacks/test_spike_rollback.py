@@ -1,0 +1,217 @@
+"""SpikeRollback: the oracle of `rollback_cases.py` on one process and on two ranks, the judgement, what is left on disk."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rollback_cases
+import torch
+from rollback_cases import differences, oracle, train
+from toys import Line
+from two_ranks import run_on_two_ranks, shared_folder
+
+from atlas_lm.checkpoint import read_checkpoint
+from callbacks.spike_rollback import SpikeRollback
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*GPU available.*")
+
+
+def assert_bitwise(found: dict[str, Any], rollbacks: int) -> None:
+    assert found["facts"]["rollbacks"] == rollbacks
+    assert len(found["facts"]["spikes"]) == rollbacks
+    assert found["step"] == 10
+    assert found["different"] == []
+
+
+@pytest.mark.parametrize("rollbacks", [1, 2])
+def test_one_process(rollbacks: int) -> None:
+    assert_bitwise(oracle(rollbacks), rollbacks)
+
+
+def test_the_oracle_can_fail() -> None:
+    """Without the safeguard the same fault leaves another model."""
+    ours = train([*range(10)], 10, bad=(6,), rollback=False)
+    theirs = train([*range(10)], 10, rollback=False)
+    assert any("weights" in name for name in differences(ours["state"], theirs["state"]))
+
+
+@pytest.mark.parametrize("rollbacks", [1, 2])
+def test_gradient_accumulation(rollbacks: int) -> None:
+    assert_bitwise(oracle(rollbacks, accumulate=4), rollbacks)
+
+
+def test_bf16_mixed() -> None:
+    assert_bitwise(oracle(2, precision="bf16-mixed"), 2)
+
+
+@pytest.mark.parametrize("rollbacks", [1, 2])
+def test_stage_2_while_chunks_shrink(rollbacks: int) -> None:
+    assert_bitwise(oracle(rollbacks, stage2=True), rollbacks)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_a_spike_at_once(value: float) -> None:
+    """Seen in the very step, not at the next look."""
+    found = oracle(1, value=value)
+    assert found["facts"]["spikes"] == [7], "the look would have been at step 8"
+    assert found["facts"]["rollbacks"] == 1
+
+
+# Two ranks: the fault is on the second only.
+
+
+def ddp_once() -> Any:
+    return oracle(1, strategy="ddp", devices=2)
+
+
+def ddp_twice() -> Any:
+    return oracle(2, strategy="ddp", devices=2)
+
+
+def fsdp_once() -> Any:
+    return oracle(1, strategy=rollback_cases.sharded, devices=2)
+
+
+def fsdp_twice() -> Any:
+    return oracle(2, strategy=rollback_cases.sharded, devices=2)
+
+
+def ddp_stage_2() -> Any:
+    return oracle(2, strategy="ddp", devices=2, stage2=True)
+
+
+def ddp_stops() -> Any:
+    folder = shared_folder() / "stops"
+    folder.mkdir(exist_ok=True)
+    return train([*range(40)], 30, bad=tuple(range(2, 40, 2)), folder=folder, strategy="ddp", devices=2)["facts"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> dict[str, list[Any]]:
+    scenarios = (ddp_once, ddp_twice, fsdp_once, fsdp_twice, ddp_stage_2, ddp_stops)
+    return dict(zip((s.__name__ for s in scenarios), run_on_two_ranks(*scenarios), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "rollbacks"),
+    [("ddp_once", 1), ("ddp_twice", 2), ("fsdp_once", 1), ("fsdp_twice", 2), ("ddp_stage_2", 2)],
+)
+def test_two_ranks(two_ranks: dict[str, list[Any]], scenario: str, rollbacks: int) -> None:
+    for found in two_ranks[scenario]:
+        assert isinstance(found, dict), found
+        assert_bitwise(found, rollbacks)
+
+
+def test_two_ranks_stop_together(two_ranks: dict[str, list[Any]]) -> None:
+    first, second = two_ranks["ddp_stops"]
+    assert first["raised"] == second["raised"]
+    assert "max_rollbacks=3" in first["raised"]
+    assert first["spikes"] == second["spikes"]
+
+
+# The end of the ladder, and what is on disk
+
+
+def test_the_fourth_spike_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    found = train([*range(40)], 30, bad=tuple(range(2, 40, 2)), folder=tmp_path)["facts"]
+    assert found["rollbacks"] == 3
+    assert len(found["spikes"]) == 4
+    for step in found["spikes"]:
+        assert str(step) in found["raised"]
+    good = Path(found["raised"].split("checkpoint is ")[1].split(";")[0])
+    state = read_checkpoint(good)
+    assert all(bool(tensor.isfinite().all()) for tensor in state["state_dict"].values())
+    newest = max((p for p in tmp_path.glob("*.ckpt")), key=lambda p: p.stat().st_mtime_ns)
+    assert read_checkpoint(newest)["global_step"] <= state["global_step"], "the newest is none of the spoiled ones"
+
+
+def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path) -> None:
+    found = train([*range(60)], 24, bad=(14,), folder=tmp_path)["facts"]
+    assert found["rollbacks"] == 1
+    snapshots = [name for name in found["files"] if name.startswith("snapshot") and name.endswith(".ckpt")]
+    assert snapshots == [f"snapshot-step={step:07d}.ckpt" for step in (16, 18, 20, 22, 24)]
+    for path in tmp_path.glob("*.ckpt"):
+        content = read_checkpoint(path)
+        assert content["state_dict"]["model.norm.weight"].abs().max() < 5, f"{path.name} holds the spoiled weights"
+    marked = [name for name in found["files"] if ".abandoned" in name]
+    assert marked == ["step=0000015.ckpt.abandoned1"]
+    assert read_checkpoint(tmp_path / marked[0])["state_dict"]["model.norm.weight"].abs().max() > 5
+
+
+def test_a_healthy_run_is_bitwise_left_alone() -> None:
+    ours, theirs = train([*range(10)], 10), train([*range(10)], 10, rollback=False)
+    assert ours["facts"]["rollbacks"] == 0
+    assert differences(ours["state"], theirs["state"]) == []
+
+
+def test_counters_survive_a_resume(tmp_path: Path) -> None:
+    guard = SpikeRollback(str(tmp_path))
+    guard.rollbacks, guard.spikes, guard.quiet_until, guard.ema = 2, [5, 9], 12, 3.5
+    again = SpikeRollback(str(tmp_path))
+    again.load_state_dict(guard.state_dict())
+    assert (again.rollbacks, again.spikes, again.quiet_until, again.ema) == (2, [5, 9], 12, 3.5)
+
+
+# The judgement on plain numbers
+
+
+def test_judgement() -> None:
+    guard = SpikeRollback("unused", threshold=0.05, smoothing=0.5)
+    assert guard.delta(100.0) == 0.0, "nothing to compare with yet"
+    guard.follow(100.0)
+    assert guard.delta(104.0) == pytest.approx(0.04)
+    assert not guard.judge(guard.delta(105.0))
+    assert guard.judge(guard.delta(105.1))
+    for broken in (math.nan, math.inf, -math.inf):
+        assert guard.judge(guard.delta(broken))
+        assert guard.judge(guard.delta(broken), quiet=True), "a cool-down excuses no NaN"
+    assert not guard.judge(guard.delta(200.0), quiet=True)
+    guard.follow(90.0)
+    assert guard.ema == pytest.approx(95.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threshold", 0.0), ("threshold", math.nan), ("every_n_steps", 0), ("keep_last", 1), ("max_rollbacks", -1),
+        ("smoothing", 0.0), ("watch", "loss"), ("mode", "off"), ("rows", 0), ("cool_down_steps", -1),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} of spike_rollback must"):
+        SpikeRollback("unused", **{name: value})
+
+
+def test_a_module_that_cannot_be_probed_is_refused(fit: Any, line: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"held_out_loss.*Line does not have"):
+        fit(line(), SpikeRollback(str(tmp_path)), enable_checkpointing=True)
+
+
+class Jumps(Line):
+    """A constant batch; the fifth one is said to be a thousand times as hard, whenever it comes."""
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        loss = super().training_step(torch.ones_like(batch), index)
+        return loss * 1000 if len(self.seen) == 5 else loss
+
+
+def test_the_training_loss_can_be_watched_in_any_module(fit: Any, tmp_path: Path) -> None:
+    module = Jumps()
+    guard = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=0.5, smoothing=1.0)
+    trainer = fit(module, guard, enable_checkpointing=True)
+    assert (guard.spikes, guard.rollbacks) == ([5], 1)
+    assert trainer.global_step == 8
+    assert len(module.seen) == 8 + 2, "back from step 5 to step 3: two steps' batches were not seen again"
+
+
+def test_observing_records_and_does_nothing(fit: Any, tmp_path: Path) -> None:
+    ours, theirs = Jumps(), Jumps()
+    guard = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", mode="observe")
+    fit(ours, guard, enable_checkpointing=True)
+    fit(theirs)
+    assert guard.spikes
+    assert guard.rollbacks == 0
+    assert not list(tmp_path.glob("*.ckpt"))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
