@@ -16,13 +16,23 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.allocator import keep_freed_memory
-from atlas_lm.checkpoint import check_same_model, load_weights
+from atlas_lm.checkpoint import MODEL, check_same_model, differences, load_weights, read_checkpoint
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
-from atlas_lm.runs import CONFIG, mark_latest, resolve_checkpoint, write_atomically
+from atlas_lm.runs import (
+    CONFIG,
+    FINISHED,
+    finished_runs,
+    mark_latest,
+    newest_checkpoint,
+    resolve_checkpoint,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[1]
 
 
 def prepare_process(seed: int) -> None:
@@ -103,18 +113,47 @@ def second_look(config: TrainConfig, dm: TokenDataModule) -> None:
 
 
 def starting_point(config: TrainConfig, module: LightningModule) -> Path | None:
-    """Load `init` into the module; the checkpoint that `resume` names. ValueError if either does not fit the model."""
+    """Load what `init_from` names into the module; the checkpoint that `resume` names.
+
+    ValueError if either does not fit the model.
+    """
     outputs = config.paths.outputs
-    if config.resume and config.init:
-        raise ValueError(f"resume={config.resume} and init={config.init} exclude each other: resume continues a run, "
-                         "init starts a new one from its weights")  # fmt: skip
-    if config.init:
-        load_weights(module, resolve_checkpoint(config.init, outputs))
-    if not config.resume:
-        return None
-    path = resolve_checkpoint(config.resume, outputs)
-    check_same_model(path, module)
-    return path
+    if config.resume:
+        if config.init_from:  # +experiment=stage2 resume=... has both
+            rank_zero_info("resume=%s: init_from=%s is what that run began with", config.resume, config.init_from)
+        path = resolve_checkpoint(config.resume, outputs)
+        check_same_model(path, module)
+        return path
+    if config.init_from:
+        source = weights_to_start_from(config.init_from, module, outputs)
+        load_weights(module, source)
+        rank_zero_info("starting from the weights of %s", source)
+    return None
+
+
+def weights_to_start_from(name: str, module: LightningModule, outputs: str) -> Path:
+    """The checkpoint that `init_from` means: a path, or of an experiment the newest finished run of the same model.
+
+    ValueError with the command that trains one, if there is none.
+    """
+    folder = Path(outputs) / name
+    experiments = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+    if Path(name).exists() or not (folder.is_dir() or name in experiments):
+        return resolve_checkpoint(name, outputs)
+    wanted, others = dict(module.hparams["model"]), []
+    for run in finished_runs(folder):
+        checkpoint = newest_checkpoint(run)
+        if checkpoint is not None:
+            saved = dict(read_checkpoint(checkpoint, lazily=True).get(MODEL[0], {}).get(MODEL[1], {}))
+            different = differences(saved, wanted, without=("local_chunks", "polarisation_cap"))
+            if not different:
+                return checkpoint
+            others.append(f"; the run {run} differs: {'; '.join(different)}")
+    command = f"python train.py +experiment={name} model={wanted['name']}" if name in experiments else f"name={name}"
+    raise ValueError(
+        f"init_from={name}: {str(folder)!r} has no finished run of this model{''.join(others[:1])}; train one first: "
+        f"{command}, or give init_from=<checkpoint or run>"
+    )
 
 
 @rank_zero_only
@@ -131,5 +170,5 @@ def open_run_folder(cfg: DictConfig, root: Path) -> None:
 @rank_zero_only
 def close_run_folder(cfg: DictConfig, report: dict[str, Any]) -> None:
     """A finished run becomes the `latest` of its experiment."""
-    if report["status"] in ("finished", "stopped early"):
+    if report["status"] in FINISHED:
         mark_latest(Path(cfg.paths.run), Path(cfg.paths.outputs) / cfg.name)

@@ -106,9 +106,9 @@ def _broken(path: Path) -> str:
     return f"{str(path)!r} is truncated or not a checkpoint ({path.stat().st_size} bytes): {remedy}"
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """`name=<wanted> but <saved> in the checkpoint` for every field that differs; `name` alone does not count."""
-    names = [name for name in [*wanted, *(n for n in saved if n not in wanted)] if name != "name"]
+def differences(saved: dict[str, Any], wanted: dict[str, Any], without: tuple[str, ...] = ()) -> list[str]:
+    """`name=<wanted> but <saved> in the checkpoint` for every field that differs; `name` and `without` do not count."""
+    names = [name for name in [*wanted, *(n for n in saved if n not in wanted)] if name not in ("name", *without)]
     absent = "absent"
     return [
         f"model.{name}={wanted.get(name, absent)} but {saved.get(name, absent)} in the checkpoint"
@@ -126,7 +126,7 @@ def check_same_model(path: Path, module: LightningModule) -> None:
     if found:
         raise CheckpointError(
             f"{str(path)!r} is of another model: {'; '.join(found)}: "
-            "set these back to resume, or use init= to start a new run from its weights"
+            "set these back to resume, or use init_from= to start a new run from its weights"
         )
 
 

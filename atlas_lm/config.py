@@ -102,10 +102,9 @@ class ModelConfig:
     """Length of the causal convolution on queries, keys and values, tokens; 1 is none."""
     reset_at_document: bool = MISSING
     """Whether the memory starts anew where a document begins."""
-    polarisation: float = number(minimum=0)
-    """Weight of the gate polarisation loss (SPEC M15); 0: off."""
     polarisation_cap: float = number(minimum=0)
-    """Largest norm of its weighted gradient, as a fraction of the language-model gradient."""
+    """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient (SPEC
+    M15); its weight comes from `callbacks.loss_weights`."""
     rope_base: float = number(minimum=1)
     """Base of the rotary position embedding."""
 
@@ -123,6 +122,8 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     muon_lr: float = number(minimum=0)
     """Peak learning rate of Muon; read by `name: muon` alone."""
+    memory_lr: float = number(minimum=0)
+    """Peak learning rate of W_init and of the memory's feature map: high ones cost the memory its capacity."""
     weight_decay: float = number(minimum=0)
     """Decoupled weight decay of matrices; vectors have none."""
     betas: list[float] = MISSING
@@ -162,8 +163,9 @@ class TrainConfig:
     """auto: bf16-mixed where the hardware is fast at it, else 32-true; the log says which."""
     resume: str | None = None
     """Checkpoint, or run folder, to go on with exactly: weights, optimizer, schedule and position in the data."""
-    init: str | None = None
-    """Checkpoint, run folder or experiment whose weights to start from; all else begins anew."""
+    init_from: str | None = None
+    """Checkpoint, run folder or experiment (its newest finished run of this model) whose weights to start from; all
+    else begins anew."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """conf/model/"""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -22,18 +22,11 @@ from torchmetrics.text import Perplexity
 from atlas_lm.config import ModelConfig, OptimConfig
 from atlas_lm.generate import continue_text
 from atlas_lm.model import AtlasLM, Output
+from atlas_lm.needles import losses_with_and_without_memory, write_and_read
 from atlas_lm.optim import build_optimizer, build_schedule
 
 UNSCORED = -100
 SAMPLE_PROMPT, SAMPLE_TOKENS = "def ", 128  # what each validation writes a continuation of
-_HELD = 0.1  # share of the run over which the polarisation weight is held (SPEC M15)
-_DECAY = 100.0  # by how much it has shrunk at the end
-
-
-def polarisation_weight(step: int, total_steps: int, weight: float) -> float:
-    """λ(t) of SPEC M15: held for the first tenth of the steps, then decayed exponentially by 100×."""
-    progress = (step / total_steps - _HELD) / (1 - _HELD)
-    return weight * _DECAY ** -min(1.0, max(0.0, progress))
 
 
 def capped_polarisation_gradient(gate: Tensor, main: Tensor, weight: float, cap: float) -> Tensor:
@@ -80,6 +73,58 @@ class AtlasModule(L.LightningModule):
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
         self._last_step_ended: float | None = None
+        self._gates: tuple[Tensor, ...] = ()  # of the last training step
+        self.loss_weights = {"polarisation": 0.0}  # λ of SPEC M15, until a schedule sets it
+
+    # What callbacks ask for
+
+    @property
+    def local_chunks(self) -> tuple[int, ...]:
+        """C_L of the local memories, tokens; empty without a memory."""
+        return self.model.local_chunks
+
+    def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
+        """Change them at run time (SPEC M13)."""
+        self.model.set_local_chunks(chunks)
+
+    def set_loss_weight(self, name: str, weight: float) -> None:
+        """Weight of an auxiliary loss from the next step on. KeyError: none of that name."""
+        if name not in self.loss_weights:
+            raise KeyError(f"there is no auxiliary loss {name!r}; there are {', '.join(self.loss_weights)}")
+        self.loss_weights[name] = weight
+
+    def gate_values(self) -> Tensor:
+        """The fusion gates of the last training step, (layers with a memory, tokens · width)."""
+        return torch.stack([gate.flatten() for gate in self._gates]) if self._gates else torch.empty(0, 0)
+
+    def held_out_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch, nats per scored token."""
+        return self.loss(self(batch).logits, batch["targets"])
+
+    def memory_contribution(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean loss with the memory, and with its output zeroed, where attention cannot see the whole past (C1b)."""
+        return losses_with_and_without_memory(self.model, batch["input_ids"], batch["targets"])
+
+    def write_and_read(
+        self, keys: Tensor, values: Tensor, query: Tensor, batch: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """What every memory answers after learning pairs (SPEC C1), with its gates open, or as `batch` opens them.
+
+        See `needles.write_and_read`.
+        """
+        return write_and_read(self.model, keys, values, query, None if batch is None else batch["input_ids"])
+
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Layers with a memory, heads, dimension of keys and values."""
+        layers = 0 if self.model_config.memory == "none" else self.model_config.layers
+        return layers, self.model_config.heads, self.model_config.head_dim
+
+    def persistent_memory(self) -> list[Tensor]:
+        """The persistent keys of every layer, (heads, keys, dim) each (SPEC M10)."""
+        blocks: list[Any] = [block for block in self.model.blocks if block.memory is not None]
+        return [block.memory.hierarchy.persistent_keys.detach() for block in blocks]
+
+    # Training
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -93,6 +138,7 @@ class AtlasModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output = self(batch)
+        self._gates = tuple(gate.detach() for gate in output.gates)
         self._polarise(output.gates)
         loss = self.loss(output.logits, batch["targets"])
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -102,10 +148,9 @@ class AtlasModule(L.LightningModule):
 
     def _polarise(self, gates: tuple[Tensor, ...]) -> None:
         """Add the capped gradient of the polarisation loss where the main gradient passes the gates (SPEC M15)."""
-        if self.model_config.polarisation == 0 or not gates:
+        weight = self.loss_weights["polarisation"]
+        if weight == 0 or not gates:
             return
-        config = self.optim_config
-        weight = polarisation_weight(self.global_step, config.total_steps, self.model_config.polarisation)
         cap = self.model_config.polarisation_cap
         for gate in gates:
             gate.register_hook(partial(_with_polarisation, gate.detach(), weight, cap))
@@ -116,11 +161,13 @@ class AtlasModule(L.LightningModule):
         if self._last_step_ended is not None:
             rate = batch["input_ids"].numel() * self.trainer.world_size / (now - self._last_step_ended)
             self.log("perf/tokens_per_second", rate, prog_bar=True)
+        self.log("train/global_step", float(self.trainer.global_step))  # goes back at a rollback; the loggers' step not
         self._last_step_ended = now
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.log("optim/grad_norm", norm)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients:  # a guard may have taken them away: the step is skipped
+            self.log("optim/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def on_validation_start(self) -> None:
         self._last_step_ended = None  # a validation is no training time
@@ -135,7 +182,7 @@ class AtlasModule(L.LightningModule):
             right = (output.logits.argmax(-1) == targets)[targets != UNSCORED]
             self.recall.update(right.float())
         if batch_idx == 0 and output.gates:
-            self._log_gates(output.gates)
+            self._draw_gates(output.gates)
             if not self._sharded():  # a stream's first state is built of whole parameters
                 self._log_memory(batch)
 
@@ -151,14 +198,10 @@ class AtlasModule(L.LightningModule):
         for metric in (self.val_loss, self.val_ppl, self.recall):
             metric.reset()
 
-    def _log_gates(self, gates: tuple[Tensor, ...]) -> None:
-        values = torch.stack([g.float() for g in gates])
-        self.log("memory/gate_mean", values.mean(), sync_dist=True)
-        self.log("memory/gate_std", values.std(), sync_dist=True)
-        self.log("memory/gate_polarised", ((values < 0.1) | (values > 0.9)).float().mean(), sync_dist=True)
+    def _draw_gates(self, gates: tuple[Tensor, ...]) -> None:
         for board in self._boards():
-            for i, gate in enumerate(values):
-                finite = gate[gate.isfinite()]  # a histogram of nothing is an error of TensorBoard's
+            for i, gate in enumerate(gates):
+                finite = gate.float()[gate.isfinite()]  # a histogram of nothing is an error of TensorBoard's
                 if finite.numel():
                     board.add_histogram(f"memory/gate/layer_{i}", finite, self.global_step)
 

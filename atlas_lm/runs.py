@@ -1,5 +1,6 @@
 """Run folders: `outputs/<experiment>/<timestamp>/`, and `outputs/<experiment>/latest` for the newest finished one."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from atlas_lm.config import nearest
 
 CONFIG = "config.yaml"  # its presence makes a folder a run folder
 LATEST = "latest"
+FINISHED = ("finished", "stopped early")  # what a report calls a run that ended well
 
 
 def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
@@ -29,6 +31,18 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
     known = sorted(f.name for f in Path(outputs).iterdir() if f.is_dir()) if Path(outputs).is_dir() else []
     has = f"{str(outputs)!r} has {', '.join(known)}" if known else f"{str(outputs)!r} has no runs yet: train one first"
     raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")
+
+
+def finished_runs(experiment: Path) -> list[Path]:
+    """The runs of an experiment that ended well, the newest first."""
+    found = []
+    for folder in sorted(experiment.iterdir(), reverse=True) if experiment.is_dir() else []:
+        report = folder / "report.json"
+        if folder.is_symlink() or not report.is_file():
+            continue
+        if json.loads(report.read_text())["status"] in FINISHED:
+            found.append(folder)
+    return found
 
 
 def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:

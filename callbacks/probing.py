@@ -1,6 +1,6 @@
 """What probes share: a held-out batch, a corner in which training is not disturbed, and values that get logged.
 
-A probe must leave training bitwise as it was: no gradient, no random number and no mode of a module may differ after it.
+A probe must leave training bitwise as it was: no gradient, no random number, no mode of a module may differ after it.
 """
 
 from collections.abc import Iterator, Mapping

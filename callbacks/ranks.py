@@ -30,7 +30,7 @@ def _reduced(trainer: Trainer, values: Tensor, operation: str) -> Tensor:
     if trainer.world_size == 1:
         return values
     moved = values.detach().to(trainer.strategy.root_device).clone()
-    return trainer.strategy.reduce(moved, reduce_op=operation).to(values.device)  # type: ignore[arg-type]
+    return trainer.strategy.reduce(moved, reduce_op=operation).to(values.device)
 
 
 def gathered(trainer: Trainer, value: Any) -> list[Any]:

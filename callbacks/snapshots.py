@@ -1,10 +1,11 @@
 """The state of a run in memory, and the way back to it inside `fit`.
 
-The oracle (SPEC C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the other
-callbacks' state are bitwise those of a run that never saw the batches in between. The data is not touched: it moves on.
+The oracle (SPEC C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the
+other callbacks' state are bitwise those of a run that never saw the batches in between. The data is not touched: it
+moves on.
 
 Lightning has no public way to do this; everything private that it takes stands in this file, and
-`tests/callbacks/test_snapshots.py` has a contract test on the names.
+`tests/callbacks/test_spike_rollback.py` holds it to that oracle.
 """
 
 import copy

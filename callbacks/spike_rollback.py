@@ -1,8 +1,8 @@
 """Return to an earlier state when the perplexity of held-out text jumps, or is not finite.
 
-Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, against its moving average; the training loss of
-          every step for NaN and infinity, which make it look at that batch at once. `watch: training_loss` takes the
-          mean training loss in between instead.
+Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, against its moving average; the training
+          loss of every step for NaN and infinity, which make it look at that batch at once. `watch: training_loss`
+          takes the mean training loss in between instead.
 Acts:     returns to the second most recent of the last `keep_last` snapshots (model, optimizer, schedulers, scaler,
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
           `mode: observe` only records.
@@ -130,7 +130,9 @@ class SpikeRollback(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError if the module cannot be probed, or takes its optimizer steps itself."""
         if self.watch == "held_out" and not isinstance(pl_module, HasHeldOutLoss):
-            raise TypeError(f"spike_rollback needs held_out_loss(batch), which {type(pl_module).__name__} does not have")
+            raise TypeError(
+                f"spike_rollback needs held_out_loss(batch), which {type(pl_module).__name__} does not have"
+            )
         if not pl_module.automatic_optimization:
             raise TypeError("spike_rollback cannot rewind a module that takes its optimizer steps by itself")
 
@@ -271,14 +273,15 @@ class SpikeRollback(Checkpoint):
         self.quiet_until = self._now(trainer) + self.cool_down_steps
         if trainer.is_global_zero:
             log.warning(
-                "spike: held-out perplexity %s at step %d: back to step %d (rollback %d of at most %d), the data moves on",
+                "spike: held-out perplexity %s at step %d: back to step %d (rollback %d of at most %d), data goes on",
                 rise, seen, trainer.global_step, self.rollbacks, self.max_rollbacks,
             )  # fmt: skip
 
     @rank_zero_only
     def _abandon(self, trainer: Trainer, kept: Kept) -> None:
         """Mark every checkpoint that was written after `kept`, so that nobody resumes what was found to be bad."""
-        folders = {self.folder, *(Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None))}
+        others = (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
+        folders = {self.folder, *(Path(folder) for folder in others if folder)}
         for folder in folders:
             for path in folder.glob("*.ckpt"):
                 if path != kept.path and not path.is_symlink() and path.stat().st_mtime_ns > kept.written:

@@ -1,12 +1,10 @@
 """The loss that the module adds to the language model's: gate polarisation (SPEC M15)."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 from atlas_lm.config import ModelConfig, OptimConfig
-from atlas_lm.module import UNSCORED, AtlasModule, capped_polarisation_gradient, polarisation_weight
+from atlas_lm.module import UNSCORED, AtlasModule, capped_polarisation_gradient
 
 VOCABULARY = 11
 
@@ -16,7 +14,7 @@ def make_module(weight: float, cap: float, **changes) -> AtlasModule:
         name="small", dim=10, layers=2, heads=2, head_dim=4, window=5, ffn_multiple=2.0, fusion="multiplicative",
         memory="atlas", local_chunks=[3, 7], global_chunk=8, shard=24, network="gated_mlp", residual=False,
         features="sketch", rank=6, memory_hidden=5, context=1, update="gradient", persistent_keys=3, eta_max=1.0,
-        half_life=64.0, radius=8.0, conv=4, reset_at_document=False, polarisation=weight, polarisation_cap=cap,
+        half_life=64.0, radius=8.0, conv=4, reset_at_document=False, polarisation_cap=cap,
         rope_base=10000.0,
     )  # fmt: skip
     optim = OptimConfig(
@@ -25,6 +23,7 @@ def make_module(weight: float, cap: float, **changes) -> AtlasModule:
     )  # fmt: skip
     torch.manual_seed(0)
     module = AtlasModule(ModelConfig(**(values | changes)), optim, VOCABULARY).double()
+    module.set_loss_weight("polarisation", weight)
     module.log = lambda *args, **kwargs: None
     return module
 
@@ -99,18 +98,6 @@ def test_a_model_without_gates_is_left_alone():
     module = make_module(1.0, cap=0.1, memory="none")
     assert module(make_batch()).gates == ()
     backward(module)
-
-
-def test_weight_is_held_for_a_tenth_then_decays_a_hundredfold():
-    steps = 1000
-    weights = [polarisation_weight(step, steps, 0.5) for step in range(steps + 200)]
-    assert set(weights[:101]) == {0.5}
-    assert weights[101] < 0.5
-    assert weights[steps] == pytest.approx(0.5 / 100)
-    assert set(weights[steps:]) == {weights[steps]}
-    ratios = [b / a for a, b in pairwise(weights[100 : steps + 1])]
-    assert max(ratios) == pytest.approx(min(ratios))  # exponential
-    assert polarisation_weight(550, steps, 0.5) == pytest.approx(0.05)
 
 
 def test_unscored_targets_do_not_count():

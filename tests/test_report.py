@@ -148,15 +148,16 @@ def test_a_failed_run_reports_and_is_not_the_latest(
         return loss * math.nan if self.global_step == 2 else loss
 
     monkeypatch.setattr(train.AtlasModule, "training_step", poisoned)
-    assert small_run(in_tmp, "name=x", "callbacks.checkpoint.every_n_steps=1") == 1
+    at_once = "callbacks.nonfinite_guard.max_consecutive=0"
+    assert small_run(in_tmp, "name=x", "callbacks.checkpoint.every_n_steps=1", at_once) == 1
     error = capsys.readouterr().err
-    assert "error: the loss became nan at step 2" in error
+    assert "error: NaN or infinity in step 2 (loss on rank 0; gradient on rank 0)" in error
     assert "lower optim.lr" in error
     assert "Traceback" not in error
     found = report_of(only_run(in_tmp / "outputs"))
     assert found["status"] == "failed"
     assert found["steps"] == 2
-    assert "NonFiniteLoss" in found["verdict"]
+    assert "NonFiniteTraining" in found["verdict"]
     assert not (in_tmp / "outputs" / "x" / "latest").exists()
     with pytest.raises(ValueError, match="no finished run"):
         resolve_run("x")

@@ -168,17 +168,36 @@ def test_a_truncated_checkpoint(finished: Path, in_tmp: Path, capsys: Any) -> No
 def test_a_missing_checkpoint(finished: Path, in_tmp: Path, capsys: Any) -> None:
     line = error_of(capsys, small_run(in_tmp, "name=second", f"resume={finished.with_name('lats.ckpt')}"))
     assert "did you mean 'last.ckpt'" in line
-    assert "no run 'frist' (did you mean 'first'?)" in error_of(capsys, small_run(in_tmp, "name=third", "init=frist"))
+    assert "no run 'frist' (did you mean 'first'?)" in error_of(
+        capsys, small_run(in_tmp, "name=third", "init_from=frist")
+    )
 
 
 def test_init_takes_the_weights_and_starts_anew(finished: Path, in_tmp: Path, capsys: Any) -> None:
-    assert small_run(in_tmp, "name=second", "init=first", "optim.total_steps=1", "optim.lr=0", "optim.muon_lr=0") == 0
+    still = ["optim.total_steps=1", "optim.lr=0", "optim.muon_lr=0", "optim.memory_lr=0"]
+    assert small_run(in_tmp, "name=second", "init_from=first", *still) == 0
     second = run_of(in_tmp, "second") / "checkpoints" / "last.ckpt"
     assert torch.load(second, weights_only=True)["global_step"] == 1
     for name, tensor in weights(finished).items():
         assert torch.equal(tensor, weights(second)[name])
-    both = small_run(in_tmp, "name=third", "init=first", f"resume={finished}")
-    assert "exclude each other" in error_of(capsys, both)
+
+
+def test_init_from_means_the_newest_finished_run_of_the_same_model(in_tmp: Path, capsys: Any) -> None:
+    for name, changes in (("a", []), ("b", ["model.memory_hidden=4"])):  # b is newer, and another model
+        assert small_run(in_tmp, "name=first", f"hydra.run.dir=outputs/first/2024_{name}", *changes) == 0
+    assert small_run(in_tmp, "name=second", "init_from=first", "model.local_chunks=[2]", "optim.total_steps=1") == 0
+    assert "2024_a" in (run_of(in_tmp, "second") / "train.log").read_text()
+    line = error_of(capsys, small_run(in_tmp, "name=third", "init_from=first", "model.dim=8"))
+    assert "no finished run of this model" in line
+    assert "model.dim=8 but 16" in line
+    line = error_of(capsys, small_run(in_tmp, "name=fourth", "init_from=stage1"))
+    assert "train one first: python train.py +experiment=stage1 model=tiny" in line
+
+
+def test_a_resumed_run_needs_no_start(finished: Path, in_tmp: Path) -> None:
+    """+experiment=stage2 names a start in its configuration; with resume= it is what the run once began with."""
+    assert small_run(in_tmp, "name=third", "init_from=nothing", f"resume={finished}", "optim.total_steps=6") == 0
+    assert report_of(run_of(in_tmp, "third"))["steps"] == 6
 
 
 def test_a_run_folder_is_never_used_twice(finished: Path, in_tmp: Path, capsys: Any) -> None:

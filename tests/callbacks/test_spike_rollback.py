@@ -1,4 +1,4 @@
-"""SpikeRollback: the oracle of `rollback_cases.py` on one process and on two ranks, the judgement, what is left on disk."""
+"""SpikeRollback: the oracle of `rollback_cases.py` on one process and two ranks, the judgement, the files."""
 
 import math
 from pathlib import Path

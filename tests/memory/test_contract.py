@@ -152,7 +152,7 @@ def model_config(**changes) -> ModelConfig:
         name="small", dim=10, layers=2, heads=2, head_dim=4, window=5, ffn_multiple=2.0, fusion="multiplicative",
         memory="atlas", local_chunks=[3, 7], global_chunk=8, shard=24, network="gated_mlp", residual=False,
         features="sketch", rank=6, memory_hidden=5, context=4, update="gradient", persistent_keys=3, eta_max=1.0,
-        half_life=64.0, radius=8.0, conv=4, reset_at_document=False, polarisation=0.0, polarisation_cap=0.1,
+        half_life=64.0, radius=8.0, conv=4, reset_at_document=False, polarisation_cap=0.1,
         rope_base=10000.0,
     )  # fmt: skip
     return ModelConfig(**(values | changes))

@@ -1,0 +1,163 @@
+"""Say when the gates between attention and memory stop learning: they must spread out and not collapse.
+
+Watches:  mean, standard deviation and the share of polarised gates (< `low` or > `high`), per layer, over all ranks.
+Acts:     fails if gates are not finite, if a layer's deviation falls below `collapse_std` after `baseline_step`, or if
+          its variance at `check_step` is below `growth` times that at `baseline_step`. on_failure: warn (once per kind)
+          or stop (GateFailure), on all ranks together.
+Logs:     memory/gate_mean, memory/gate_std, memory/gate_polarised over all layers, when measured.
+Requires: HasGates. Keeps the baseline in the checkpoint.
+Source:   SPEC C6.
+"""
+
+import logging
+import math
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.probing import record
+from callbacks.ranks import mean_over_ranks
+
+log = logging.getLogger(__name__)
+REMEDY = "raise model.polarisation, lower optim.lr, or remove the memory of that layer"
+
+
+@runtime_checkable
+class HasGates(Protocol):
+    """All that this monitor knows of the module."""
+
+    def gate_values(self) -> Tensor:
+        """(layers, gates) in [0, 1]: those of the last training step."""
+        ...
+
+
+class GateFailure(FloatingPointError):
+    """Gates that are not finite, have collapsed, or never began to spread."""
+
+
+class Failure(NamedTuple):
+    """What is wrong: its kind, and the whole sentence."""
+
+    kind: str
+    message: str
+
+
+class GateMonitor(Callback):
+    """Steps are optimizer steps. Measures every `every_n_steps`, and at `baseline_step` and `check_step` themselves.
+
+    ValueError: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        baseline_step: int = 100,
+        check_step: int = 500,
+        growth: float = 1.5,
+        collapse_std: float = 0.01,
+        low: float = 0.1,
+        high: float = 0.9,
+        every_n_steps: int = 10,
+        on_failure: str = "warn",
+    ) -> None:
+        if not 1 <= baseline_step < check_step:
+            raise ValueError(f"baseline_step={baseline_step} must be at least 1 and before check_step={check_step}")
+        if not growth > 0:
+            raise ValueError(f"growth={growth} of gate_monitor must be positive, 1.5 means half as much again")
+        if not collapse_std >= 0:
+            raise ValueError(f"collapse_std={collapse_std} of gate_monitor must be at least 0")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"low={low}, high={high} of gate_monitor must be gates: 0 <= low <= high <= 1")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} of gate_monitor must be at least 1")
+        if on_failure not in ("warn", "stop"):
+            raise ValueError(f"on_failure={on_failure} of gate_monitor must be warn or stop")
+        self.baseline_step, self.check_step, self.growth = baseline_step, check_step, growth
+        self.collapse_std, self.low, self.high = collapse_std, low, high
+        self.every_n_steps, self.on_failure = every_n_steps, on_failure
+        self.baseline: list[float] | None = None  # variance per layer at baseline_step
+        self.warned: list[str] = []  # kinds of failure
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after optimizer step `step`."""
+        return step % self.every_n_steps == 0 or step in (self.baseline_step, self.check_step)
+
+    def judge(self, step: int, variances: list[float]) -> Failure | None:
+        """What is wrong with the variance of a layer's gates, NaN standing for gates that are not finite."""
+        at = f"at step {step}"
+        for layer, variance in enumerate(variances):
+            if not math.isfinite(variance):  # first: every comparison with NaN is False
+                return Failure(
+                    "nonfinite", f"gates of layer {layer} are NaN or infinite {at}: lower optim.lr or optim.clip"
+                )
+        for layer, variance in enumerate(variances):
+            if step > self.baseline_step and math.sqrt(variance) < self.collapse_std:
+                found = f"deviation {math.sqrt(variance):.3g} is below {self.collapse_std:g}"
+                return Failure("collapse", f"gates of layer {layer} have collapsed {at}: {found}: {REMEDY}")
+        if step != self.check_step:
+            return None
+        if self.baseline is None:
+            missing = f"their variance at step {self.baseline_step} is not known: resume a checkpoint that holds it"
+            return Failure("baseline", f"gates cannot be judged {at}: {missing}")
+        for layer, (variance, before) in enumerate(zip(variances, self.baseline, strict=True)):
+            if variance < self.growth * before:
+                found = (
+                    f"{before:.3g} → {variance:.3g}, less than {self.growth:g} times, since step {self.baseline_step}"
+                )
+                return Failure("growth", f"gates of layer {layer} do not spread {at}: variance {found}: {REMEDY}")
+        return None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """TypeError: the module shows no gates."""
+        if not isinstance(pl_module, HasGates):
+            raise TypeError(f"gate_monitor needs gate_values(), which {type(pl_module).__name__} lacks")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is time, and act."""
+        step = trainer.global_step
+        if trainer.fit_loop._should_accumulate() or not self.is_due(step):
+            return
+        assert isinstance(pl_module, HasGates)
+        mean_L, square_L, polarised_L = self.measure(trainer, pl_module.gate_values())
+        variances = (square_L - mean_L.square()).clamp_min(0).tolist()
+        mean = float(mean_L.mean())
+        values = {
+            "memory/gate_mean": mean,
+            "memory/gate_std": math.sqrt(max(float(square_L.mean()) - mean * mean, 0.0)),
+            "memory/gate_polarised": float(polarised_L.mean()),
+        }
+        record(trainer, pl_module, values)
+        if step == self.baseline_step:
+            self.baseline = variances
+        self._act(trainer, self.judge(step, variances))
+
+    def measure(self, trainer: Trainer, gates_LN: Tensor) -> Tensor:
+        """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates."""
+        if not gates_LN.numel():
+            raise ValueError("gate_monitor: this model has no gates: remove the monitor with ~callbacks.gate_monitor")
+        gates_LN = gates_LN.detach().double()  # a variance as a difference of squares needs the digits
+        polarised_LN = ((gates_LN < self.low) | (gates_LN > self.high)).double()
+        moments = torch.stack([gates_LN.mean(1), gates_LN.square().mean(1), polarised_LN.mean(1)])
+        return mean_over_ranks(trainer, moments).cpu()
+
+    def _act(self, trainer: Trainer, failure: Failure | None) -> None:
+        """All ranks have the same numbers and so do the same."""
+        if failure is None:
+            return
+        if self.on_failure == "stop":
+            raise GateFailure(failure.message)
+        if failure.kind not in self.warned:
+            self.warned.append(failure.kind)
+            if trainer.is_global_zero:
+                log.warning(failure.message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The baseline, and what was warned of."""
+        return {"baseline": self.baseline, "warned": list(self.warned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Judge against the same baseline."""
+        self.baseline, self.warned = state_dict["baseline"], list(state_dict["warned"])

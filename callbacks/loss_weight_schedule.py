@@ -1,0 +1,164 @@
+"""Let auxiliary losses guide the beginning of a run, then fade; and take them away while a watched metric degrades.
+
+Watches:  the logged metric `watch`, averaged over ranks and steps, against its best average.
+Acts:     sets the weight of each named loss at the beginning of every step: held for the first `hold` of the run, then
+          decayed exponentially to 1/`decay`. If the average rises above its best by more than `tolerance`, or the
+          metric is not finite, all weights are 0 for `rest_steps` and come back `backoff` times as large.
+Logs:     loss_weight/<name> at every step.
+Requires: HasLossWeights. Keeps level, rest, average and best in the checkpoint.
+Source:   SPEC M15, C8: guard losses ten times the main loss have destroyed a run.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.ranks import mean_over_ranks
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class HasLossWeights(Protocol):
+    """All that this schedule knows of the module."""
+
+    loss_weights: dict[str, float]
+    """Names of the auxiliary losses and their weights now."""
+
+    def set_loss_weight(self, name: str, weight: float) -> None:
+        """Use this weight from the next step on."""
+        ...
+
+
+class LossWeightSchedule(Callback):
+    """`weights`: name of a loss → its weight at the start. `smoothing`: weight of the newest value in the average.
+
+    `watch` falls when training goes well; None: the schedule alone. ValueError: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        total_steps: int,
+        hold: float = 0.1,
+        decay: float = 100.0,
+        watch: str | None = None,
+        tolerance: float = 0.05,
+        rest_steps: int = 100,
+        backoff: float = 0.5,
+        smoothing: float = 0.1,
+    ) -> None:
+        self.weights = {str(name): float(weight) for name, weight in weights.items()}
+        wrong = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
+        if wrong or not self.weights:
+            raise ValueError(
+                f"weights={wrong or {}} of loss_weight_schedule must name losses with weights of at least 0"
+            )
+        for name, value, fine, rule in (
+            ("total_steps", total_steps, total_steps >= 1, "be at least 1: the run's number of steps"),
+            ("hold", hold, 0 <= hold < 1, "lie in [0, 1): a share of the run"),
+            ("decay", decay, 1 <= decay < math.inf, "be at least 1, which decays nothing"),
+            ("tolerance", tolerance, tolerance >= 0, "be at least 0, 0.05 means 5 %"),
+            ("rest_steps", rest_steps, rest_steps >= 1, "be at least 1 step"),
+            ("backoff", backoff, 0 <= backoff <= 1, "lie in [0, 1]"),
+            ("smoothing", smoothing, 0 < smoothing <= 1, "lie in (0, 1]"),
+        ):
+            if not fine:
+                raise ValueError(f"{name}={value} of loss_weight_schedule must {rule}")
+        self.total_steps, self.hold, self.decay = total_steps, hold, decay
+        self.tolerance, self.rest_steps, self.backoff, self.smoothing = tolerance, rest_steps, backoff, smoothing
+        self.watch = watch if any(self.weights.values()) else None  # there is nothing to take away from weights of 0
+        self.level = 1.0  # what back-offs have left of the schedule
+        self.resting_until = 0  # step at which the weights come back
+        self.average: float | None = None
+        self.best: float | None = None
+        self._validated = False
+
+    def factor(self, step: int) -> float:
+        """Share of its weight that a loss has at optimizer step `step`."""
+        if step < self.resting_until:
+            return 0.0
+        progress = (step / self.total_steps - self.hold) / (1 - self.hold)
+        return self.level * self.decay ** -min(1.0, max(0.0, progress))
+
+    def judge(self, value: float, step: int) -> bool:
+        """Take in the metric as it is after `step` steps; whether the weights have to rest from now on.
+
+        What is not finite stays out of the average, which it would spoil for ever. While the weights rest there is
+        nothing to take away: the best follows the average, so that the judgement begins anew when they come back.
+        """
+        resting = 0 < step <= self.resting_until  # the step before this moment ran without them
+        finite = math.isfinite(value)
+        if finite:
+            before = value if self.average is None else self.average
+            self.average = before + self.smoothing * (value - before)
+            lower = self.best is None or self.average < self.best
+            degraded = not lower and self.average - (self.best or 0.0) > self.tolerance * abs(self.best or 0.0)
+            if lower or resting:
+                self.best = self.average
+        if resting or (finite and not degraded):
+            return False
+        self.level *= self.backoff
+        self.resting_until = step + self.rest_steps
+        return True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """TypeError: the module lets nobody set its weights. ValueError: it knows no loss of a name."""
+        if not isinstance(pl_module, HasLossWeights):
+            missing = [
+                name for name in ("loss_weights", "set_loss_weight()") if not hasattr(pl_module, name.strip("()"))
+            ]
+            raise TypeError(
+                f"loss_weight_schedule needs {' and '.join(missing)}, which {type(pl_module).__name__} lacks"
+            )
+        unknown = [name for name in self.weights if name not in pl_module.loss_weights]
+        if unknown:
+            known = ", ".join(pl_module.loss_weights) or "none"
+            raise ValueError(
+                f"weights of loss_weight_schedule: there is no loss {', '.join(unknown)}; there are {known}"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on a metric of validation must be there."""
+        self._validated = self._validated or not trainer.sanity_checking
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Weights of this step, the same for all of an accumulation window."""
+        assert isinstance(pl_module, HasLossWeights)
+        factor = self.factor(trainer.global_step)
+        for name, weight in self.weights.items():
+            pl_module.set_loss_weight(name, weight * factor)
+            pl_module.log(f"loss_weight/{name}", weight * factor)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge the watched metric after each optimizer step."""
+        if self.watch is None or trainer.fit_loop._should_accumulate():
+            return
+        logged = trainer.callback_metrics
+        if self.watch not in logged:
+            if trainer.enable_validation and not self._validated:
+                return  # validation may log it yet
+            raise ValueError(
+                f"watch={self.watch} of loss_weight_schedule was not logged; there are {', '.join(logged)}"
+            )
+        value = float(mean_over_ranks(trainer, torch.as_tensor(logged[self.watch]).float()))
+        if self.judge(value, trainer.global_step) and trainer.is_global_zero:
+            log.warning(
+                "step %d: %s has degraded (now %g, average %s, best %s): loss weights rest until step %d, then at %g",
+                trainer.global_step, self.watch, value, self.average, self.best, self.resting_until, self.level,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Level, rest, average and best."""
+        return {name: getattr(self, name) for name in ("level", "resting_until", "average", "best")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.level, self.resting_until = state_dict["level"], state_dict["resting_until"]
+        self.average, self.best = state_dict["average"], state_dict["best"]

@@ -1,0 +1,85 @@
+"""What the memory is worth to the text: held-out perplexity with it, and with its output zeroed.
+
+Watches:  the loss at positions that attention cannot fully see, with and without the memory, every `every_n_steps`.
+Acts:     warns when the memory makes the prediction worse by more than `tolerance` (relative, of the perplexity).
+Logs:     memory/contribution: the share by which the perplexity rises without the memory; 0.2 is 20 %.
+Requires: HasMemoryContribution and a validation loader.
+Source:   SPEC C1b. The needle says that the memory holds what is written; this says that the model uses it.
+"""
+
+import logging
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from callbacks.probing import held_out_batch, record, undisturbed
+from callbacks.ranks import mean_over_ranks
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class HasMemoryContribution(Protocol):
+    """All that this probe knows of the module."""
+
+    def memory_contribution(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Mean nats per target with the memory and with its output zeroed; changes nothing."""
+        ...
+
+
+class MemoryContribution(Callback):
+    """Measures on `rows` held-out sequences per rank; keeps no state. ValueError: a value out of its range."""
+
+    def __init__(self, every_n_steps: int = 1000, tolerance: float = 0.0, rows: int = 2) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("rows", rows)):
+            if value < 1:
+                raise ValueError(f"{name}={value} of memory_contribution must be at least 1")
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance={tolerance} of memory_contribution must not be negative")
+        self.every_n_steps, self.tolerance, self.rows = every_n_steps, tolerance, rows
+        self._batch: Any = None
+
+    def judge(self, gain: float, step: int) -> str | None:
+        """What is wrong, in words; None if nothing is."""
+        if not math.isfinite(gain):
+            return f"memory contribution at step {step} is not finite: the model's losses are not"
+        if gain < -self.tolerance:
+            return f"at step {step} held-out perplexity is {-gain:.1%} lower without the memory: it does harm"
+        return None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """TypeError if the module cannot silence its memory."""
+        if not isinstance(pl_module, HasMemoryContribution):
+            raise TypeError(
+                f"memory_contribution needs memory_contribution(batch), which {type(pl_module).__name__} lacks"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the text, and find out now whether it is long enough."""
+        self._batch = held_out_batch(trainer, self.rows, "memory_contribution")
+        record(trainer, pl_module, {"memory/contribution": self.measure(trainer, pl_module)})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is time."""
+        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
+            return
+        gain = self.measure(trainer, pl_module)
+        record(trainer, pl_module, {"memory/contribution": gain})
+        wrong = self.judge(gain, trainer.global_step)
+        if wrong and trainer.is_global_zero:
+            log.warning(wrong)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Relative rise of the perplexity when the memory's output is zeroed, over all ranks."""
+        assert isinstance(pl_module, HasMemoryContribution)
+        with undisturbed(trainer, pl_module):
+            with_memory, without = pl_module.memory_contribution(self._batch)
+        losses = mean_over_ranks(trainer, torch.stack([with_memory, without]).float())
+        rise = float(losses[1] - losses[0])
+        return math.expm1(rise) if rise < 700 else math.inf

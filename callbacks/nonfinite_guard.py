@@ -1,0 +1,108 @@
+"""Skip a step whose loss or gradient is NaN or infinite, and stop the run when too many follow one another.
+
+Watches:  the loss of every micro-batch of a step; the largest absolute value of all local gradients, before clipping.
+Acts:     drops the gradients on all ranks together: weights and moments stay. More than `max_consecutive` such steps
+          in a row raise NonFiniteTraining on all ranks. With a loss scaler (16-mixed) it is the scaler that skips.
+Logs:     guard/skipped_steps, when it grows.
+Requires: any LightningModule with automatic optimization. Keeps its counters in the checkpoint.
+Source:   SPEC C2: NaN is a failure at once, and every comparison with it is False.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from callbacks.probing import record
+from callbacks.ranks import gathered, max_over_ranks
+
+
+class NonFiniteTraining(FloatingPointError):
+    """Losses or gradients of NaN or ±infinity, more steps in a row than allowed."""
+
+
+def largest(gradients: list[Tensor]) -> Tensor:
+    """max |g| over what this rank holds; NaN and infinity come through.
+
+    Not the 2-norm: the squares of large finite gradients overflow.
+    """
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    local = [g for g in local if g.numel()]  # a rank may hold no row of a small parameter: an empty one has no maximum
+    return torch.nn.utils.get_total_norm(local, norm_type=math.inf)
+
+
+class NonfiniteGuard(Callback):
+    """Allows `max_consecutive` non-finite steps in a row, skips them and stops at the next; 0 stops at the first one.
+
+    ValueError if it is negative.
+    """
+
+    survives_rollback = True  # else a run that is rolled back to the same bad data would count from 0 for ever
+
+    def __init__(self, max_consecutive: int) -> None:
+        if max_consecutive < 0:
+            raise ValueError(f"max_consecutive={max_consecutive} must be at least 0, which stops at the first bad step")
+        self.max_consecutive = max_consecutive
+        self.skipped = 0  # of the whole run
+        self.streak: list[str] = []  # what was wrong, one entry per consecutive skipped step
+        self._bad_loss: Tensor | None = None  # on the device: reading it here would wait for the forward pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A window that was cut short leaves nothing behind."""
+        self._bad_loss = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Remember whether any loss of this accumulation window was not finite."""
+        bad = ~torch.isfinite(loss.detach()).all()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Judge the window. The flags travel together: the one wait for the device, and one message between ranks."""
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        bad_gradient = ~torch.isfinite(largest(gradients).to(trainer.strategy.root_device))
+        bad_loss = torch.zeros_like(bad_gradient) if self._bad_loss is None else self._bad_loss.to(bad_gradient.device)
+        self._bad_loss = None
+        mine = torch.stack([bad_loss, bad_gradient]).float()
+        seen = [bool(flag) for flag in torch.stack([mine, max_over_ranks(trainer, mine)]).flatten().tolist()]
+        loss, gradient, any_loss, any_gradient = seen
+        if not (any_loss or any_gradient):
+            self.streak.clear()
+            return
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if not scaled:
+            optimizer.zero_grad(set_to_none=True)  # never times 0: 0 · NaN is NaN
+        flags = gathered(trainer, (loss, gradient))
+        where = {
+            name: [rank for rank, both in enumerate(flags) if both[i]] for i, name in enumerate(("loss", "gradient"))
+        }
+        self.count(trainer.global_step, where)
+        record(trainer, pl_module, {"guard/skipped_steps": self.skipped})
+        # a scaler overflows while it looks for its scale, but no scale helps against a loss of NaN
+        self.judge(may_stop=any_loss or not scaled)
+
+    def count(self, step: int, where: dict[str, list[int]]) -> None:
+        """One more skipped step; `where`: the ranks on which the loss and the gradient were not finite."""
+        self.skipped += 1
+        wrong = [f"{name} on rank {', '.join(map(str, ranks))}" for name, ranks in where.items() if ranks]
+        self.streak.append(f"step {step} ({'; '.join(wrong)})")
+
+    def judge(self, may_stop: bool = True) -> None:
+        """Raise if too many steps in a row were skipped."""
+        if may_stop and len(self.streak) > self.max_consecutive:
+            raise NonFiniteTraining(
+                f"NaN or infinity in {', '.join(self.streak)}: more than max_consecutive={self.max_consecutive} in a "
+                "row; the weights are intact: resume the last checkpoint with a lower optim.lr or optim.clip, or look "
+                "at the data of these steps"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters."""
+        return {"skipped": self.skipped, "streak": list(self.streak)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped, self.streak = state_dict["skipped"], list(state_dict["streak"])
