@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 from atlas_lm.memory import cpu_features
 
 CONSTANT_WEIGHT = 1 / 32  # share of ‖φ‖² in the constant: a bias for the memory, small, since it is common to all keys
-LINEAR_WEIGHT = 1 / 4  # share in the linear part where a quadratic part exists (crosstalk E[(q·k)²] = 1/D)
+LINEAR_WEIGHT = 1 / 4  # share in the linear part of all monomials of degree 2 (crosstalk E[(q·k)²] = 1/D)
 
 
 def monomial_weights(degree: int) -> tuple[float, ...]:
@@ -38,7 +38,7 @@ class Monomials(nn.Module):
 
     def __init__(self, dim: int, degree: int) -> None:
         super().__init__()
-        self.weights = monomial_weights(degree)
+        self.weights: tuple[float, ...] = monomial_weights(degree)
         self.degree = degree
         rows, columns = torch.triu_indices(dim, dim)
         self.register_buffer("rows", rows, persistent=False)
@@ -69,8 +69,9 @@ class Sketch(nn.Module):
             )
         self.left_RD = nn.Parameter(torch.randn(rank, dim))
         self.right_RD = nn.Parameter(torch.randn(rank, dim))
-        self.weights = monomial_weights(2)
-        self.dim_out = 1 + dim + rank
+        self.dim_out = F = 1 + dim + rank
+        # by their number: of all shares these have the least crosstalk between random keys, E[κ²] = 1/F
+        self.weights = 1 / F, dim / F, rank / F
 
     def forward(self, x_BD: Tensor) -> Tensor:
         # as one matrix: of more axes PyTorch picks its product by whether gradients are asked for
@@ -84,7 +85,10 @@ class Sketch(nn.Module):
         return torch.cat([torch.full_like(x_BD[..., :1], constant), x_BD * linear, sketch_BR * quadratic], dim=-1)
 
 
-def build_features(kind: str, dim: int, rank: int) -> Monomials | Sketch:
+Features = Monomials | Sketch
+
+
+def build_features(kind: str, dim: int, rank: int) -> Features:
     """`kind` is linear (degree 1), quadratic (all of degree 2) or sketch (degree 2 with `rank` features)."""
     if kind == "linear":
         return Monomials(dim, 1)

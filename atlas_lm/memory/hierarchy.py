@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.memory.chunked import scan, scan_shard
-from atlas_lm.memory.features import CONSTANT_WEIGHT, build_features
+from atlas_lm.memory.features import Features, build_features
 from atlas_lm.memory.network import Network, Weights, build_network
 from atlas_lm.memory.newton_schulz import STEPS
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
@@ -63,7 +63,7 @@ class FastMemory(nn.Module):
     # biases of the gates before training: write with 3/4 of full strength, momentum 1/4
     ETA, THETA, GAMMA = 1.0, -1.0, 1.0
 
-    def __init__(self, spec: MemorySpec, chunk: int, read: str, features: int) -> None:
+    def __init__(self, spec: MemorySpec, chunk: int, read: str, features: Features) -> None:
         super().__init__()
         network = build_network(spec.network, spec.residual)
         self.rule = check_rule(
@@ -71,7 +71,8 @@ class FastMemory(nn.Module):
         )
         self.eta_max = spec.eta_max
         self.heads = spec.heads
-        shapes = network.shapes(spec.head_dim, features, spec.hidden)
+        shapes = network.shapes(spec.head_dim, features.dim_out, spec.hidden)
+        self.constant = features.weights[0] ** 0.5  # of feature 0, for every token
         self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
         self.gates = nn.Linear(spec.dim, 4 * spec.heads)
         self.half_life = spec.half_life
@@ -79,7 +80,7 @@ class FastMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        initialise_weights(self.rule.network, list(self.initial))
+        initialise_weights(self.rule.network, list(self.initial), self.constant)
         nn.init.normal_(self.gates.weight, std=0.02)
         # σ(bias) = 2^(−1/half-life): per token even α = 0.99 would empty a memory within one chunk of 512
         alpha = -math.log(2 ** (1 / self.half_life) - 1)
@@ -101,12 +102,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def initialise_weights(network: Network, weights: list[nn.Parameter]) -> None:
+def initialise_weights(network: Network, weights: list[nn.Parameter], constant: float) -> None:
     """W_init such that a memory begins empty and first writes into its input layer.
 
     There the quadratic features lend their capacity (F numbers per output) whatever the hidden width; a random start
     would write into the output layer, whose capacity is E. So: gates open and constant, W_up near zero, W_down with
-    orthogonal columns.
+    orthogonal columns. `constant`: the value of feature 0, which is the same for every input.
     """
     if network.kind == "linear":
         nn.init.zeros_(weights[0])
@@ -120,7 +121,7 @@ def initialise_weights(network: Network, weights: list[nn.Parameter]) -> None:
     if network.kind == "gated_mlp":
         gate = w_in.chunk(2, dim=-1)[0]
         gate.mul_(50.0)
-        gate[:, 0] = 2.0 / CONSTANT_WEIGHT**0.5  # feature 0 is the constant
+        gate[:, 0] = 2.0 / constant
 
 
 class Hierarchy(nn.Module):
@@ -142,10 +143,9 @@ class Hierarchy(nn.Module):
             raise ValueError(f"half_life must be a positive number of tokens, got {spec.half_life}")
         self.spec = spec
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
-        F = self.features.dim_out
         self.persistent_keys = nn.Parameter(torch.empty(spec.heads, spec.persistent_keys, spec.head_dim))
-        self.global_memory = FastMemory(spec, spec.global_chunk, "chunk", F)
-        self.local_memories = nn.ModuleList(FastMemory(spec, c, "token", F) for c in spec.local_chunks)
+        self.global_memory = FastMemory(spec, spec.global_chunk, "chunk", self.features)
+        self.local_memories = nn.ModuleList(FastMemory(spec, c, "token", self.features) for c in spec.local_chunks)
         self.reset_parameters()
 
     @torch.no_grad()

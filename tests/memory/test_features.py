@@ -62,7 +62,7 @@ def needle_score(seed: int, chunk: int, write_needle: bool = True, **changes) ->
     torch.manual_seed(seed)
     spec = MemorySpec(dim=8, heads=HEADS, head_dim=DIM, local_chunks=(), global_chunk=1, shard=1)._replace(**changes)
     features = build_features(spec.features, DIM, spec.rank)
-    memory = FastMemory(spec, chunk, "token", features.dim_out)
+    memory = FastMemory(spec, chunk, "token", features)
     T = 1 + HAYSTACK
     k, v = (nnf.normalize(torch.randn(1, HEADS, T, DIM), dim=-1) for _ in range(2))
     one = torch.ones(1, HEADS, T)

@@ -64,7 +64,7 @@ def make_memory(
         rank=RANK, hidden=HIDDEN, radius=RADIUS, context=context,
     )  # fmt: skip
     features = build_features("sketch", DIM, RANK)
-    return FastMemory(spec, chunk, "token" if chunk <= 32 else "chunk", features.dim_out), features
+    return FastMemory(spec, chunk, "token" if chunk <= 32 else "chunk", features), features
 
 
 def size_of(rule: Rule, state: MemoryState) -> float:
