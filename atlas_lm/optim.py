@@ -51,23 +51,26 @@ class MuonAdamW(Optimizer):
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
-    """The 2-D weights that Muon takes, and the rest by whether it decays.
+    """The 2-D weights that Muon takes, and the rest by whether it decays; apart what a memory's capacity hangs on.
 
     Muon orthogonalises matrices that map activations to activations: not embeddings, not the gates' small heads, and
-    not W_init, whose matrices are per head and are themselves a memory's content. Vectors never decay.
+    not W_init, whose matrices are per head and are themselves a memory's content. Vectors never decay. W_init and the
+    feature map (`memory`) start where a memory holds most: they have a learning rate of their own and no decay.
     """
-    matrices, decayed, plain = [], [], []
+    matrices, memory, decayed, plain = [], [], [], []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if config.name == "muon" and p.dim() == 2 and id(p) not in embeddings and min(p.shape) >= 32:
+        if ".hierarchy." in name and (".initial." in name or ".features." in name):
+            memory.append(p)
+        elif config.name == "muon" and p.dim() == 2 and id(p) not in embeddings and min(p.shape) >= 32:
             matrices.append(p)
         elif p.dim() >= 2 and "conv" not in name:
             decayed.append(p)
         else:
             plain.append(p)
-    return matrices, {"decayed": decayed, "plain": plain}
+    return matrices, {"decayed": decayed, "plain": plain, "memory": memory}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -75,6 +78,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     matrices, rest = parameter_groups(model, config)
     adamw = [
         {"params": rest["decayed"], "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": rest["memory"], "lr": config.memory_lr, "weight_decay": 0.0},
         {"params": rest["plain"], "lr": config.lr, "weight_decay": 0.0},
     ]
     betas = (float(config.betas[0]), float(config.betas[1]))

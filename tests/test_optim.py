@@ -10,13 +10,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from atlas_lm.config import OptimConfig
+from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
 from atlas_lm.optim import MuonAdamW, build_optimizer, build_schedule, learning_rate_factor, parameter_groups
 
 both = pytest.mark.parametrize("name", ["adamw", "muon"])
 
 
 def optim_config(name: str = "muon", **changes) -> OptimConfig:
-    values = dict(name=name, lr=1e-2, muon_lr=0.02, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=5, total_steps=50,
+    values = dict(name=name, lr=1e-2, muon_lr=0.02, memory_lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=5, total_steps=50,
                   min_lr_ratio=0.1, clip=1.0)  # fmt: skip
     return OptimConfig(**(values | changes))
 
@@ -74,7 +75,21 @@ def test_what_muon_takes_and_what_decays():
     assert "big.weight" in names(net, rest["decayed"])
     assert "conv.weight" in names(net, rest["plain"])
     decays = [group["weight_decay"] for group in build_optimizer(net, optim_config("adamw")).param_groups]
-    assert decays == [0.1, 0.0]
+    assert decays == [0.1, 0.0, 0.0]
+
+
+@both
+def test_what_a_memory_hangs_on_learns_at_its_own_rate_and_does_not_decay(name):
+    """W_init and the feature map: at the rate of the other weights they lose the needle (docs/decisions.md)."""
+    spec = MemorySpec(dim=32, heads=2, head_dim=32, local_chunks=(4,), global_chunk=8, shard=8, rank=40)
+    net = nn.ModuleDict({"hierarchy": Hierarchy(spec)})
+    net = nn.ModuleDict({"block": net})
+    optimizer = build_optimizer(net, optim_config(name, memory_lr=1e-4))
+    (group,) = (g for g in optimizer.param_groups if g["lr"] == 1e-4)
+    assert group["weight_decay"] == 0
+    found = names(net, group["params"])
+    assert {n.split(".")[-2] for n in found} == {"initial", "features"}
+    assert len(found) == 2 + 2 * 2
 
 
 def test_muon_and_adamw_are_what_they_are_apart():
@@ -152,7 +167,7 @@ def test_the_schedule_reaches_both_parts():
         schedule.step()
     muon, adamw = optimizer.parts
     assert [group["lr"] for group in muon.param_groups] == [0.02 / 4]
-    assert [group["lr"] for group in adamw.param_groups] == [0.01 / 4] * 2
+    assert [group["lr"] for group in adamw.param_groups] == [0.01 / 4, 0.001 / 4, 0.01 / 4]
     optimizer.load_state_dict(optimizer.state_dict())
     schedule.step()
     assert muon.param_groups[0]["lr"] == adamw.param_groups[0]["lr"] * 2 == 0.02 / 8
