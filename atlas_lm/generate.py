@@ -5,27 +5,25 @@ python -m atlas_lm.generate run=stage1 prompt="def "
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from atlas_lm.checkpoint import read_checkpoint
-from atlas_lm.cli import explain
-from atlas_lm.config import nearest
 from atlas_lm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from atlas_lm.model import AtlasLM, State
+from atlas_lm.options import call, parse
 from atlas_lm.runs import resolve_checkpoint, resolve_run
 
 
 @dataclass
 class Options:
-    """What the command takes, as key=value."""
+    """Continue a text with a trained model."""
 
-    run: str = ""
-    """Run folder, experiment name or checkpoint."""
+    run: str
+    """Run folder, experiment or checkpoint, for example run=stage1."""
     prompt: str = ""
     """Text to continue."""
     tokens: int = 256
@@ -39,31 +37,12 @@ class Options:
     outputs: str = "outputs"
     """Folder of all runs."""
 
-
-def parse(arguments: list[str]) -> Options:
-    """ValueError naming the argument that is no option, or whose value has the wrong type."""
-    names = {f.name: f.type for f in fields(Options)}
-    given: dict[str, object] = {}
-    for argument in arguments:
-        name, separator, value = argument.partition("=")
-        if not separator or name not in names:
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.top_k < 1 or not self.temperature >= 0:
             raise ValueError(
-                f"unknown argument {argument!r}: give key=value, key one of {', '.join(names)}{nearest(name, names)}"
+                f"tokens={self.tokens} and top_k={self.top_k} must be at least 1, "
+                f"temperature={self.temperature} at least 0"
             )
-        kind = {"int": int, "float": float, "str": str}[str(names[name])]
-        try:
-            given[name] = kind(value)
-        except ValueError:
-            raise ValueError(f"{name}={value} must be a number") from None
-    options = Options(**given)  # type: ignore[arg-type]
-    if not options.run:
-        raise ValueError("run= is missing: name a run folder, an experiment or a checkpoint, for example run=stage1")
-    if options.tokens < 1 or options.top_k < 1 or options.temperature < 0:
-        raise ValueError(
-            f"tokens={options.tokens} and top_k={options.top_k} must be at least 1, "
-            f"temperature={options.temperature} at least 0"
-        )
-    return options
 
 
 def draw(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -137,7 +116,8 @@ def tokenizer_of(run: Path) -> Tokenizer:
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(arguments)
+    """Print the prompt and its continuation. ValueError: bad arguments, or a run that was not trained on text."""
+    options = parse(Options, arguments, "python -m atlas_lm.generate")
     checkpoint = resolve_checkpoint(options.run, options.outputs)
     run = checkpoint.parent.parent if Path(options.run).is_file() else resolve_run(options.run, options.outputs)
     model, tokenizer = load(checkpoint), tokenizer_of(run)
@@ -152,10 +132,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        sys.exit(f"error: {line}")
+    call(main)

@@ -55,6 +55,7 @@ def test_top_k_and_temperature() -> None:
         (["prompt=a"], "run= is missing"),
         (["run=x", "tokens=many"], "tokens=many must be a number"),
         (["run=x", "tokens=0"], "tokens=0"),
+        (["run=x", "temperature=nan"], "temperature=nan at least 0"),
         (["run=nowhere"], "no run 'nowhere'"),
     ],
 )
@@ -62,6 +63,14 @@ def test_bad_arguments(arguments: list[str], words: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         generate.main(arguments)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m atlas_lm.generate run=... [key=value ...]")
+    assert "temperature=0.8  0: always the likeliest token" in out
 
 
 def test_an_empty_prompt_is_refused(run: Path) -> None:

@@ -2,6 +2,10 @@
 
 Lightning logs training metrics, validation metrics and those of callbacks in separate calls; all calls of one step
 become one line. A line is written when the next step begins, or when the run ends or fails, and never changed.
+
+A rollback makes the optimizer's steps go back, a file does not. Three columns keep them apart: `step` is Lightning's
+logging step and only grows; `global_step` counts the optimizer steps of this timeline and goes back at a rollback;
+`timeline` counts the rollbacks. `seq` numbers the lines of the file, over all runs that wrote to it.
 """
 
 import json
@@ -31,27 +35,79 @@ FIELDS = {
     "tokens_per_second": "perf/tokens_per_second",
     "rollback_count": "spike/rollbacks",
 }
+GLOBAL_STEP, TIMELINE = "train/global_step", "spike/timeline"
 
 
-def row(step: int, seconds: float, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """One line: step, time (Unix seconds), the fields of C9, then every metric by its own name.
+def row(step: int, seconds: float, metrics: Mapping[str, float], seq: int = 0, timeline: int = 0) -> dict[str, Any]:
+    """One line: seq, step, global_step, timeline, time (Unix seconds), the fields of C9, then every metric by its name.
 
-    What is no finite number becomes null and its name goes into `nonfinite`: NaN is not JSON.
+    `timeline` holds where the metrics name none. What is no finite number becomes null and its name goes into
+    `nonfinite`: NaN is not JSON.
     """
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    done, logged = finite.get(GLOBAL_STEP), finite.get(TIMELINE)
+    place = {
+        "seq": seq,
+        "step": step,
+        "global_step": None if done is None else int(done),
+        "timeline": timeline if logged is None else int(logged),
+    }
     fields = {field: finite.get(name) for field, name in FIELDS.items()}
     nonfinite = [name for name, value in finite.items() if value is None]
-    return {"step": step, "time": seconds, **fields, **finite, **({"nonfinite": nonfinite} if nonfinite else {})}
+    return {**place, "time": seconds, **fields, **finite, **({"nonfinite": nonfinite} if nonfinite else {})}
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl in the order in which they were written; [] for an empty file.
+
+    A crash leaves half a line: as the last one, or, where a later run went on, in the middle with no `seq` missing
+    around it. Both are passed over. ValueError with the line number for any other line that is no row; OSError where
+    there is no file.
+    """
+    rows: list[dict[str, Any]] = []
+    broken: int | None = None  # line number of what is no row, until the row behind it says why
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        found = _parse(line)
+        if found is None:
+            broken = broken or number
+            continue
+        if broken and found.get("seq") != _next_seq(rows):
+            raise ValueError(f"{path}, line {broken}: no JSON object, and rows follow it: restore or delete that line")
+        broken = None
+        rows.append(found)
+    return rows
+
+
+def _next_seq(rows: list[dict[str, Any]]) -> int:
+    """The number that follows the last row's; rows of files without numbers count as their position."""
+    return int(rows[-1].get("seq", len(rows) - 1)) + 1 if rows else 0
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The row on a line; None where it is no whole row."""
+    try:
+        found = json.loads(line)
+    except ValueError:  # of json, and of what is no UTF-8
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _resume(path: Path) -> tuple[int, int]:
+    """The next `seq` of a file, and the timeline of its last whole row."""
+    rows = [found for line in path.read_bytes().splitlines() if (found := _parse(line))] if path.exists() else []
+    return _next_seq(rows), int(rows[-1].get("timeline") or 0) if rows else 0
 
 
 class JsonlLogger(Logger):
-    """Appends to `path`; only rank zero writes."""
+    """Appends to `path`; only rank zero writes. A file that a killed run left is continued."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = Path(path)
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
+        self._seq: int | None = None  # of the next line; None until the file has been looked at
+        self._timeline = 0
 
     @property
     def name(self) -> str:
@@ -90,11 +146,23 @@ class JsonlLogger(Logger):
         """Append the collected step, if any, in one call, so that no reader meets half a line."""
         if self._step is None or not self._metrics:
             return
-        line = json.dumps(row(self._step, time.time(), self._metrics), allow_nan=False) + "\n"
+        if self._seq is None:
+            self._seq, self._timeline = _resume(self.path)
+        found = row(self._step, time.time(), self._metrics, self._seq, self._timeline)
         self._metrics = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        _append(self.path, json.dumps(found, allow_nan=False) + "\n")
+        self._seq, self._timeline = self._seq + 1, found["timeline"]
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line, on a new one where the last was left half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        data = (b"\n" if torn else b"") + line.encode()
+        while data:  # one call, but for a disk that fills up: the next call then says so
+            data = data[os.write(handle, data) :]
+    finally:
+        os.close(handle)

@@ -1,13 +1,15 @@
 """metrics.jsonl: one valid JSON object per logged step, whatever was logged."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atlas_lm.loggers.jsonl import FIELDS, JsonlLogger, row
+from atlas_lm.loggers.jsonl import FIELDS, JsonlLogger, read_rows, row
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -15,6 +17,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
         raise AssertionError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def log(path: Path, *steps: dict[str, float]) -> None:
+    """One run of a logger over these steps."""
+    logger = JsonlLogger(str(path))
+    for step, metrics in enumerate(steps):
+        logger.log_metrics(metrics, step=step)
+    logger.finalize("success")
 
 
 def test_one_object_per_step(tmp_path: Path) -> None:
@@ -34,14 +44,21 @@ def test_one_object_per_step(tmp_path: Path) -> None:
 
 def test_the_fields_of_the_specification_are_always_there() -> None:
     wanted = {
-        "step", "lm_loss", "perplexity", "ppl_delta", "gate_mean", "gate_std", "gate_polarised", "niah_accuracy",
+        "seq", "step", "global_step", "timeline", "lm_loss", "perplexity", "ppl_delta",
+        "gate_mean", "gate_std", "gate_polarised", "niah_accuracy",
         "chunk_size", "clip_threshold", "grad_norm", "tokens_per_second", "rollback_count",
     }  # fmt: skip
     empty = row(3, 0.0, {})
     assert wanted <= set(empty)
-    assert [empty[name] for name in wanted - {"step"}] == [None] * (len(wanted) - 1)
+    assert {name for name in wanted if empty[name] is not None} == {"seq", "step", "timeline"}
     full = row(3, 0.0, {name: float(i) for i, name in enumerate(FIELDS.values())})
     assert [full[field] for field in FIELDS] == list(range(len(FIELDS)))
+    logged_as = {
+        "ppl_delta": "spike/ppl_delta", "niah_accuracy": "niah/accuracy", "chunk_size": "memory/chunk_size",
+        "clip_threshold": "optim/clip_threshold", "rollback_count": "spike/rollbacks",
+    }  # fmt: skip
+    for field, metric in logged_as.items():
+        assert row(3, 0.0, {metric: 0.5})[field] == 0.5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -63,3 +80,120 @@ def test_an_existing_file_is_continued(tmp_path: Path) -> None:
         logger.log_metrics({"train/loss": 1.0}, step=step)
         logger.finalize("success")
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_rollback_turns_the_optimizer_steps_back_and_the_timeline_forward(tmp_path: Path) -> None:
+    done = [{"train/global_step": float(step)} for step in (1, 2, 3, 4)]
+    back = {"train/global_step": 2.0, "spike/timeline": 1.0}
+    log(tmp_path / "metrics.jsonl", *done, back, {"train/global_step": 3.0}, {"val/loss": 1.0})
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["seq"] for row in rows] == [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 2, 3, None]
+    assert [row["timeline"] for row in rows] == [0, 0, 0, 0, 1, 1, 1], "remembered where it is not logged"
+
+
+def test_a_timeline_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    log(tmp_path / "metrics.jsonl", {"spike/timeline": 2.0}, {"spike/timeline": math.nan}, {"train/loss": 1.0})
+    assert [row["timeline"] for row in read_rows(tmp_path / "metrics.jsonl")] == [2, 2, 2]
+
+
+def test_a_callback_in_mid_step_and_lightning_behind_it_share_a_row(tmp_path: Path) -> None:
+    logger = JsonlLogger(str(tmp_path / "metrics.jsonl"))
+    logger.log_metrics({"niah/accuracy": 0.9}, step=7)
+    logger.log_metrics({"train/loss": 2.0}, step=7)
+    logger.finalize("success")
+    (only,) = read_rows(logger.path)
+    assert (only["niah_accuracy"], only["lm_loss"], only["seq"]) == (0.9, 2.0, 0)
+
+
+def test_numbers_and_timeline_go_on_in_an_existing_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, {"spike/timeline": 2.0}, {"train/loss": 1.0})
+    log(path, {"train/loss": 1.0}, {"train/loss": 1.0})
+    rows = read_rows(path)
+    assert [row["seq"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 1, 0, 1]
+    assert [row["timeline"] for row in rows] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30, "all but its first byte"])
+def test_a_run_goes_on_behind_a_half_written_line(tmp_path: Path, cut: int | str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, *[{"train/loss": float(i)} for i in range(3)])
+    whole = path.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    lost = cut if isinstance(cut, int) else len(last) - 1
+    path.write_bytes(whole[:-lost])
+    left = [0, 1, 2] if lost == 1 else [0, 1]  # without its end of line alone a row is whole
+    assert [row["seq"] for row in read_rows(path)] == left
+    log(path, {"train/loss": 9.0}, {"train/loss": 10.0})
+    rows = read_rows(path)
+    assert [row["seq"] for row in rows] == [*left, len(left), len(left) + 1]
+    assert [row["lm_loss"] for row in rows] == [*map(float, left), 9.0, 10.0]
+    assert path.read_bytes().startswith(whole[:-lost] + b"\n{"), "nothing that was written is changed"
+
+
+def test_a_first_line_that_is_half_written_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"seq": 0, "st')
+    assert read_rows(path) == []
+    log(path, {"train/loss": 1.0})
+    assert [row["seq"] for row in read_rows(path)] == [0]
+
+
+def test_a_file_of_rows_without_numbers_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 9}\n{"step": 19}\n')
+    log(path, {"train/loss": 1.0})
+    assert [row.get("seq") for row in read_rows(path)] == [None, None, 2]
+
+
+@pytest.mark.parametrize("broken", ['{"seq": 1, "step"', "[1, 2]", "", "\0\0\0"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, *[{"train/loss": 1.0}] * 3)
+    first, _, third = path.read_text().splitlines()
+    path.write_text("\n".join([first, broken, third]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: no JSON object"):
+        read_rows(path)
+    path.write_text("\n".join([first, broken]) + "\n")
+    assert [row["seq"] for row in read_rows(path)] == [0], "the same as the last line is what a crash leaves"
+
+
+def test_an_empty_file_has_no_rows_and_none_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "other.jsonl")
+
+
+def test_ranks_other_than_zero_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    log(tmp_path / "metrics.jsonl", {"train/loss": 1.0}, {"train/loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_and_leaves_a_file_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, {"train/loss": 1.0})
+    size, write = path.stat().st_size, os.write
+
+    def fill(handle: int, data: bytes) -> int:
+        if os.fstat(handle).st_size > size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, data[:20])
+
+    logger = JsonlLogger(str(path))
+    logger.log_metrics({"train/loss": 2.0}, step=1)
+    monkeypatch.setattr(os, "write", fill)
+    with pytest.raises(OSError, match="No space left"):
+        logger.finalize("failed")
+    monkeypatch.setattr(os, "write", write)
+    assert path.stat().st_size == size + 20, "the line was cut"
+    logger.log_metrics({"train/loss": 3.0}, step=2)
+    logger.finalize("success")
+    assert [(row["seq"], row["lm_loss"]) for row in read_rows(path)] == [(0, 1.0), (1, 3.0)]

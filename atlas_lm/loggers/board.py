@@ -1,0 +1,108 @@
+"""TensorBoard with a page laid out for the safeguards, and hyperparameters that its HPARAMS tab shows.
+
+Lightning's logger leaves that tab empty unless it may write a placeholder value for a metric. Here the metric is only
+declared: its column fills with what the run logs.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+Layout = Mapping[str, Mapping[str, Sequence[str]]]
+
+JUDGED_BY = "val/loss"  # the metric beside the hyperparameters
+
+
+def custom_scalars(layout: Layout) -> dict[str, dict[str, list[Any]]]:
+    """category → chart → tags, as `SummaryWriter.add_custom_scalars` takes it: lines, each tag matched as a whole.
+
+    TensorBoard takes tags for regular expressions and matches their beginning: spike/ppl would draw spike/ppl_delta.
+    ValueError: a chart without a list of tags.
+    """
+    for category, charts in layout.items():
+        for chart, tags in charts.items():
+            if isinstance(tags, str) or not tags:
+                raise ValueError(
+                    f"layout: {category}.{chart}={tags} must be a list of metrics, as [train/loss, val/loss]"
+                )
+    return {
+        category: {chart: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for chart, tags in charts.items()}
+        for category, charts in layout.items()
+    }
+
+
+def flatten(params: Mapping[str, Any], parent: str = "") -> dict[str, int | float | str]:
+    """Nested hyperparameters under names like model/dim; what is no number becomes text."""
+    flat: dict[str, int | float | str] = {}
+    for key, value in params.items():
+        name = f"{parent}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[name] = value
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+class BoardLogger(TensorBoardLogger):
+    """Event files in `save_dir`/`version`; only rank zero writes.
+
+    `layout`: category → chart → metrics drawn in it, for the tab CUSTOM SCALARS. ValueError: see `custom_scalars`.
+    """
+
+    def __init__(self, save_dir: str, layout: Layout, version: str = "tensorboard") -> None:
+        super().__init__(save_dir, name="", version=version, default_hp_metric=False)
+        self.layout = custom_scalars(layout)
+        self._declared = False
+        self._ended = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The writer; the first call creates it and writes the layout."""
+        is_new = self._experiment is None
+        writer = super().experiment
+        if is_new and self.layout:
+            writer.add_custom_scalars(self.layout)
+        return writer
+
+    @rank_zero_only
+    def log_hyperparams(
+        self,
+        params: dict[str, Any] | Namespace,
+        metrics: dict[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Remember them for hparams.yaml and show them in the tab HPARAMS, once, beside `val/loss`."""
+        super().log_hyperparams(params, metrics, step)
+        if self._declared or metrics:
+            return
+        experiment, start, _ = self._hparams()
+        self._add(experiment, start)
+        self._declared = True
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the files. Only success ends the session in HPARAMS: TensorBoard keeps the first end that it reads,
+        and a failed run may be resumed in this folder."""
+        if self._declared and not self._ended and status == "success":
+            self._add(self._hparams()[2])
+            self._ended = True
+        super().finalize(status)
+
+    def _hparams(self) -> tuple[Any, Any, Any]:
+        """Declaration, start and end of the session, as TensorBoard's summaries."""
+        return hparams(flatten(dict(self.hparams)), {JUDGED_BY: None})
+
+    def _add(self, *summaries: Any) -> None:
+        writer = self.experiment._get_file_writer()
+        for summary in summaries:
+            writer.add_summary(summary)
