@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launching import SMALL_MODEL
+
 ROOT = Path(__file__).parents[1]
 FIELDS = {"name", "chunk", "length", "dtype", "rule", "tokens_per_second", "peak_bytes", "matmul_share"}
 
@@ -53,6 +55,21 @@ def test_decode(tmp_path: Path) -> None:
     rows, _ = run("decode", tmp_path, "--positions", "10", "300", "--tokens", "4")
     assert [row["position"] for row in rows] == [10, 300]
     assert rows[0]["state_bytes"] == rows[1]["state_bytes"] > 0
+
+
+def test_safeguards(tmp_path: Path) -> None:
+    asked = ["--steps", "2", "--pairs", "1", *SMALL_MODEL, "data.seq_len=64", "data.batch_size=1"]
+    rows, output = run("safeguards", tmp_path, *asked)
+    shares = {row["name"]: row["share"] for row in rows}
+    assert {"niah_probe", "spike_rollback", "nonfinite_guard", "gate_monitor", "all safeguards"} <= shares.keys()
+    parts = [share for name, share in shares.items() if name in rows_of_callbacks(rows)]
+    assert 0 < shares["all safeguards"] <= sum(parts) * 1.01
+    assert "whole run, with / without" in output
+
+
+def rows_of_callbacks(rows: list[dict[str, Any]]) -> set[str]:
+    names = [row["name"] for row in rows]
+    return set(names[: names.index("all safeguards")])
 
 
 def test_an_unknown_model_is_named() -> None:
