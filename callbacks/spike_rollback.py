@@ -76,7 +76,7 @@ class SpikeRollback(Checkpoint):
         keep_last: int = 5,
         max_rollbacks: int = 3,
         cool_down_steps: int = 0,
-        smoothing: float = 0.5,
+        smoothing: float = 0.8,
         rows: int = 2,
         watch: str = "held_out",
         mode: str = "act",
@@ -121,9 +121,12 @@ class SpikeRollback(Checkpoint):
         return not math.isfinite(delta) or (delta > self.threshold and not quiet)
 
     def follow(self, perplexity: float) -> None:
-        """Let a healthy value into the average."""
+        """Let a healthy value into the average, which is geometric: the mean of losses, as a perplexity.
+
+        An arithmetic one would be held up for hundreds of steps by what an untrained model starts with.
+        """
         old = perplexity if self.ema is None else self.ema
-        self.ema = old + self.smoothing * (perplexity - old)
+        self.ema = old ** (1 - self.smoothing) * perplexity**self.smoothing
 
     # Hooks
 

@@ -168,7 +168,21 @@ def test_judgement() -> None:
         assert guard.judge(guard.delta(broken), quiet=True), "a cool-down excuses no NaN"
     assert not guard.judge(guard.delta(200.0), quiet=True)
     guard.follow(90.0)
-    assert guard.ema == pytest.approx(95.0)
+    assert guard.ema == pytest.approx((100 * 90) ** 0.5)
+
+
+def test_the_average_is_soon_where_the_perplexity_is() -> None:
+    """That of an untrained model must not hide a spike for long: falls of a real run, looked at every 100 steps."""
+    guard = SpikeRollback("unused")
+    falls = [345.0, 9.2, 5.8, 4.6, 3.99, 3.75, 3.27, 3.11, 3.0, 2.75, 2.64]
+    for perplexity in falls:
+        assert not guard.judge(guard.delta(perplexity))
+        guard.follow(perplexity)
+    assert guard.judge(guard.delta(1.12 * falls[-1]))
+    guard = SpikeRollback("unused")
+    for perplexity in falls[:6]:
+        guard.follow(perplexity)
+    assert guard.judge(guard.delta(1.2 * falls[5])), "after 500 steps a rise of a fifth is seen"
 
 
 @pytest.mark.parametrize(
