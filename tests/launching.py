@@ -52,9 +52,9 @@ def report_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "report.json").read_text(), parse_constant=refuse)
 
 
-def only_run(outputs: Path) -> Path:
+def only_run(outputs: Path, experiment: str = "*") -> Path:
     """The single run folder below `outputs`/<experiment>/."""
-    runs = [path.parent for path in outputs.glob("*/*/config.yaml") if path.parent.name != "latest"]
+    runs = [path.parent for path in outputs.glob(f"{experiment}/*/config.yaml") if path.parent.name != "latest"]
     assert len(runs) == 1, runs
     return runs[0]
 

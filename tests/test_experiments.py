@@ -1,5 +1,6 @@
 """Every file in conf/ that a run can be started with, through train.py."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,13 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def finished(in_tmp: Path, *overrides: str) -> dict[str, Any]:
+STARTS_FROM = {"stage2": "stage1"}  # experiments that need a finished run of another
+
+
+def finished(in_tmp: Path, *overrides: str, name: str = "*") -> dict[str, Any]:
     """The report of a run that must finish with a finite validation loss."""
     assert launch(*overrides) == 0
-    found = report_of(only_run(in_tmp / "outputs"))
+    found = report_of(only_run(in_tmp / "outputs", name))
     assert found["status"] == "finished"
     assert found["steps"] == found["validated_at_step"] == 2
     assert found["val_loss"] > 0  # null where it is not finite
@@ -44,7 +48,11 @@ def finished(in_tmp: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_experiments(in_tmp: Path, name: str) -> None:
-    found = finished(in_tmp, f"+experiment={name}", *TWO_STEPS)
+    if name in STARTS_FROM:
+        assert launch(f"+experiment={name}", *TWO_STEPS) == 1, "there is nothing to start from yet"
+        shutil.rmtree(in_tmp / "outputs" / name)
+        finished(in_tmp, f"+experiment={STARTS_FROM[name]}", *TWO_STEPS)
+    found = finished(in_tmp, f"+experiment={name}", *TWO_STEPS, name=name)
     assert (in_tmp / "outputs" / name / "latest").exists(), "an experiment's `name` is that of its file"
     if name.startswith("recall"):
         assert 0 <= found["recall_accuracy"] <= 1

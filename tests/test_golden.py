@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from atlas_lm.loggers.jsonl import read_rows
 from launching import launch, only_run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,7 +24,8 @@ COMMON = [
 # text that is the same with every Python: the standard library's source is not
 TEXT = ["data=text", "data.source.files=['corpus/*.txt']", "data.seq_len=512", "data.batch_size=2"]
 FAST = ["optim.warmup_steps=1"]  # within its own warm-up recall would hardly move
-SPECIFIC = {"stage1": TEXT, "stage1_twin": TEXT, "recall": FAST, "recall_twin": FAST}
+SPECIFIC = {"stage1": TEXT, "stage1_twin": TEXT, "stage2": TEXT, "recall": FAST, "recall_twin": FAST}
+STARTS_FROM = {"stage2": "stage1"}
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -39,8 +41,11 @@ def write_sums(folder: Path) -> None:
 def first_losses(experiment: str) -> list[float]:
     """Losses of a run in the working directory."""
     write_sums(Path("corpus"))
+    if experiment in STARTS_FROM:
+        before = STARTS_FROM[experiment]
+        assert launch(f"+experiment={before}", *SPECIFIC[before], *COMMON, "optim.total_steps=2") == 0
     assert launch(f"+experiment={experiment}", *SPECIFIC.get(experiment, []), *COMMON) == 0
-    rows = [json.loads(line) for line in (only_run(Path("outputs")) / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(only_run(Path("outputs"), experiment) / "metrics.jsonl")
     return [row["lm_loss"] for row in rows if row["lm_loss"] is not None]
 
 

@@ -1,4 +1,4 @@
-"""The ladder through train.py, as a user meets it: skip, roll back, stop with everything saved; what the records say."""
+"""The ladder through train.py, as a user meets it: skip, roll back, stop with all saved; what the records say."""
 
 import math
 import sys

@@ -18,8 +18,8 @@ def make_module(weight: float, cap: float, **changes) -> AtlasModule:
         rope_base=10000.0,
     )  # fmt: skip
     optim = OptimConfig(
-        name="adamw", lr=1e-3, muon_lr=0.02, memory_lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=1, total_steps=10,
-        min_lr_ratio=0.1, clip=1.0,
+        name="adamw", lr=1e-3, muon_lr=0.02, memory_lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=1,
+        total_steps=10, min_lr_ratio=0.1, clip=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
     module = AtlasModule(ModelConfig(**(values | changes)), optim, VOCABULARY).double()

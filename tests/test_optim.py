@@ -17,8 +17,10 @@ both = pytest.mark.parametrize("name", ["adamw", "muon"])
 
 
 def optim_config(name: str = "muon", **changes) -> OptimConfig:
-    values = dict(name=name, lr=1e-2, muon_lr=0.02, memory_lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=5, total_steps=50,
-                  min_lr_ratio=0.1, clip=1.0)  # fmt: skip
+    values = dict(
+        name=name, lr=1e-2, muon_lr=0.02, memory_lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95], warmup_steps=5,
+        total_steps=50, min_lr_ratio=0.1, clip=1.0,
+    )  # fmt: skip
     return OptimConfig(**(values | changes))
 
 
