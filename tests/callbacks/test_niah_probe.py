@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rollback_cases import MODEL, OPTIM, VOCABULARY, Batches, Faulty, differences, plain
 from torch import Tensor
 from torch.utils.data import DataLoader
-from toys import Lines
+from toys import Line, Lines, loader
 from two_ranks import run_on_two_ranks
 
 from atlas_lm.module import AtlasModule
@@ -162,6 +162,44 @@ def test_two_ranks() -> None:
     assert "is below 0.8" in first[0]
     for rank in sharded:
         assert rank == ([], 1), "bitwise undisturbed where parameters are sharded, too"
+
+
+class Dictionary(Line):
+    """Somebody else's module; its memory is a softmax over what was written; `loses`: over the last pair alone."""
+
+    def __init__(self, loses: bool = False) -> None:
+        super().__init__()
+        self.loses = loses
+
+    def memory_shape(self) -> tuple[int, int, int]:
+        return 3, 2, 16
+
+    def write_and_read(self, keys: Tensor, values: Tensor, query: Tensor, batch: Any = None) -> Tensor:
+        if self.loses:
+            keys, values = keys[..., -1:, :], values[..., -1:, :]
+        scores = (100 * keys @ query.unsqueeze(-1)).softmax(dim=-2)
+        return (scores * values).sum(dim=-2).unsqueeze(1)  # one memory a layer
+
+
+def test_any_module_with_the_protocol_can_be_probed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+        "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 3, "default_root_dir": tmp_path,
+    }  # fmt: skip
+    probe = NiahProbe(on_failure="stop", every_n_steps=1)
+    trainer = lightning.Trainer(callbacks=[probe], **settings)
+    trainer.fit(Dictionary(), loader(), loader())
+    assert probe.probes == 4
+    accuracy, control, _ = probe.measure(trainer, trainer.lightning_module)
+    assert accuracy.shape == (3, 5)
+    assert accuracy.min() > 0.95
+    assert abs(control) < 0.2
+    with pytest.raises(NeedleLost, match=r"is below 0\.8"):
+        lightning.Trainer(callbacks=[NiahProbe(on_failure="stop")], **settings).fit(
+            Dictionary(True), loader(), loader()
+        )
+    with pytest.raises(TypeError, match=r"memory_shape\(\) and write_and_read.*Line lacks"):
+        lightning.Trainer(callbacks=[NiahProbe()], **settings).fit(Line(), loader(), loader())
 
 
 @pytest.mark.parametrize(

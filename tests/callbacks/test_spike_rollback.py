@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import rollback_cases
 import torch
+from lightning.pytorch.trainer import call
 from rollback_cases import differences, oracle, train
 from toys import Line
 from two_ranks import run_on_two_ranks, shared_folder
@@ -151,6 +152,20 @@ def test_counters_survive_a_resume(tmp_path: Path) -> None:
     again = SpikeRollback(str(tmp_path))
     again.load_state_dict(guard.state_dict())
     assert (again.rollbacks, again.spikes, again.quiet_until, again.ema) == (2, [5, 9], 12, 3.5)
+
+
+def test_lightning_still_has_the_private_names_that_going_back_needs(fit: Any, line: Any) -> None:
+    """The contract of callbacks/snapshots.py and probing.py with Lightning's inside."""
+    trainer = fit(line(), max_steps=2)
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.global_step == loop.automatic_optimization.optim_progress.optimizer.step.total.completed == 2
+    assert loop._batches_that_stepped == 2
+    assert loop._should_accumulate() in (True, False)
+    for progress in (loop.automatic_optimization.optim_progress, loop.scheduler_progress):
+        before = progress.state_dict()
+        progress.load_state_dict(before)
+        assert progress.state_dict() == before
+    assert callable(call._call_callbacks_on_load_checkpoint)
 
 
 # The judgement on plain numbers
