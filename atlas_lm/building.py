@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.allocator import keep_freed_memory
-from atlas_lm.checkpoint import MODEL, check_same_model, differences, load_weights, read_checkpoint
+from atlas_lm.checkpoint import MODEL, CheckpointError, check_same_model, differences, load_weights, read_checkpoint
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
@@ -140,12 +140,11 @@ def weights_to_start_from(name: str, module: LightningModule, outputs: str) -> P
     experiments = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
     if Path(name).exists() or not (folder.is_dir() or name in experiments):
         return resolve_checkpoint(name, outputs)
-    wanted, others = dict(module.hparams["model"]), []
+    wanted, others = module.hparams["model"], []
     for run in finished_runs(folder):
         checkpoint = newest_checkpoint(run)
         if checkpoint is not None:
-            saved = dict(read_checkpoint(checkpoint, lazily=True).get(MODEL[0], {}).get(MODEL[1], {}))
-            different = differences(saved, wanted, without=("local_chunks", "polarisation_cap"))
+            different = _unlike(checkpoint, module)
             if not different:
                 return checkpoint
             others.append(f"; the run {run} differs: {'; '.join(different)}")
@@ -154,6 +153,23 @@ def weights_to_start_from(name: str, module: LightningModule, outputs: str) -> P
         f"init_from={name}: {str(folder)!r} has no finished run of this model{''.join(others[:1])}; train one first: "
         f"{command}, or give init_from=<checkpoint or run>"
     )
+
+
+def _unlike(checkpoint: Path, module: LightningModule) -> list[str]:
+    """Why `module` cannot start from a checkpoint; chunk sizes may differ, their number may not."""
+    try:
+        saved = read_checkpoint(checkpoint, lazily=True).get(MODEL[0], {})
+    except CheckpointError as error:
+        return [str(error)]
+    theirs, ours = dict(saved.get(MODEL[1], {})), dict(module.hparams["model"])
+    different = differences(theirs, ours, without=("local_chunks", "polarisation_cap"))
+    for what, then, now in (
+        ("vocabulary", saved.get("vocab_size"), module.hparams["vocab_size"]),
+        ("number of local memories", len(theirs.get("local_chunks", [])), len(ours["local_chunks"])),
+    ):
+        if then != now:
+            different.append(f"a {what} of {now} but {then} in the checkpoint")
+    return different
 
 
 @rank_zero_only

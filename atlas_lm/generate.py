@@ -100,6 +100,8 @@ def load(path: Path) -> AtlasLM:
     checkpoint = read_checkpoint(path)
     module = AtlasModule(**checkpoint["hyper_parameters"])
     module.load_state_dict(checkpoint["state_dict"])
+    if checkpoint.get("local_chunks"):
+        module.set_local_chunks(checkpoint["local_chunks"])
     return module.model.eval()
 
 

@@ -103,7 +103,8 @@ class AtlasModule(L.LightningModule):
 
     def memory_contribution(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Mean loss with the memory, and with its output zeroed, where attention cannot see the whole past (C1b)."""
-        return losses_with_and_without_memory(self.model, batch["input_ids"], batch["targets"])
+        starts = batch.get("document_start")
+        return losses_with_and_without_memory(self.model, batch["input_ids"], batch["targets"], starts)
 
     def write_and_read(
         self, keys: Tensor, values: Tensor, query: Tensor, batch: dict[str, Tensor] | None = None
@@ -151,6 +152,8 @@ class AtlasModule(L.LightningModule):
         weight = self.loss_weights["polarisation"]
         if weight == 0 or not gates:
             return
+        if self._trainer is not None:  # Lightning divides the main loss so, not what hooks add to its gradient
+            weight /= self.trainer.accumulate_grad_batches
         cap = self.model_config.polarisation_cap
         for gate in gates:
             gate.register_hook(partial(_with_polarisation, gate.detach(), weight, cap))
@@ -235,6 +238,10 @@ class AtlasModule(L.LightningModule):
 
     def _sharded(self) -> bool:
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Chunk sizes change while training goes on; who uses the weights wants those of the end."""
+        checkpoint["local_chunks"] = list(self.local_chunks)
 
     def configure_model(self) -> None:
         """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""

@@ -70,7 +70,9 @@ def _ask(features: Any, memory: FastMemory, k: Tensor, v: Tensor, q: Tensor, x_B
     return y[:, :, -1]
 
 
-def losses_with_and_without_memory(model: AtlasLM, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+def losses_with_and_without_memory(
+    model: AtlasLM, tokens_BT: Tensor, targets_BT: Tensor, document_start_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean nats per target with the memory, and with its output zeroed.
 
     Only targets further from the start than all layers' attention windows together reach count: the others could have
@@ -79,12 +81,12 @@ def losses_with_and_without_memory(model: AtlasLM, tokens_BT: Tensor, targets_BT
     reach = model.config.layers * (model.config.window - 1) + 1
     if tokens_BT.size(1) <= reach:
         raise ValueError(
-            f"sequences of {tokens_BT.size(1)} tokens lie within the reach of attention, {reach} tokens: "
-            "raise data.seq_len, or remove the memory-contribution probe"
+            f"sequences of {tokens_BT.size(1)} tokens lie within the reach of attention, {reach} tokens in all: "
+            "raise data.seq_len or lower model.window"
         )
 
     def loss() -> Tensor:
-        logits = model(tokens_BT).logits[:, reach:]
+        logits = model(tokens_BT, document_start_BT=document_start_BT).logits[:, reach:]
         return nnf.cross_entropy(logits.float().flatten(0, 1), targets_BT[:, reach:].flatten())
 
     with_memory = loss()

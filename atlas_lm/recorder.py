@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class RunRecorder(Callback):
     """Counts over interruptions: its counters travel in the checkpoint."""
 
+    survives_rollback = True  # what was spent stays spent
+
     def __init__(self) -> None:
         self.tokens = 0  # input tokens trained on, all ranks together
         self.validation: dict[str, float] = {}  # the last validation's metrics

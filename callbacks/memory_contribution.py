@@ -27,7 +27,10 @@ class HasMemoryContribution(Protocol):
     """All that this probe knows of the module."""
 
     def memory_contribution(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Mean nats per target with the memory and with its output zeroed; changes nothing."""
+        """Mean nats per target with the memory and with its output zeroed; changes nothing.
+
+        ValueError: the text is too short for the memory to matter.
+        """
         ...
 
 
@@ -59,15 +62,22 @@ class MemoryContribution(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the text, and find out now whether it is long enough."""
+        """Fix the text, and find out now whether it is long enough: if not, say so and measure nothing."""
         self._batch = held_out_batch(trainer, self.rows, "memory_contribution")
-        record(trainer, pl_module, {"memory/contribution": self.measure(trainer, pl_module)})
+        try:
+            gain = self.measure(trainer, pl_module)
+        except ValueError as error:
+            self._batch = None
+            if trainer.is_global_zero:
+                log.warning("memory/contribution is not measured: %s", error)
+            return
+        record(trainer, pl_module, {"memory/contribution": gain})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if it is time."""
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
+        if self._batch is None or trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
             return
         gain = self.measure(trainer, pl_module)
         record(trainer, pl_module, {"memory/contribution": gain})

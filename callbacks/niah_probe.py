@@ -61,6 +61,8 @@ class NiahProbe(Callback):
     out of its range.
     """
 
+    survives_rollback = True  # it counts seconds, which a rollback does not bring back
+
     def __init__(
         self,
         every_n_steps: int = 1000,
@@ -94,7 +96,7 @@ class NiahProbe(Callback):
 
     def judge(self, accuracy: float, control: float, step: int) -> str | None:
         """What is wrong, in words; None if nothing is. What is not finite is wrong: comparisons with it are False."""
-        remedy = "its gates forget too fast, its features are too few (model.rank), or training has spoiled its weights"
+        remedy = "its features are too few (model.rank), or W_init was learned too fast (optim.memory_lr)"
         if not (math.isfinite(accuracy) and math.isfinite(control)):
             return f"needle probe at step {step}: accuracy {accuracy}, control {control}: the answers are not finite"
         if accuracy < self.threshold:

@@ -100,6 +100,9 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
     loop = trainer.fit_loop.epoch_loop
     loop.automatic_optimization.optim_progress.load_state_dict(copied(snapshot.progress[0]))
     loop.scheduler_progress.load_state_dict(copied(snapshot.progress[1]))
+    for callback in trainer.checkpoint_callbacks:  # the steps behind this one will be saved again
+        if hasattr(callback, "_last_global_step_saved"):
+            callback._last_global_step_saved = 0
     # batch_progress, epoch_progress, the loaders and the loggers' step stay: the data and the records move on
 
 

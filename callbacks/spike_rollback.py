@@ -150,6 +150,13 @@ class SpikeRollback(Checkpoint):
                     f"the held-out perplexity is {perplexity} before the first step: "
                     "the weights that this run starts from are broken, start from others"
                 )
+            delta = self.delta(perplexity)
+            record(trainer, pl_module, self._values(perplexity, delta))
+            if self.mode == "act" and self.judge(delta):  # of a resumed run: a new one has no average yet
+                raise TrainingUnstable(
+                    f"the held-out perplexity is {perplexity:.4g}, {delta:+.1%} above its average, before any step: "
+                    "this checkpoint was written in a spike, resume an earlier one"
+                )
             if self.ema is None:
                 self.follow(perplexity)
         if self.mode == "act":
@@ -239,17 +246,21 @@ class SpikeRollback(Checkpoint):
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot, write the file behind it, drop the oldest."""
-        path, written = None, time.time_ns()
-        # before its first step an optimizer has no moments, and saving sharded ones would make some
-        fresh = not any(optimizer.state for optimizer in trainer.optimizers)
-        if not (fresh and isinstance(trainer.strategy, ModelParallelStrategy)):
-            path = self.folder / f"snapshot-step={trainer.global_step:07d}.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)
-            written = trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else written)
+        path, written = self._write(trainer)
         self.ring = [kept for kept in self.ring if kept.path != path or path is None]
         self.ring.append(Kept(take(trainer, pl_module), path, written, self.ema))
         self._drop(trainer, self.ring[: -self.keep_last])
         self.ring = self.ring[-self.keep_last :]
+
+    def _write(self, trainer: Trainer) -> tuple[Path | None, int]:
+        """The run as it is now, as a file; its path and when it was written."""
+        # before its first step an optimizer has no moments, and saving sharded ones would make some
+        fresh = not any(optimizer.state for optimizer in trainer.optimizers)
+        if fresh and isinstance(trainer.strategy, ModelParallelStrategy):
+            return None, time.time_ns()
+        path = self.folder / f"snapshot-{trainer.global_step:07d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        return path, trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else time.time_ns())
 
     def _drop(self, trainer: Trainer, kept: list[Kept]) -> None:
         for old in kept:
@@ -264,16 +275,20 @@ class SpikeRollback(Checkpoint):
         self._abandon(trainer, kept)
         trainer.strategy.barrier("spike_rollback")
         rise = f"{delta:+.1%} above its average" if math.isfinite(delta) else "not finite"
+        restore(trainer, pl_module, kept.snapshot)
+        self.ema = kept.ema
+        self.quiet_until = self._now(trainer) + self.cool_down_steps
         if self.rollbacks >= self.max_rollbacks:
+            self._write(trainer)
             raise TrainingUnstable(
                 f"held-out perplexity {rise} at step {seen}: the spike number {len(self.spikes)} of this run (steps "
                 f"{', '.join(map(str, self.spikes))}), and max_rollbacks={self.max_rollbacks} have been made: "
                 f"the last good checkpoint is {kept.path or 'what this run started from'}; resume it with a lower "
                 "optim.lr, or look at the data"
             )
-        restore(trainer, pl_module, kept.snapshot)
-        self.ema, self.rollbacks = kept.ema, self.rollbacks + 1
-        self.quiet_until = self._now(trainer) + self.cool_down_steps
+        self.rollbacks += 1
+        path, written = self._write(trainer)  # the file behind it has to know of the rollback, and where the data is
+        self.ring[-1] = kept._replace(path=path, written=written)
         if trainer.is_global_zero:
             log.warning(
                 "spike: held-out perplexity %s at step %d: back to step %d (rollback %d of at most %d), data goes on",

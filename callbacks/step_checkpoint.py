@@ -24,7 +24,7 @@ class StepCheckpoint(ModelCheckpoint):
                 raise ValueError(f"{name}={value} of the checkpoints must be at least 1")
         super().__init__(
             dirpath=folder,
-            filename="step={step:07d}",
+            filename="step-{step:07d}",
             auto_insert_metric_name=False,
             monitor="step",
             mode="max",

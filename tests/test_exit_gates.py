@@ -429,7 +429,7 @@ def test_a_small_run_is_judged(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert passed == ["G2-1", "G2-3", "G2-6", "G2-7", "G4-1", "G4-2", "G4-3", "G4-4"], gates
     assert gates["G2-4"]["detail"] == "4 steps, 1000 are needed"
     assert "at least 5 are needed" in gates["G2-2"]["detail"]
-    assert gates["G2-7"]["detail"] == "2 values in metrics.jsonl, 2 in TensorBoard"
+    assert gates["G2-7"]["detail"] == "3 values in metrics.jsonl, 3 in TensorBoard"
     assert 0 < gates["G4-4"]["measured"] < 0.1
     out, err = capsys.readouterr()
     lines = out.splitlines()

@@ -108,9 +108,9 @@ def test_a_full_disk_while_saving(
     captured = capsys.readouterr()
     line = next(line for line in captured.err.splitlines() if line.startswith("error"))
     folder = run_of(in_tmp, "x") / "checkpoints"
-    assert f"cannot save '{folder / 'step=0000002.ckpt'}' (No space left on device): free space" in line
+    assert f"cannot save '{folder / 'step-0000002.ckpt'}' (No space left on device): free space" in line
     assert "resume=" in line
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=0000001.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-0000001.ckpt"]
     assert weights(folder / "last.ckpt")
     assert report_of(folder.parent)["status"] == "failed"
     assert SaveError.__name__ in report_of(folder.parent)["error"]
@@ -224,7 +224,7 @@ def test_the_checkpoints_of_a_run_are_written_by_the_atomic_plugin(
         AtomicCheckpointIO, "save_checkpoint", lambda self, *a, **k: (written.append(a[1]), save(self, *a, **k))[1]
     )
     assert small_run(in_tmp, "optim.total_steps=1") == 0
-    assert [Path(path).name for path in written] == ["snapshot-step=0000000.ckpt", "step=0000001.ckpt"]
+    assert [Path(path).name for path in written] == ["snapshot-0000000.ckpt", "step-0000001.ckpt"]
 
 
 def test_the_saved_configuration_is_resolved_and_complete(finished: Path) -> None:

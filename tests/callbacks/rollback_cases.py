@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from atlas_lm.module import AtlasModule
 from callbacks.chunk_size_scheduler import ChunkSizeScheduler
 from callbacks.gate_monitor import GateMonitor
+from callbacks.loss_weight_schedule import LossWeightSchedule
 from callbacks.proactive_clipping import ProactiveClipping
 from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
@@ -95,13 +96,15 @@ class Steps(lightning.Callback):
 
 def train(
     order: list[int], steps: int, bad: tuple[int, ...] = (), rollback: bool = True, stage2: bool = False,
-    value: float = 30.0, folder: Path | None = None, max_rollbacks: int = 3, **changes: Any,
+    value: float = 30.0, folder: Path | None = None, max_rollbacks: int = 3, ckpt_path: Path | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and tell everything that the oracle compares, and what the safeguard did."""
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
         module = Faulty(bad, value)
-        others: list[Any] = [Steps(), GateMonitor(baseline_step=3, check_step=1000, every_n_steps=1)]
+        weights = LossWeightSchedule({"polarisation": 0.1}, total_steps=40, watch="train/loss", tolerance=1e9)
+        others: list[Any] = [Steps(), weights, GateMonitor(baseline_step=3, check_step=1000, every_n_steps=1)]
         if stage2:
             others += [ChunkSizeScheduler(start=6, total_steps=40, gamma=0.8), ProactiveClipping(transition_steps=2)]
         guard = SpikeRollback(str(home), every_n_steps=LOOK, max_rollbacks=max_rollbacks, rows=2)
@@ -119,9 +122,8 @@ def train(
         )  # fmt: skip
         raised = None
         try:
-            trainer.fit(
-                module, DataLoader(Batches(order), batch_size=None), DataLoader(Batches([999]), batch_size=None)
-            )
+            loaders = [DataLoader(Batches(numbers), batch_size=None) for numbers in (order, [999])]
+            trainer.fit(module, *loaders, ckpt_path=ckpt_path)
         except FloatingPointError as error:
             raised = str(error)
         found = {

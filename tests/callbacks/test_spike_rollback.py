@@ -8,7 +8,7 @@ import pytest
 import rollback_cases
 import torch
 from lightning.pytorch.trainer import call
-from rollback_cases import differences, oracle, train
+from rollback_cases import differences, oracle, plain, train
 from toys import Line
 from two_ranks import run_on_two_ranks, shared_folder
 
@@ -131,13 +131,49 @@ def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path) -> N
     found = train([*range(60)], 24, bad=(14,), folder=tmp_path)["facts"]
     assert found["rollbacks"] == 1
     snapshots = [name for name in found["files"] if name.startswith("snapshot") and name.endswith(".ckpt")]
-    assert snapshots == [f"snapshot-step={step:07d}.ckpt" for step in (16, 18, 20, 22, 24)]
+    assert snapshots == [f"snapshot-{step:07d}.ckpt" for step in (16, 18, 20, 22, 24)]
     for path in tmp_path.glob("*.ckpt"):
         content = read_checkpoint(path)
         assert content["state_dict"]["model.norm.weight"].abs().max() < 5, f"{path.name} holds the spoiled weights"
     marked = [name for name in found["files"] if ".abandoned" in name]
-    assert marked == ["step=0000015.ckpt.abandoned1"]
+    assert marked == ["step-0000015.ckpt.abandoned1"]
+    saved = [name for name in found["files"] if name.startswith("step-") and name.endswith(".ckpt")]
+    assert saved == ["step-0000021.ckpt", "step-0000024.ckpt"]
     assert read_checkpoint(tmp_path / marked[0])["state_dict"]["model.norm.weight"].abs().max() > 5
+
+
+def test_steps_that_come_again_are_saved_again(tmp_path: Path) -> None:
+    """A spike at the very last step: the run goes back, comes there again, and its end is on disk."""
+    ours = train([*range(20)], 9, bad=(8,), value=math.nan, folder=tmp_path)
+    assert ours["facts"]["spikes"] == [9]
+    assert "step-0000009.ckpt.abandoned1" in ours["facts"]["files"]
+    assert ours["state"]["step"] == 9
+    last = read_checkpoint(tmp_path / "step-0000009.ckpt")["state_dict"]
+    assert differences(plain(last), ours["state"]["weights"]) == []
+
+
+def test_a_run_that_dies_after_a_rollback_resumes_knowing_of_it(tmp_path: Path) -> None:
+    """The file that it went back to holds the counters as they are now, and the place in the data."""
+    found = train([*range(20)], 5, bad=(2,), value=math.nan, folder=tmp_path)
+    assert found["facts"]["spikes"] == [3]
+    content = read_checkpoint(tmp_path / "snapshot-0000000.ckpt")
+    state = content["callbacks"]["SpikeRollback"]
+    assert (state["rollbacks"], state["spikes"]) == (1, [3])
+    assert content["global_step"] == 0
+    batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+    assert batches == 3, "the three dropped batches do not come again"
+
+
+def test_a_checkpoint_of_a_spike_is_not_resumed(tmp_path: Path) -> None:
+    """Written between two looks, it would become the snapshot to go back to."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    train([*range(20)], 5, bad=(4,), folder=first)
+    spoiled = first / "step-0000005.ckpt"
+    assert read_checkpoint(spoiled)["state_dict"]["model.norm.weight"].abs().max() > 5
+    again = train([*range(20)], 9, folder=second, ckpt_path=spoiled)
+    assert "this checkpoint was written in a spike, resume an earlier one" in again["facts"]["raised"]
 
 
 def test_a_healthy_run_is_bitwise_left_alone() -> None:

@@ -302,7 +302,9 @@ def test_gates_of_one_rank_stop_both(results: dict[str, list[Any]]) -> None:
         assert run["raised"].startswith("GateFailure: gates of layer 0 are NaN or infinite at step 3")
         assert run["batches"] == 3
     for run in results["gates_share_their_statistics"]:
-        assert run["raised"].startswith("GateFailure: gates of layer 0 do not spread at step 5: variance 0.01 → 0.0125")
+        assert run["raised"].startswith(
+            "GateFailure: gates do not spread at step 5, least in layer 0: variance 0.01 → 0.0125"
+        )
         assert run["baseline"] == pytest.approx([0.01, 0.01])
 
 
