@@ -38,7 +38,7 @@ def safeguards() -> list[tuple[str, str, str]]:
     return [
         ("perplexity without the memory's output, as a multiple", f"{1 + contribution:.2f}", RUN + "stage1`"),
         ("exit gates of Stage 1", f"**{passed(second)}**", judged + "phase2 run=stage1`"),
-        ("needle behind 100 pairs, mean cosine", f"{second['G2-5']['measured']:.3f}", "the same"),
+        ("needle behind 100 pairs, gates open, mean cosine", f"{second['G2-5']['measured']:.3f}", "the same"),
         ("exit gates of Stage 2", f"**{passed(fourth)}**", judged + "phase4 run=stage2`"),
         ("needle after Stage 2, at chunk 1", f"{fourth['G4-6']['measured']:.3f}", "the same"),
         ("spread of the perplexity over chunk sizes 1 to 64", f"{fourth['G4-4']['measured']:.1%}", "the same"),

@@ -18,7 +18,7 @@ VOCABULARY = 32_000
 
 # at a vocabulary of 32,000 tokens
 PARAMETERS = {
-    "tiny": 9_941_920,
+    "tiny": 10_433_440,
     "43m": 59_347_008,
     "125m": 191_588_160,
     "340m": 580_328_448,

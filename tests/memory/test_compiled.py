@@ -136,8 +136,10 @@ def test_bfloat16_loop_is_as_exact_as_pytorchs(chunk, network, restarts, monkeyp
     truth, fast = evaluate(False), evaluate(True)
     monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
     slow = evaluate(True)
-    assert max(relative_errors(truth, fast)) <= max(0.01, 1.2 * max(relative_errors(truth, slow)))
-    assert max(relative_errors(truth, fast)) > 1e-4  # it was bfloat16
+    ours, theirs = relative_errors(truth, fast), relative_errors(truth, slow)
+    # their mean: the largest is a gate's bias, a sum over all tokens that nearly cancels, and differs from draw to draw
+    assert sum(ours) / len(ours) <= max(0.005, 1.1 * sum(theirs) / len(theirs))
+    assert 1e-4 < max(ours) <= 0.05  # it was bfloat16
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):
