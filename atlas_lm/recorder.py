@@ -14,6 +14,7 @@ class RunRecorder(Callback):
     def __init__(self) -> None:
         self.tokens = 0  # input tokens trained on, all ranks together
         self.validation: dict[str, float] = {}  # the last validation's metrics
+        self.training: dict[str, float] = {}  # what callbacks and module had logged when training ended
         self.validated_at: int | None = None  # optimizer step of the last validation
         self.error: BaseException | None = None
         self._seconds = {"train": 0.0, "validation": 0.0}
@@ -55,12 +56,17 @@ class RunRecorder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._stop("train")
+        self._remember(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remember why the run ended."""
         self.error = exception
         self._stop("validation")
         self._stop("train")
+        self._remember(trainer)
+
+    def _remember(self, trainer: Trainer) -> None:
+        self.training = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Counters up to now."""

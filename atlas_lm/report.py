@@ -66,6 +66,10 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
         "steps": trainer.global_step,
         "total_steps": trainer.max_steps,
         "validated_at_step": recorder.validated_at,
+        "rollbacks": count(recorder.training.get("spike/rollbacks")),
+        "skipped_steps": count(recorder.training.get("guard/skipped_steps")),
+        "needle_accuracy": recorder.training.get("niah/accuracy"),
+        "memory_contribution": recorder.training.get("memory/contribution"),
         "parameters": sum(p.numel() for p in module.parameters()),
         "precision": str(trainer.precision),
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -80,6 +84,11 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
     values = {name: finite(value) for name, value in values.items()}
     values["verdict"] = verdict(values)
     return values
+
+
+def count(value: float | None) -> int | None:
+    """A counter that was logged; None where it was not."""
+    return None if value is None or not math.isfinite(value) else int(value)
 
 
 def held_out_text(dm: TokenDataModule, val_loss: float | None) -> dict[str, float]:
@@ -124,7 +133,14 @@ def verdict(report: Report) -> str:
     if report["val_loss"] is None:
         return f"{head}, but the validation loss is not finite: the model is useless"
     late = "" if report["validated_at_step"] == steps else f" (validated at step {report['validated_at_step']})"
-    return f"{head}: {quality(report)}{late}"
+    return f"{head}: {quality(report)}{late}{mishaps(report)}"
+
+
+def mishaps(report: Report) -> str:
+    """What the safeguards have mended on the way; nothing on a healthy run."""
+    found = [(report.get("rollbacks"), "rollback"), (report.get("skipped_steps"), "skipped step")]
+    told = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in found if n]
+    return f"; {' and '.join(told)} on the way" if told else ""
 
 
 def quality(report: Report) -> str:

@@ -117,7 +117,7 @@ class ChunkSizeScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sizes of this step. The step does not change within an accumulation window, and so neither do they."""
         if self._apply(trainer, pl_module):
-            record(trainer, pl_module, {"memory/chunk_size": self.largest()})
+            record(trainer, {"memory/chunk_size": self.largest()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

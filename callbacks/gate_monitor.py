@@ -130,7 +130,7 @@ class GateMonitor(Callback):
             "memory/gate_std": math.sqrt(max(float(square_L.mean()) - mean * mean, 0.0)),
             "memory/gate_polarised": float(polarised_L.mean()),
         }
-        record(trainer, pl_module, values)
+        record(trainer, values)
         if step == self.baseline_step:
             self.baseline = variances
         self._act(trainer, self.judge(step, variances))

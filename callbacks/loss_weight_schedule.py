@@ -51,6 +51,7 @@ class LossWeightSchedule(Callback):
         rest_steps: int = 100,
         backoff: float = 0.5,
         smoothing: float = 0.1,
+        every_n_steps: int = 1,
     ) -> None:
         self.weights = {str(name): float(weight) for name, weight in weights.items()}
         wrong = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
@@ -66,11 +67,13 @@ class LossWeightSchedule(Callback):
             ("rest_steps", rest_steps, rest_steps >= 1, "be at least 1 step"),
             ("backoff", backoff, 0 <= backoff <= 1, "lie in [0, 1]"),
             ("smoothing", smoothing, 0 < smoothing <= 1, "lie in (0, 1]"),
+            ("every_n_steps", every_n_steps, every_n_steps >= 1, "be at least 1 step between two looks at the metric"),
         ):
             if not fine:
                 raise ValueError(f"{name}={value} of loss_weight_schedule must {rule}")
         self.total_steps, self.hold, self.decay = total_steps, hold, decay
         self.tolerance, self.rest_steps, self.backoff, self.smoothing = tolerance, rest_steps, backoff, smoothing
+        self.every_n_steps = every_n_steps
         self.watch = watch if any(self.weights.values()) else None  # there is nothing to take away from weights of 0
         self.level = 1.0  # what back-offs have left of the schedule
         self.resting_until = 0  # step at which the weights come back
@@ -137,8 +140,8 @@ class LossWeightSchedule(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge the watched metric after each optimizer step."""
-        if self.watch is None or trainer.fit_loop._should_accumulate():
+        """Judge the watched metric if it is time."""
+        if self.watch is None or trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
             return
         logged = trainer.callback_metrics
         if self.watch not in logged:

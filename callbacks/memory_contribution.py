@@ -71,7 +71,7 @@ class MemoryContribution(Callback):
             if trainer.is_global_zero:
                 log.warning("memory/contribution is not measured: %s", error)
             return
-        record(trainer, pl_module, {"memory/contribution": gain})
+        record(trainer, {"memory/contribution": gain})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,7 +80,7 @@ class MemoryContribution(Callback):
         if self._batch is None or trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
             return
         gain = self.measure(trainer, pl_module)
-        record(trainer, pl_module, {"memory/contribution": gain})
+        record(trainer, {"memory/contribution": gain})
         wrong = self.judge(gain, trainer.global_step)
         if wrong and trainer.is_global_zero:
             log.warning(wrong)

@@ -143,7 +143,7 @@ class NiahProbe(Callback):
         self._draw(trainer, accuracy_LD)
         self.probes, self.seconds = self.probes + 1, self.seconds + time.perf_counter() - start
         values["niah/overhead_percent"] = self.overhead_percent()
-        record(trainer, pl_module, values)
+        record(trainer, values)
         wrong = self.judge(mean, control, trainer.global_step)
         if wrong and self.on_failure == "stop":
             raise NeedleLost(wrong)

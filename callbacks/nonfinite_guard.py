@@ -1,6 +1,6 @@
 """Skip a step whose loss or gradient is NaN or infinite, and stop the run when too many follow one another.
 
-Watches:  the loss of every micro-batch of a step; the largest absolute value of all local gradients, before clipping.
+Watches:  the loss of every micro-batch of a step; the norm of all local gradients, before clipping.
 Acts:     drops the gradients on all ranks together: weights and moments stay. More than `max_consecutive` such steps
           in a row raise NonFiniteTraining on all ranks. With a loss scaler (16-mixed) it is the scaler that skips.
 Logs:     guard/skipped_steps, when it grows.
@@ -25,14 +25,15 @@ class NonFiniteTraining(FloatingPointError):
     """Losses or gradients of NaN or ±infinity, more steps in a row than allowed."""
 
 
-def largest(gradients: list[Tensor]) -> Tensor:
-    """max |g| over what this rank holds; NaN and infinity come through.
+def size(gradients: list[Tensor]) -> Tensor:
+    """A number that is finite where every gradient that this rank holds is: their 2-norm, or the largest |g|.
 
-    Not the 2-norm: the squares of large finite gradients overflow.
+    The squares of large finite gradients overflow; only then is the maximum taken, which is four times as slow.
     """
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     local = [g for g in local if g.numel()]  # a rank may hold no row of a small parameter: an empty one has no maximum
-    return torch.nn.utils.get_total_norm(local, norm_type=math.inf)
+    norm = torch.nn.utils.get_total_norm(local)
+    return norm if bool(norm.isfinite()) else torch.nn.utils.get_total_norm(local, norm_type=math.inf)
 
 
 class NonfiniteGuard(Callback):
@@ -63,7 +64,7 @@ class NonfiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the window. The flags travel together: the one wait for the device, and one message between ranks."""
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        bad_gradient = ~torch.isfinite(largest(gradients).to(trainer.strategy.root_device))
+        bad_gradient = ~torch.isfinite(size(gradients).to(trainer.strategy.root_device))
         bad_loss = torch.zeros_like(bad_gradient) if self._bad_loss is None else self._bad_loss.to(bad_gradient.device)
         self._bad_loss = None
         mine = torch.stack([bad_loss, bad_gradient]).float()
@@ -80,7 +81,7 @@ class NonfiniteGuard(Callback):
             name: [rank for rank, both in enumerate(flags) if both[i]] for i, name in enumerate(("loss", "gradient"))
         }
         self.count(trainer.global_step, where)
-        record(trainer, pl_module, {"guard/skipped_steps": self.skipped})
+        record(trainer, {"guard/skipped_steps": self.skipped})
         # a scaler overflows while it looks for its scale, but no scale helps against a loss of NaN
         self.judge(may_stop=any_loss or not scaled)
 

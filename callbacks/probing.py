@@ -58,10 +58,13 @@ def held_out_batch(trainer: Trainer, rows: int, asker: str) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def record(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
-    """Log `values` at this very step, also between the steps at which Lightning logs; for progress bars too."""
-    for name, value in values.items():
-        pl_module.log(name, float(value), logger=False)
+def record(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Log `values` at this very step, also between the steps at which Lightning logs; callbacks and bars see them too.
+
+    Not through `LightningModule.log`: what that is given in `on_train_start` is an average over the epoch, and comes
+    back at its end in place of newer values.
+    """
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in values.items()})
     send(trainer, values)
 
 

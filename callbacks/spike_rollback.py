@@ -77,7 +77,7 @@ class SpikeRollback(Checkpoint):
         max_rollbacks: int = 3,
         cool_down_steps: int = 0,
         smoothing: float = 0.8,
-        rows: int = 2,
+        rows: int = 1,
         watch: str = "held_out",
         mode: str = "act",
     ) -> None:
@@ -151,7 +151,7 @@ class SpikeRollback(Checkpoint):
                     "the weights that this run starts from are broken, start from others"
                 )
             delta = self.delta(perplexity)
-            record(trainer, pl_module, self._values(perplexity, delta))
+            record(trainer, self._values(perplexity, delta))
             if self.mode == "act" and self.judge(delta):  # of a resumed run: a new one has no average yet
                 raise TrainingUnstable(
                     f"the held-out perplexity is {perplexity:.4g}, {delta:+.1%} above its average, before any step: "
@@ -159,6 +159,7 @@ class SpikeRollback(Checkpoint):
                 )
             if self.ema is None:
                 self.follow(perplexity)
+        send(trainer, self._counters())
         if self.mode == "act":
             self.ring = []
             self._keep(trainer, pl_module)
@@ -177,8 +178,7 @@ class SpikeRollback(Checkpoint):
         due = trainer.global_step % self.every_n_steps == 0
         if due or alarm:
             self.look(trainer, pl_module, due)
-        for name, value in self._counters().items():
-            pl_module.log(name, value)
+        pl_module.log("spike/rollbacks", float(self.rollbacks))
 
     def look(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
         """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
@@ -188,7 +188,7 @@ class SpikeRollback(Checkpoint):
         spike = self.judge(delta, quiet=self._now(trainer) < self.quiet_until)
         if spike:
             self.spikes.append(step)
-        record(trainer, pl_module, self._values(perplexity, delta))
+        record(trainer, self._values(perplexity, delta))
         send(trainer, self._counters())
         if spike and self.mode == "act":
             self._roll_back(trainer, pl_module, delta)

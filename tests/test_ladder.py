@@ -48,7 +48,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
     assert small_run(in_tmp, "optim.total_steps=6", *LOOKS) == 0
     run = only_run(in_tmp / "outputs")
     found = report_of(run)
-    assert (found["status"], found["steps"]) == ("finished", 6)
+    assert (found["status"], found["steps"], found["skipped_steps"]) == ("finished", 6, 1)
+    assert found["verdict"].endswith("; 1 skipped step on the way")
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows if row.get("guard/skipped_steps") == 1] == [2]
     assert {row["rollback_count"] for row in rows if row["rollback_count"] is not None} == {0}, "the model was sound"
@@ -59,7 +60,9 @@ def test_a_spike_is_rolled_back_and_the_records_tell(in_tmp: Path, monkeypatch: 
     spoil(monkeypatch, {6}, weights_times_thirty)
     assert small_run(in_tmp, "optim.total_steps=10", *LOOKS) == 0
     run = only_run(in_tmp / "outputs")
-    assert report_of(run)["status"] == "finished"
+    found = report_of(run)
+    assert (found["status"], found["rollbacks"], found["skipped_steps"]) == ("finished", 1, None)
+    assert found["verdict"].endswith("; 1 rollback on the way")
     rows = read_rows(run / "metrics.jsonl")
     assert [row["seq"] for row in rows] == list(range(len(rows)))
     steps = [row["global_step"] for row in rows if row["global_step"] is not None]
@@ -90,6 +93,7 @@ def test_the_fourth_spike_stops_with_everything_saved(
     found = report_of(run)
     assert found["status"] == "failed"
     assert "TrainingUnstable" in found["verdict"]
+    assert found["rollbacks"] == 3
     assert (run / "report.md").exists()
     newest = newest_checkpoint(run)
     assert newest is not None
