@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from callbacks.probing import held_out_batch, record, send, undisturbed
+from callbacks.probing import held_out_batch, is_logging_step, record, send, undisturbed
 from callbacks.ranks import any_rank, mean_over_ranks
 from callbacks.snapshots import Snapshot, restore, take
 
@@ -178,7 +178,8 @@ class SpikeRollback(Checkpoint):
         due = trainer.global_step % self.every_n_steps == 0
         if due or alarm:
             self.look(trainer, pl_module, due)
-        pl_module.log("spike/rollbacks", float(self.rollbacks))
+        if is_logging_step(trainer):
+            record(trainer, self._counters())
 
     def look(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
         """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
