@@ -70,7 +70,8 @@ def record(trainer: Trainer, values: Mapping[str, float]) -> None:
 
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether Lightning gives the values of this step to the loggers; a cheaper way than to offer it some each step."""
-    return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
 def send(trainer: Trainer, values: Mapping[str, float]) -> None:
