@@ -16,7 +16,7 @@ import urllib.request
 
 from atlas_lm.runs import resolve_run
 
-SIZE = "1500,2300"  # pixels: the whole page
+SIZE = "1500,1460"  # pixels: the whole page
 SECONDS = 25_000  # virtual milliseconds for the page to load its charts
 
 
@@ -45,10 +45,9 @@ def main(run: str = "stage2", target: str = "docs/safeguards.png") -> None:
     if browser is None:
         sys.exit("there is no chromium: install it, on Debian with apt install chromium")
     port = free_port()
-    folder = str(resolve_run(run) / "tensorboard")
     board = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", str(port), "--load_fast=false"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "tensorboard.main", "--logdir", "tensorboard", "--port", str(port), "--load_fast=false"],
+        cwd=resolve_run(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,  # the page shows the folder
     )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"
