@@ -148,7 +148,8 @@ def weights_to_start_from(name: str, module: LightningModule, outputs: str) -> P
             if not different:
                 return checkpoint
             others.append(f"; the run {run} differs: {'; '.join(different)}")
-    command = f"python train.py +experiment={name} model={wanted['name']}" if name in experiments else f"name={name}"
+    what = f"+experiment={name}" if name in experiments else f"name={name}"
+    command = f"python train.py {what} model={wanted['name']}"
     raise ValueError(
         f"init_from={name}: {str(folder)!r} has no finished run of this model{''.join(others[:1])}; train one first: "
         f"{command}, or give init_from=<checkpoint or run>"

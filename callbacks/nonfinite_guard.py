@@ -28,7 +28,7 @@ class NonFiniteTraining(FloatingPointError):
 def size(gradients: list[Tensor]) -> Tensor:
     """A number that is finite where every gradient that this rank holds is: their 2-norm, or the largest |g|.
 
-    The squares of large finite gradients overflow; only then is the maximum taken, which is four times as slow.
+    The squares of large finite gradients overflow; only then is the maximum taken, which is slower.
     """
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     local = [g for g in local if g.numel()]  # a rank may hold no row of a small parameter: an empty one has no maximum

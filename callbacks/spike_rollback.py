@@ -176,7 +176,8 @@ class SpikeRollback(Checkpoint):
         self._losses += self._window if self.watch == "training_loss" else []
         self._window = []
         due = trainer.global_step % self.every_n_steps == 0
-        if due or alarm:
+        seen = self.watch == "held_out" or bool(self._losses)  # a training_step may skip every batch in between
+        if seen and (due or alarm):
             self.look(trainer, pl_module, due)
         if is_logging_step(trainer):
             record(trainer, self._counters())
