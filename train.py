@@ -11,15 +11,17 @@ from atlas_lm import cli
 from atlas_lm.building import (
     build_trainer,
     close_run_folder,
-    open_run_folder,
     prepare_process,
+    run_folder,
     second_look,
     starting_point,
 )
 from atlas_lm.checks import check_config
+from atlas_lm.config import TrainConfig
 from atlas_lm.module import AtlasModule
 from atlas_lm.recorder import RunRecorder
 from atlas_lm.report import Report, judge
+from atlas_lm.resuming import continue_records
 
 ROOT = Path(__file__).parent
 
@@ -27,9 +29,15 @@ ROOT = Path(__file__).parent
 def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
     config = check_config(cfg)
-    open_run_folder(cfg, ROOT)
-    prepare_process(config.seed)
+    with run_folder(cfg, ROOT):
+        report = fit(cfg, config)
+    close_run_folder(cfg, report)
+    return report
 
+
+def fit(cfg: DictConfig, config: TrainConfig) -> Report:
+    """Train in the run's folder, from the start or from where it ended; whatever becomes of it, there is a report."""
+    prepare_process(config.seed)
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
     second_look(config, dm)
@@ -42,15 +50,16 @@ def train(cfg: DictConfig) -> Report:
     )
     checkpoint = starting_point(config, module)
 
-    recorder = RunRecorder()
+    recorder, run = RunRecorder(), Path(config.paths.run)
     trainer = build_trainer(cfg, recorder)
+    if checkpoint:
+        continue_records(trainer, checkpoint, run)
     try:
         trainer.fit(module, dm, ckpt_path=checkpoint)
         if recorder.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)
     finally:
-        report = judge(Path(config.paths.run), trainer, module, dm, recorder)
-    close_run_folder(cfg, report)
+        report = judge(run, trainer, module, dm, recorder)
     return report
 
 

@@ -3,6 +3,8 @@
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.allocator import keep_freed_memory
-from atlas_lm.checkpoint import MODEL, CheckpointError, check_same_model, differences, load_weights, read_checkpoint
+from atlas_lm.checkpoint import MODEL, CheckpointError, differences, load_weights, read_checkpoint
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
+from atlas_lm.resuming import checkpoint_to_resume, keep_aside, locked
 from atlas_lm.runs import (
     CONFIG,
     FINISHED,
@@ -118,12 +121,11 @@ def starting_point(config: TrainConfig, module: LightningModule) -> Path | None:
     ValueError if either does not fit the model.
     """
     outputs = config.paths.outputs
-    if config.resume:
+    checkpoint = checkpoint_to_resume(config, module)
+    if checkpoint:
         if config.init_from:  # +experiment=stage2 resume=... has both
             rank_zero_info("resume=%s: init_from=%s is what that run began with", config.resume, config.init_from)
-        path = resolve_checkpoint(config.resume, outputs)
-        check_same_model(path, module)
-        return path
+        return checkpoint
     if config.init_from:
         source = weights_to_start_from(config.init_from, module, outputs)
         load_weights(module, source)
@@ -173,15 +175,28 @@ def _unlike(checkpoint: Path, module: LightningModule) -> list[str]:
     return different
 
 
-@rank_zero_only
-def open_run_folder(cfg: DictConfig, root: Path) -> None:
-    """Write the resolved configuration, git state and package versions. ValueError if another run lies there."""
+@contextmanager
+def run_folder(cfg: DictConfig, root: Path) -> Iterator[None]:
+    """Hold the run's folder; in it the resolved configuration, git state and package versions.
+
+    ValueError if another run lies there, or another process writes there.
+    """
     run = Path(cfg.paths.run)
-    if (run / CONFIG).exists():
-        raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
-    write_atomically(run / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    with locked(run):
+        if (run / CONFIG).exists() and not cfg.resume:
+            raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
+        goes_on = (run / CONFIG).exists()
+        config = OmegaConf.merge(cfg, {"resume": None}) if goes_on else cfg
+        for path, text in (
+            (run / "environment.json", json.dumps(environment(root), indent=2) + "\n"),
+            (run / CONFIG, OmegaConf.to_yaml(config, resolve=True)),
+        ):
+            keep_aside(path, text)
+            write_atomically(path, text)
+        yield
 
 
 @rank_zero_only

@@ -1,6 +1,8 @@
 """Checkpoints that are either whole or absent, and clear words about those that cannot be used."""
 
+import contextlib
 import errno
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -9,9 +11,16 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
 
+from atlas_lm import manifest
 from atlas_lm.config import nearest
+from atlas_lm.runs import checkpoints_in
 
+log = logging.getLogger(__name__)
+
+HALF = ".tmp"  # ending of what is being written
 MODEL = ("hyper_parameters", "model")  # where Lightning puts `AtlasModule`'s argument
 
 
@@ -26,24 +35,29 @@ class SaveError(OSError):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to disk, then renames: at every moment the old file or the new one is whole.
 
+    Size and checksum of each are in the folder's manifest, see `manifest.py`: damage is found wherever it has happened.
     Reads with `weights_only=True` whatever the caller asks for: tensors and plain containers, no code.
     SaveError: the disk is full or not writable. CheckpointError: not a whole checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Replace `path` by `checkpoint`, durably."""
+        """Replace `path` by `checkpoint`, durably. One process writes to a folder: what others left half is removed."""
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO writes to local files and takes no storage_options")
         target = Path(path)
-        temporary = target.with_name(f"{target.name}.tmp")
+        folder = target.parent
+        temporary = target.with_name(f"{target.name}{HALF}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"*.ckpt{HALF}"):
+                left.unlink(missing_ok=True)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            manifest.record(folder, target.name, temporary, checkpoint.get("global_step"))
             os.replace(temporary, target)
-            _sync_folder(target.parent)
+            manifest.sync_folder(folder)
         except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
@@ -51,59 +65,111 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise SaveError(_save_message(target, cause)) from error
         finally:
             temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # saved it is, and the manifest is right without it
+            manifest.settle(folder, target.name)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint's content, tensors on `map_location`."""
         return read_checkpoint(path, map_location)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _save_message(target: Path, cause: OSError) -> str:
-    others = sorted(target.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime) if target.parent.is_dir() else []
-    others = [path for path in others if path.is_file()]
-    kept = f"; the previous checkpoint is whole, go on with resume={others[-1]}" if others else ""
+    other = newest_usable(target.parent)
+    kept = f"; the previous checkpoint is whole, go on with resume={other}" if other else ""
     return f"cannot save {str(target)!r} ({cause.strerror or cause}): free space on that disk{kept}"
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = False) -> dict[str, Any]:
-    """Content of a checkpoint; `lazily` leaves the tensors on disk until they are used.
+    """Content of a checkpoint; `lazily` leaves the tensors on disk until they are used, and its bytes unverified.
 
-    CheckpointError: missing, truncated, not a checkpoint, or holding more than tensors and plain containers.
+    CheckpointError: missing, truncated, not the bytes that were written, not a checkpoint, or holding more than tensors
+    and plain containers. It names the newest other checkpoint of the folder that can be used.
     """
     path = Path(path)
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
         raise CheckpointError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
+    if not lazily:
+        check_intact(path)
+        if not manifest.versions(path.resolve()):
+            _say_unknown(path)
+    try:
+        return _read(path, map_location, lazily)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: {_remedy(path)}") from error
+
+
+def check_intact(path: Path) -> None:
+    """CheckpointError unless the bytes are those that were written, as far as that is known."""
+    wrong = manifest.verify(path)
+    if wrong:
+        raise CheckpointError(f"{str(path)!r} is damaged, {wrong}: {_remedy(path)}")
+
+
+@rank_zero_only
+def _say_unknown(path: Path) -> None:
+    log.warning("%s has no checksum in a %s beside it: damage would not be noticed", path, manifest.MANIFEST)
+
+
+def why_unusable(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: its bytes are verified and its structure read, its tensors are not."""
+    try:
+        wrong = manifest.verify(path)
+        if wrong:
+            return f"{str(path)!r} is damaged, {wrong}"
+        _read(path, "cpu", lazily=True)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+def newest_usable(folder: Path, besides: Path | None = None) -> Path | None:
+    """The checkpoint of a folder that was written last of those that can be used; never `besides` or a link to it."""
+    for path in checkpoints_in(folder):
+        if (besides is None or path.resolve() != besides.resolve()) and why_unusable(path) is None:
+            return path
+    return None
+
+
+def _remedy(path: Path) -> str:
+    other = newest_usable(path.parent, besides=path)
+    return f"use {other}" if other else "copy it again or use another"
+
+
+def _read(path: Path, map_location: Any, lazily: bool) -> dict[str, Any]:
+    """The content. CheckpointError, without a remedy, if it is none of ours."""
+    broken = f"{str(path)!r} is truncated or not a checkpoint ({path.stat().st_size} bytes)"
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=lazily or None)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             what = "holds Python objects, not only tensors and plain containers"
-            raise CheckpointError(f"{str(path)!r} {what}: it is not atlas-lm's") from error
-        raise CheckpointError(_broken(path)) from error
+            raise CheckpointError(f"{str(path)!r} {what}, and is not atlas-lm's") from error
+        raise CheckpointError(broken) from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # torch seeks to before the start of a file that is cut off
             raise
-        raise CheckpointError(_broken(path)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(_broken(path)) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{str(path)!r} is a file of tensors but not a checkpoint of a run: choose another")
+        raise CheckpointError(broken) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what a few changed bytes make torch's reader raise has no end
+        raise CheckpointError(broken) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(f"{str(path)!r} is a file of tensors but not a checkpoint of a run")
+    odd = [str(name) for name, value in content["state_dict"].items() if not _is_plain(value)]
+    if odd:
+        raise CheckpointError(f"{str(path)!r} holds no plain tensor as {odd[0]}, and is not atlas-lm's")
+    arguments = content.get(MODEL[0], {})
+    if not isinstance(arguments, dict) or not isinstance(arguments.get(MODEL[1], {}), dict):
+        raise CheckpointError(f"{str(path)!r} does not say which model it is of, and is not atlas-lm's")
     return content
 
 
-def _broken(path: Path) -> str:
-    others = sorted(p for p in path.parent.glob("*.ckpt") if p.is_file() and p.resolve() != path.resolve())
-    remedy = f"use {others[-1]}" if others else "copy it again or use another"
-    return f"{str(path)!r} is truncated or not a checkpoint ({path.stat().st_size} bytes): {remedy}"
+def _is_plain(value: Any) -> bool:
+    """A tensor with numbers in it: torch also reads sparse, quantised and nested ones, and some without data."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return False
+    return value.layout == torch.strided and not value.is_quantized and not value.is_nested and not value.is_meta
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], without: tuple[str, ...] = ()) -> list[str]:
@@ -132,7 +198,29 @@ def check_same_model(path: Path, module: LightningModule) -> None:
 
 def load_weights(module: LightningModule, path: Path) -> None:
     """Copy a checkpoint's weights into `module`. CheckpointError if their names or shapes differ."""
-    content = read_checkpoint(path)
+    _fill(module, read_checkpoint(path), path)
+
+
+def build_module(content: dict[str, Any], path: Path, **optim: Any) -> Any:
+    """The `AtlasModule` of a checkpoint's content, weights included; `optim`: settings to change of its optimizer.
+
+    CheckpointError: the content describes no model that this version can build, or has not its weights.
+    """
+    from atlas_lm.module import AtlasModule
+
+    try:
+        arguments = dict(content[MODEL[0]])
+        module = AtlasModule(**{**arguments, "optim": {**arguments["optim"], **optim}})
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is of no model that this version of atlas-lm can build ({type(error).__name__}: {error}): "
+            "choose another checkpoint"
+        ) from error
+    _fill(module, content, path)
+    return module
+
+
+def _fill(module: LightningModule, content: dict[str, Any], path: Path) -> None:
     saved, wanted = content["state_dict"], module.state_dict()
     wrong = [name for name in wanted if name not in saved or saved[name].shape != wanted[name].shape]
     wrong += [name for name in saved if name not in wanted]

@@ -6,14 +6,21 @@ class; such a key would surface only when that class is called, minutes later or
 
 import importlib
 import inspect
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from atlas_lm.config import TrainConfig, nearest
+from atlas_lm.runs import CONFIG
 
+# What the configuration of a run folder may name classes of. torch and lightning are none: they have some whose making
+# starts a process (torch's SubprocessHandler).
+ALLOWED = ("atlas_lm.data", "callbacks")
+LISTS, MAPPINGS = (list, tuple, Sequence, Iterable, Collection), (dict, Mapping, MutableMapping)  # in annotations
 HYDRA_KEYS = {"_target_", "_args_", "_convert_", "_partial_", "_recursive_"}
 
 
@@ -36,6 +43,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
             _check_target(node, where)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
+    _check_complete(config, "")
     return config
 
 
@@ -47,6 +55,16 @@ def _check_fields(cfg: DictConfig, schema: Any, where: str) -> None:
             raise ValueError(f"{where}{key} is no setting{nearest(key, known)}; there are {', '.join(known)}")
         if is_dataclass(known[key]):
             _check_fields(cfg[key], known[key], f"{where}{key}.")
+
+
+def _check_complete(config: Any, where: str) -> None:
+    """No field of the dataclass is missing, as one is that `~name` has removed."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, str) and value == MISSING:
+            raise ValueError(f"{where}{f.name} is required: give {where}{f.name}=<value>")
+        if is_dataclass(value):
+            _check_complete(value, f"{where}{f.name}.")
 
 
 def _check_entry(entry: Any, where: str, siblings: list[str]) -> None:
@@ -71,16 +89,66 @@ def _dicts(node: Any, where: str) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _check_target(node: DictConfig, where: str) -> None:
-    """Every key beside `_target_` is a parameter of what it names."""
+    """Every key beside `_target_` is a parameter of what it names, every value of a type that the parameter takes."""
     target = find_target(str(node["_target_"]), where)
     parameters = inspect.signature(target).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    known = set(map(str, node)) - HYDRA_KEYS
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        for key in sorted(known - set(parameters)):
+            raise ValueError(
+                f"{where}.{key} is no setting of {target.__name__}{nearest(key, parameters)}; "
+                f"it takes {', '.join(parameters)}"
+            )
+    try:
+        kinds = get_type_hints(target.__init__ if isinstance(target, type) else target)
+    except (NameError, TypeError):  # somebody else's annotations
         return
-    for key in set(map(str, node)) - HYDRA_KEYS - set(parameters):
-        raise ValueError(
-            f"{where}.{key} is no setting of {target.__name__}{nearest(key, parameters)}; "
-            f"it takes {', '.join(parameters)}"
-        )
+    for key in sorted(known & set(kinds) & set(parameters)):
+        value = node[key]
+        if not _fits(value, kinds[key]):
+            wanted = " or ".join(dict.fromkeys(_words(kinds[key])))
+            what = f"is {value!r}" if isinstance(value, str) else f"is {value}"
+            raise ValueError(f"{where}.{key} {what} and must be {wanted}: correct the value")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a parameter annotated with `kind` may take a value of the configuration; what is not understood fits."""
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if not isinstance(origin, type):  # Any, Literal, a type variable
+        return True
+    if origin in (int, float):
+        return isinstance(value, (int, float) if origin is float else int) and not isinstance(value, bool)
+    if origin in (bool, str, NoneType):
+        return isinstance(value, origin)
+    if issubclass(origin, os.PathLike):
+        return isinstance(value, str)
+    if isinstance(value, DictConfig):
+        return "_target_" in value or origin in MAPPINGS
+    if isinstance(value, ListConfig):
+        return origin in LISTS
+    return origin is object
+
+
+def _words(kind: Any) -> Iterator[str]:
+    """What to call the values that fit."""
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        for k in get_args(kind):
+            yield from _words(k)
+        return
+    known = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    if origin in known:
+        yield known[origin]
+    elif not isinstance(origin, type):
+        yield "something else"
+    elif issubclass(origin, os.PathLike):
+        yield "a path"
+    elif origin in LISTS:
+        yield "a list"
+    else:
+        yield "a mapping" if origin in MAPPINGS else f"a {origin.__name__} with its _target_"
 
 
 def find_target(path: str, where: str) -> Any:
@@ -96,3 +164,42 @@ def find_target(path: str, where: str) -> Any:
     if not callable(target):
         raise ValueError(f"{where}._target_={path}: {module_name!r} has no {name!r}{nearest(name, dir(module))}")
     return target
+
+
+def check_targets(node: Any, where: str) -> None:
+    """ValueError for the first `_target_` in a plain, resolved container that is no class of the packages allowed.
+
+    A run folder may come from anywhere, and nothing that its configuration names may run for the asking: all that is
+    built from one goes through here. What would be resolved a second time is refused too: it could become a target.
+    """
+    for place, value in _leaves(node, where):
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"{place}={value} would be resolved a second time: mend the run's {CONFIG}")
+        if place.endswith("._target_"):
+            allowed = f"{place}={value} must be a class of {' or '.join(ALLOWED)}: mend the run's {CONFIG}"
+            if not _is_within(value, ALLOWED):
+                raise ValueError(allowed)
+            found = find_target(value, place.removesuffix("._target_"))
+            # a module of ours also holds what it has imported
+            if not isinstance(found, type) or not _is_within(found.__module__, ALLOWED):
+                raise ValueError(allowed)
+
+
+def _is_within(path: Any, packages: tuple[str, ...]) -> bool:
+    return isinstance(path, str) and any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+def _leaves(node: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is no container, with its dotted name; a `_target_` whatever it is."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_":
+                yield f"{where}._target_", value
+            else:
+                yield from _leaves(key, f"{where}.<key>")
+                yield from _leaves(value, f"{where}.{key}")
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _leaves(value, f"{where}[{i}]")
+    else:
+        yield where, node

@@ -99,10 +99,27 @@ def explain(error: BaseException) -> str | None:
     # FloatingPointError: training met NaN or infinity. Misconfiguration: Lightning refuses the Trainer's arguments.
     if isinstance(error, FloatingPointError | MisconfigurationException):
         return _one_line(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return f"{_one_line(error)}: is memory short? go on with the same command and resume=auto"
+    if type(error).__module__.partition(".")[0] in ("atlas_lm", "callbacks"):  # what a safeguard says is for the user
+        return _one_line(error)
+    if _is_short_of_memory(error):
+        return f"memory is short ({_one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)}): " + (
+            "lower data.batch_size, data.seq_len or the model's sizes"
+        )
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return f"{_one_line(error)}: name a file of conf/, e.g. model=tiny"
     # A ValueError of our own code addresses the user; one from inside a library is a bug of ours.
     if isinstance(error, ValueError) and _is_ours(error):
         return _one_line(error)
     return None
+
+
+def _is_short_of_memory(error: BaseException) -> bool:
+    """Torch says so in a RuntimeError on the CPU, and in a class of that name on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _one_line(error: BaseException | str) -> str:

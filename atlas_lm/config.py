@@ -13,6 +13,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+LARGEST = 2**31 - 1  # of whole numbers: the size of a matrix of two of them still fits 64 bits
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest valid name, "" when none is close."""
@@ -39,6 +41,8 @@ def check_values(config: Any, section: str) -> None:
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ValueError(f"{where}={value} must be one of {', '.join(choices)}{nearest(value, choices)}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{where}={value} must be at most {LARGEST}: lower it")
         low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
         if low is not None and not value >= low:
             raise ValueError(f"{where}={value} must be at least {low:g}: raise it")
@@ -162,7 +166,8 @@ class TrainConfig:
     precision: str = choice("auto", "32-true", "bf16-mixed")
     """auto: bf16-mixed where the hardware is fast at it, else 32-true; the log says which."""
     resume: str | None = None
-    """Checkpoint, or run folder, to go on with exactly: weights, optimizer, schedule and position in the data."""
+    """What to go on with exactly, in its folder, behind its last record: `auto` (the newest run of this experiment if it
+    is not finished, else a new one), a run folder, an experiment (its newest finished run), or a checkpoint."""
     init_from: str | None = None
     """Checkpoint, run folder or experiment (its newest finished run of this model) whose weights to start from; all
     else begins anew."""

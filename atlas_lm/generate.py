@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atlas_lm.checkpoint import read_checkpoint
+from atlas_lm.checkpoint import build_module, read_checkpoint
 from atlas_lm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from atlas_lm.model import AtlasLM, State
 from atlas_lm.options import call, parse
@@ -95,11 +95,8 @@ def continue_text(
 
 def load(path: Path) -> AtlasLM:
     """The model of a checkpoint, in eval mode."""
-    from atlas_lm.module import AtlasModule
-
     checkpoint = read_checkpoint(path)
-    module = AtlasModule(**checkpoint["hyper_parameters"])
-    module.load_state_dict(checkpoint["state_dict"])
+    module = build_module(checkpoint, path)
     if checkpoint.get("local_chunks"):
         module.set_local_chunks(checkpoint["local_chunks"])
     return module.model.eval()

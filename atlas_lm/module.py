@@ -184,7 +184,7 @@ class AtlasModule(L.LightningModule):
         if self.bytes_per_token is None:
             right = (output.logits.argmax(-1) == targets)[targets != UNSCORED]
             self.recall.update(right.float())
-        if batch_idx == 0 and output.gates:
+        if batch_idx == 0 and output.gates and not self.trainer.sanity_checking:
             self._draw_gates(output.gates)
             if not self._sharded():  # a stream's first state is built of whole parameters
                 self._log_memory(batch)
@@ -206,7 +206,7 @@ class AtlasModule(L.LightningModule):
             for i, gate in enumerate(gates):
                 finite = gate.float()[gate.isfinite()]  # a histogram of nothing is an error of TensorBoard's
                 if finite.numel():
-                    board.add_histogram(f"memory/gate/layer_{i}", finite, self.global_step)
+                    board.add_histogram(f"memory/gate/layer_{i}", finite, self._logging_step())
 
     def _log_memory(self, batch: dict[str, Tensor]) -> None:
         """How far the fast weights have moved from W_init behind the first sequence, per layer: ‖W − W_init‖."""
@@ -224,6 +224,10 @@ class AtlasModule(L.LightningModule):
             self.global_rank == 0
         )
 
+    def _logging_step(self) -> int:
+        """The step of all loggers, which never goes back; `global_step` does at a rollback."""
+        return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+
     def on_validation_end(self) -> None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         boards = self._boards()
@@ -234,7 +238,7 @@ class AtlasModule(L.LightningModule):
         except FloatingPointError as error:  # the verdict says so too; a sample is no reason to lose the run
             text = f"({error})"
         for board in boards:
-            board.add_text("sample", f"```\n{SAMPLE_PROMPT}{text}\n```", self.global_step)
+            board.add_text("sample", f"```\n{SAMPLE_PROMPT}{text}\n```", self._logging_step())
 
     def _sharded(self) -> bool:
         return isinstance(self.trainer.strategy, ModelParallelStrategy)

@@ -3,7 +3,10 @@
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+METRICS = "callback_metrics"
 
 
 class RunRecorder(Callback):
@@ -19,6 +22,7 @@ class RunRecorder(Callback):
         self.error: BaseException | None = None
         self._seconds = {"train": 0.0, "validation": 0.0}
         self._since: dict[str, float] = {}
+        self._restored: dict[str, float] = {}  # metrics of a resumed run, until it starts
 
     @property
     def train_seconds(self) -> float:
@@ -32,8 +36,20 @@ class RunRecorder(Callback):
         return self.tokens / seconds if self.tokens and seconds > 0 else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock. A resumed run shows its callbacks the metrics that the whole one would show them."""
         self._start("train")
+        if self._restored:
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._restored.items()})
+            self._restored = {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What callbacks see of the metrics at this moment."""
+        checkpoint[METRICS] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """They are set when training starts; a rollback leaves them: what was measured stays measured."""
+        if "train" not in self._since:
+            self._restored = dict(checkpoint.get(METRICS, {}))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,10 +1,14 @@
 """Run folders: `outputs/<experiment>/<timestamp>/`, and `outputs/<experiment>/latest` for the newest finished one."""
 
 import json
+import logging
 import os
+import re
 from pathlib import Path
 
 from atlas_lm.config import nearest
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # its presence makes a folder a run folder
 LATEST = "latest"
@@ -40,30 +44,69 @@ def finished_runs(experiment: Path) -> list[Path]:
         report = folder / "report.json"
         if folder.is_symlink() or not report.is_file():
             continue
-        if json.loads(report.read_text())["status"] in FINISHED:
+        try:
+            ended = json.loads(report.read_bytes())
+        except ValueError:  # a broken report tells of no good end
+            continue
+        if isinstance(ended, dict) and ended.get("status") in FINISHED:
             found.append(folder)
     return found
 
 
 def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
-    """A checkpoint file: the path itself, or the newest one of a run. ValueError if there is none."""
+    """A checkpoint file: the path itself, or the newest intact one of a run. ValueError: there is none, or damaged."""
     path = Path(name_or_path)
     if path.is_file():
+        from atlas_lm.checkpoint import check_intact  # imports torch, which takes seconds
+
+        check_intact(path)
         return path.absolute()
     if path.suffix == ".ckpt":
         beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
         raise ValueError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
-    run = resolve_run(path, outputs)
-    newest = newest_checkpoint(run)
-    if newest is None:
+    return intact_checkpoint(resolve_run(path, outputs))
+
+
+def intact_checkpoint(run: Path) -> Path:
+    """The newest intact checkpoint of a run; the log tells which newer ones are damaged. ValueError if there is none."""
+    found, skipped = newest_intact(run)
+    if found is None:
+        if skipped:
+            raise ValueError(f"run {str(run)!r} has no intact checkpoint: {'; '.join(skipped)}: choose another run")
         raise ValueError(f"run {str(run)!r} has no checkpoint: it ended before its first one, choose another run")
-    return newest
+    for line in skipped:
+        log.warning("%s: taking %s instead", line, found)
+    return found
+
+
+def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint written last of those that can be used, and one line for each newer one that cannot."""
+    from atlas_lm.checkpoint import why_unusable  # imports torch, which takes seconds
+
+    skipped = []
+    for path in checkpoints_in(run / "checkpoints"):
+        wrong = why_unusable(path)
+        if wrong is None:
+            return path, skipped
+        skipped.append(wrong)
+    return None, skipped
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run that was written last; `last.ckpt` rather than the file that it points to."""
-    found = [path for path in (run / "checkpoints").glob("*.ckpt") if path.exists()]  # a link may point nowhere
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.is_symlink()), default=None)
+    """The checkpoint of a run that was written last, intact or not; `last.ckpt` rather than the file it points to."""
+    return next(iter(checkpoints_in(run / "checkpoints")), None)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first, each once: under its link's name if it has one.
+
+    Left out: what a rollback abandoned, and links to nowhere.
+    """
+    found: dict[Path, Path] = {}
+    for path in sorted(folder.glob("*.ckpt"), key=Path.is_symlink):
+        if path.is_file() and not re.search(r"\.abandoned\d*$", path.resolve().name):
+            found[path.resolve()] = path
+    return sorted(found.values(), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def mark_latest(run: Path, experiment: Path) -> None:

@@ -111,8 +111,12 @@ class ChunkSizeScheduler(Callback):
             raise ValueError(f"{wrong}: give one size, or one each")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sizes of the first step."""
-        self._apply(trainer, pl_module)
+        """Sizes of the first step; of a resumed run those of the last one, so that a change after it is seen."""
+        assert isinstance(pl_module, HasLocalChunks)
+        if self.sizes is None:
+            self._apply(trainer, pl_module)
+        elif tuple(pl_module.local_chunks) != self.sizes:
+            pl_module.set_local_chunks(self.sizes)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sizes of this step. The step does not change within an accumulation window, and so neither do they."""
@@ -131,7 +135,7 @@ class ChunkSizeScheduler(Callback):
         return float(max(self.sizes))
 
     def _apply(self, trainer: Trainer, pl_module: Any) -> bool:
-        """Whether the schedule has moved on since the last step. (A resumed module may be behind it: that is none.)"""
+        """Whether the schedule has moved on since the last step."""
         step, sizes, before = trainer.global_step, self.chunk_sizes(trainer.global_step), self.sizes
         if len(sizes) == 1:
             sizes *= len(pl_module.local_chunks)

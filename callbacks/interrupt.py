@@ -1,7 +1,9 @@
-"""Ctrl-C ends a run at a step's border, with a checkpoint from which it goes on exactly.
+"""Ctrl-C and a scheduler's signals end a run between two steps, with a checkpoint from which it goes on exactly.
 
-Watches:  SIGINT. An interrupt in the middle of a step would leave weights half updated and lose a batch on resume.
-Acts:     first Ctrl-C: finishes the step, saves `path`, stops all ranks together. Second Ctrl-C: stops at once.
+Watches:  SIGINT; SIGTERM and SIGUSR1, which schedulers send before they preempt a job or its time is up. An end in the
+          middle of a step would leave weights half updated and lose a batch on resume.
+Acts:     finishes the step (and the validation behind it), saves `path`, stops all ranks together. After SIGTERM and
+          SIGUSR1 the process ends with `requeue_exit_code`: run the same command again. A second Ctrl-C stops at once.
 Logs:     nothing.
 Requires: any LightningModule.
 """
@@ -10,42 +12,73 @@ import signal
 import threading
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.ranks import max_over_ranks
+from callbacks.step_border import open_borders, save
+
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(SystemExit):
+    """A scheduler's signal ended the run; everything is saved. `code` is the exit code of the process."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
 
 class Interrupt(Checkpoint):
-    """Saves `path` and raises KeyboardInterrupt at the end of the step in which Ctrl-C was pressed.
+    """Saves `path` and raises at the end of the step in which the signal came: KeyboardInterrupt, or Preempted.
+
+    `requeue_exit_code`: 75 is EX_TEMPFAIL of sysexits.h, "try again". ValueError: outside 1 to 255.
 
     A `Checkpoint` by type: Lightning runs these last, when the step is complete.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.requested = False
+    def __init__(self, path: str, requeue_exit_code: int = 75) -> None:
+        if not 1 <= requeue_exit_code <= 255:
+            raise ValueError(f"requeue_exit_code={requeue_exit_code} of interrupt must lie in 1 to 255; 0 is success")
+        self.path, self.requeue_exit_code = path, requeue_exit_code
+        self.received = 0  # number of the signal
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the borders between steps."""
+        open_borders(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C; Lightning gives every signal back when `fit` ends, in whatever way."""
-        self.requested = False
+        """Take over the signals; Lightning gives every one back when `fit` ends, in whatever way."""
+        self.received = 0
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, *PREEMPTING):
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.requested:
+        if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        rank_zero_info("\nCtrl-C: finishing this step and saving; press it again to stop at once")
+        self.received = number
+        hint = "; press it again to stop at once" if number == signal.SIGINT else ""
+        rank_zero_info(f"\n{self._name(number)}: finishing this step and saving{hint}")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop here if Ctrl-C was pressed on any rank."""
-        if trainer.fit_loop._should_accumulate():
+    def on_step_border(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop here if a signal has reached any rank."""
+        received = int(max_over_ranks(trainer, torch.tensor(float(self.received))))
+        if not received:
             return
-        requested = self.requested
-        if trainer.world_size > 1:
-            requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
-        if requested:
-            trainer.save_checkpoint(self.path, weights_only=False)
+        save(trainer, self.path)
+        if received == signal.SIGINT:
             raise KeyboardInterrupt
+        name = self._name(received)
+        raise Preempted(
+            self.requeue_exit_code, f"{name} at step {trainer.global_step}, all is saved: run the same command again"
+        )
+
+    @staticmethod
+    def _name(number: int) -> str:
+        return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks.probing import held_out_batch, record, undisturbed
+from callbacks.probing import held_out_batch, record, record_start, undisturbed
 from callbacks.ranks import mean_over_ranks
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class MemoryContribution(Callback):
             if trainer.is_global_zero:
                 log.warning("memory/contribution is not measured: %s", error)
             return
-        record(trainer, {"memory/contribution": gain})
+        record_start(trainer, {"memory/contribution": gain})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

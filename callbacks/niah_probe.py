@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from callbacks.probing import held_out_batch, record, undisturbed
+from callbacks.probing import begins, held_out_batch, record, undisturbed
 from callbacks.ranks import mean_over_ranks
 
 log = logging.getLogger(__name__)
@@ -120,10 +120,12 @@ class NiahProbe(Callback):
             raise ValueError("niah_probe: this model has no memory: remove the probe with ~callbacks.niah_probe")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe what training starts from."""
+        """Probe what training starts from; a resumed run was probed when it was saved, or goes on to its next probe."""
         self._began = time.perf_counter()
         self._batch = held_out_batch(trainer, 1, "niah_probe")
-        self.probe(trainer, pl_module)
+        if begins(trainer):
+            self.probes = 0  # also of a run that is resumed from before its first step
+            self.probe(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -68,6 +68,23 @@ def record(trainer: Trainer, values: Mapping[str, float]) -> None:
     send(trainer, values)
 
 
+def begins(trainer: Trainer) -> bool:
+    """Whether this run has seen no batch yet, not even before it was resumed or rolled back."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
+
+
+def record_start(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """`record` what was found before the first step of a run.
+
+    A resumed run's records hold its step already; there only what nobody has restored becomes visible to callbacks.
+    """
+    if begins(trainer):
+        record(trainer, values)
+        return
+    metrics = trainer.callback_metrics
+    metrics.update({name: torch.tensor(float(value)) for name, value in values.items() if name not in metrics})
+
+
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether Lightning gives the values of this step to the loggers; a cheaper way than to offer it some each step."""
     step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1

@@ -7,8 +7,9 @@ Acts:     returns to the second most recent of the last `keep_last` snapshots (m
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
           `mode: observe` only records.
 Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, spike/rollbacks, spike/timeline.
+          Another callback may `demand` a return, for a reason of its own.
 Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed behind the
-          checkpoint callbacks: it runs last of all, so that a snapshot knows what they have saved.
+          checkpoint callbacks: it runs last of all.
 Source:   SPEC C2, C3. A failsafe, not the first defence.
 """
 
@@ -25,9 +26,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from callbacks.probing import held_out_batch, is_logging_step, record, send, undisturbed
+from callbacks.probing import begins, held_out_batch, is_logging_step, record, record_start, send, undisturbed
 from callbacks.ranks import any_rank, mean_over_ranks
 from callbacks.snapshots import Snapshot, restore, take
+from callbacks.step_border import flush_records, open_borders
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Kept(NamedTuple):
 
     snapshot: Snapshot
     path: Path | None  # None: of the state that a sharded run starts from
-    written: int  # when, ns
+    written: int  # when, ns; until the step is complete the file is not there yet
     ema: float | None
 
 
@@ -104,6 +106,8 @@ class SpikeRollback(Checkpoint):
         self.spikes: list[int] = []  # optimizer steps at which one was seen
         self.quiet_until = 0  # training batches
         self.ring: list[Kept] = []
+        self._demanded: str | None = None
+        self._unwritten = False  # the newest snapshot has no file yet, or an old one
         self._batch: Any = None
         self._window: list[Tensor] = []  # losses of the micro-batches of this step
         self._losses: list[Tensor] = []  # of the steps since the last look
@@ -138,10 +142,13 @@ class SpikeRollback(Checkpoint):
             )
         if not pl_module.automatic_optimization:
             raise TypeError("spike_rollback cannot rewind a module that takes its optimizer steps by itself")
+        open_borders(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once, and keep the state that training starts from."""
-        self._window, self._losses = [], []
+        self._window, self._losses, self._demanded = [], [], None
+        if begins(trainer):
+            self.ema = None  # also of a run that is resumed from before its first step
         if self.watch == "held_out":
             self._batch = held_out_batch(trainer, self.rows, "spike_rollback")
             perplexity = self._perplexity(trainer, pl_module)
@@ -151,7 +158,7 @@ class SpikeRollback(Checkpoint):
                     "the weights that this run starts from are broken, start from others"
                 )
             delta = self.delta(perplexity)
-            record(trainer, self._values(perplexity, delta))
+            record_start(trainer, self._values(perplexity, delta))
             if self.mode == "act" and self.judge(delta):  # of a resumed run: a new one has no average yet
                 raise TrainingUnstable(
                     f"the held-out perplexity is {perplexity:.4g}, {delta:+.1%} above its average, before any step: "
@@ -159,10 +166,11 @@ class SpikeRollback(Checkpoint):
                 )
             if self.ema is None:
                 self.follow(perplexity)
-        send(trainer, self._counters())
+        record_start(trainer, self._counters())
         if self.mode == "act":
             self.ring = []
             self._keep(trainer, pl_module)
+            self._write_newest(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,10 +185,33 @@ class SpikeRollback(Checkpoint):
         self._window = []
         due = trainer.global_step % self.every_n_steps == 0
         seen = self.watch == "held_out" or bool(self._losses)  # a training_step may skip every batch in between
-        if seen and (due or alarm):
+        if self._demanded is not None:
+            self._follow_demand(trainer, pl_module, self._demanded)
+        elif seen and (due or alarm):
             self.look(trainer, pl_module, due)
         if is_logging_step(trainer):
             record(trainer, self._counters())
+
+    def on_step_border(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file behind a new snapshot, now that the step is complete."""
+        if self._unwritten:
+            flush_records(trainer)
+            self._write_newest(trainer)
+
+    def demand(self, reason: str) -> None:
+        """Return at the end of this step, whatever the perplexity; to be called on every rank. `reason`: for the log.
+
+        TrainingUnstable: in mode observe there is nothing to return to.
+        """
+        if self.mode == "observe":
+            raise TrainingUnstable(f"{reason}, and spike_rollback only observes: resume the last checkpoint")
+        self._demanded = reason
+
+    def _follow_demand(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
+        self._demanded, self._losses = None, []
+        self.spikes.append(trainer.global_step)
+        self._roll_back(trainer, pl_module, reason)
+        send(trainer, self._counters())
 
     def look(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
         """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
@@ -193,7 +224,8 @@ class SpikeRollback(Checkpoint):
         record(trainer, self._values(perplexity, delta))
         send(trainer, self._counters())
         if spike and self.mode == "act":
-            self._roll_back(trainer, pl_module, delta)
+            rise = f"{delta:+.1%} above its average" if math.isfinite(delta) else "not finite"
+            self._roll_back(trainer, pl_module, f"held-out perplexity {rise}")
             send(trainer, self._counters())
         if due and not spike and delta <= self.threshold:
             self.follow(perplexity)
@@ -247,54 +279,57 @@ class SpikeRollback(Checkpoint):
         return math.exp(mean) if mean < 700 else mean * math.inf  # e^700 is about the largest float; NaN stays NaN
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a snapshot, write the file behind it, drop the oldest."""
-        path, written = self._write(trainer)
+        """Take a snapshot of this step; the file follows when the step is complete."""
+        path = self._path(trainer)
         self.ring = [kept for kept in self.ring if kept.path != path or path is None]
-        self.ring.append(Kept(take(trainer, pl_module), path, written, self.ema))
-        self._drop(trainer, self.ring[: -self.keep_last])
-        self.ring = self.ring[-self.keep_last :]
+        self.ring.append(Kept(take(trainer, pl_module), path, time.time_ns(), self.ema))
+        self.ring, self._unwritten = self.ring[-self.keep_last :], True
 
-    def _write(self, trainer: Trainer) -> tuple[Path | None, int]:
-        """The run as it is now, as a file; its path and when it was written."""
+    def _path(self, trainer: Trainer) -> Path | None:
         # before its first step an optimizer has no moments, and saving sharded ones would make some
         fresh = not any(optimizer.state for optimizer in trainer.optimizers)
         if fresh and isinstance(trainer.strategy, ModelParallelStrategy):
-            return None, time.time_ns()
-        path = self.folder / f"snapshot-{trainer.global_step:07d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
-        return path, trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else time.time_ns())
+            return None
+        return self.folder / f"snapshot-{trainer.global_step:07d}.ckpt"
 
-    def _drop(self, trainer: Trainer, kept: list[Kept]) -> None:
-        for old in kept:
-            if old.path is not None:
-                trainer.strategy.remove_checkpoint(old.path)
+    def _write_newest(self, trainer: Trainer) -> None:
+        """The file behind the newest snapshot, which is the run as it is now; and the oldest file goes."""
+        self._unwritten = False
+        path, written = self._path(trainer), time.time_ns()
+        if path is not None:
+            trainer.save_checkpoint(path, weights_only=False)
+            written = trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else written)
+        self.ring[-1] = self.ring[-1]._replace(path=path, written=written)
+        files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("snapshot-*.ckpt")]
+        for _, file in sorted(files)[: -self.keep_last]:  # also those of a process that was killed
+            trainer.strategy.remove_checkpoint(file)
 
-    def _roll_back(self, trainer: Trainer, pl_module: LightningModule, delta: float) -> None:
+    def _roll_back(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Return to the second most recent snapshot: the most recent may hold what led to the spike already."""
         kept, later, seen = self.ring[-2:][0], self.ring[-2:][1:], trainer.global_step
-        self._drop(trainer, later)
+        for spoiled in later:
+            if spoiled.path is not None:
+                trainer.strategy.remove_checkpoint(spoiled.path)
         self.ring = self.ring[: len(self.ring) - len(later)]
         self._abandon(trainer, kept)
         trainer.strategy.barrier("spike_rollback")
-        rise = f"{delta:+.1%} above its average" if math.isfinite(delta) else "not finite"
         restore(trainer, pl_module, kept.snapshot)
         self.ema = kept.ema
         self.quiet_until = self._now(trainer) + self.cool_down_steps
         if self.rollbacks >= self.max_rollbacks:
-            self._write(trainer)
+            self._write_newest(trainer)
             raise TrainingUnstable(
-                f"held-out perplexity {rise} at step {seen}: the spike number {len(self.spikes)} of this run (steps "
+                f"{why} at step {seen}: the spike number {len(self.spikes)} of this run (steps "
                 f"{', '.join(map(str, self.spikes))}), and max_rollbacks={self.max_rollbacks} have been made: "
                 f"the last good checkpoint is {kept.path or 'what this run started from'}; resume it with a lower "
                 "optim.lr, or look at the data"
             )
         self.rollbacks += 1
-        path, written = self._write(trainer)  # the file behind it has to know of the rollback, and where the data is
-        self.ring[-1] = kept._replace(path=path, written=written)
+        self._unwritten = True  # the file has to know of the rollback, and where the data is
         if trainer.is_global_zero:
             log.warning(
-                "spike: held-out perplexity %s at step %d: back to step %d (rollback %d of at most %d), data goes on",
-                rise, seen, trainer.global_step, self.rollbacks, self.max_rollbacks,
+                "spike: %s at step %d: back to step %d (rollback %d of at most %d), data goes on",
+                why, seen, trainer.global_step, self.rollbacks, self.max_rollbacks,
             )  # fmt: skip
 
     @rank_zero_only

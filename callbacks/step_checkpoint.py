@@ -1,47 +1,93 @@
-"""Keep the newest checkpoints of a run, counted in optimizer steps, the final one included.
+"""Keep the newest checkpoints of a run, counted in optimizer steps and in minutes, the final one included.
 
-Watches:  the step counter.
-Acts:     saves every `every_n_steps` and at the end; keeps the newest `keep`; `last.ckpt` links to the newest.
+Watches:  the step counter, and rank zero's clock.
+Acts:     saves every `every_n_steps`, `every_n_minutes` after the last save, and at the end; keeps the newest `keep`;
+          `last.ckpt` links to the newest. Saves when a step is complete: see step_border.py.
 Logs:     nothing.
 Requires: any LightningModule.
 """
 
-from typing import Any
+import logging
+import os
+import time
+from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.ranks import any_rank
+from callbacks.step_border import open_borders, save
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that ranks by step and saves the end of training too.
+class StepCheckpoint(Checkpoint):
+    """Saves `folder`/step-<step>.ckpt.
 
-    ValueError: `every_n_steps` or `keep` below 1.
+    `every_n_minutes` None: by steps alone. ValueError: a value of 0 or less.
     """
 
-    def __init__(self, folder: str, every_n_steps: int, keep: int = 2) -> None:
+    def __init__(self, folder: str, every_n_steps: int, keep: int = 2, every_n_minutes: float | None = None) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"{name}={value} of the checkpoints must be at least 1")
-        super().__init__(
-            dirpath=folder,
-            filename="step-{step:07d}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            save_last="link",
-            every_n_train_steps=every_n_steps,
-            enable_version_counter=False,
-        )
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise ValueError(f"every_n_minutes={every_n_minutes} of the checkpoints must be above 0, or null for never")
+        self.dirpath = str(folder)  # under this name a rollback looks for the folders of checkpoints
+        self.every_n_steps, self.keep, self.every_n_minutes = every_n_steps, keep, every_n_minutes
+        self._last_global_step_saved = 0  # so named for a rollback, which sets it back: steps that come again are saved
+        self._saved_at = 0.0  # monotonic seconds
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the borders between steps."""
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
+        open_borders(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; what a resumed run starts from is saved already."""
+        self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
+
+    def on_step_border(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if it is time."""
+        if trainer.global_step % self.every_n_steps == 0 or self._time_is_up(trainer):
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, unless it was its turn anyway."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        self._save(trainer)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A resumed run in another folder keeps its own checkpoints and leaves the first run's alone."""
-        if state_dict.get("dirpath") == self.dirpath:
-            super().load_state_dict(state_dict)
+    def _time_is_up(self, trainer: Trainer) -> bool:
+        if self.every_n_minutes is None:
+            return False
+        return any_rank(
+            trainer, trainer.is_global_zero and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
+        )
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._last_global_step_saved:
+            return
+        path = Path(self.dirpath) / f"step-{trainer.global_step:07d}.ckpt"
+        save(trainer, path)
+        self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
+        self._link(path)
+        for old in self._others(path)[self.keep - 1 :]:
+            trainer.strategy.remove_checkpoint(old)
+
+    def _others(self, path: Path) -> list[Path]:
+        """The other checkpoints by steps, the one written last first; also those of a process that was killed."""
+        found = [(other.stat().st_mtime_ns, other) for other in path.parent.glob("step-*.ckpt") if other != path]
+        return [other for _, other in sorted(found, reverse=True)]
+
+    @rank_zero_only
+    def _link(self, path: Path) -> None:
+        """Let `last.ckpt` point to `path`. Atomic: a reader finds the old one or the new one."""
+        temporary = path.with_name(f".{LAST}.{os.getpid()}")
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(path.name)
+            os.replace(temporary, path.with_name(LAST))
+        except OSError as error:  # the checkpoint itself is there, and not every file system has links
+            log.warning("%s does not link to %s: %s", LAST, path.name, error)

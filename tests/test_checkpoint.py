@@ -13,6 +13,7 @@ from atlas_lm.checkpoint import (
     AtomicCheckpointIO,
     CheckpointError,
     SaveError,
+    build_module,
     check_same_model,
     differences,
     load_weights,
@@ -35,6 +36,10 @@ def content_of(module: Tiny) -> dict[str, Any]:
     return {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 3}
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "step=3.ckpt"
@@ -46,7 +51,7 @@ def test_round_trip(saved: Path) -> None:
     content = AtomicCheckpointIO().load_checkpoint(saved)
     assert content["global_step"] == 3
     assert content["hyper_parameters"]["model"] == {"name": "tiny8", "dim": 8, "window": 4}
-    assert [path.name for path in saved.parent.iterdir()] == ["step=3.ckpt"]
+    assert names(saved.parent) == ["manifest.json", "step=3.ckpt"]
 
 
 @pytest.mark.parametrize("size", [0, 100, 70_000, 1_000_000])
@@ -60,7 +65,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, size: int) -> N
         assert "File too large" in str(caught.value)
         assert f"the previous checkpoint is whole, go on with resume={saved}" in str(caught.value)
     assert saved.read_bytes() == before
-    assert [path.name for path in saved.parent.iterdir()] == ["step=3.ckpt"]
+    assert names(saved.parent) == ["manifest.json", "step=3.ckpt"]
 
 
 def test_a_failing_flush_or_rename_leaves_the_previous_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +80,7 @@ def test_a_failing_flush_or_rename_leaves_the_previous_checkpoint(saved: Path, m
             with pytest.raises(SaveError, match="No space left on device"):
                 AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, saved)
         assert saved.read_bytes() == before
-        assert [path.name for path in saved.parent.iterdir()] == ["step=3.ckpt"]
+        assert names(saved.parent) == ["manifest.json", "step=3.ckpt"]
 
 
 def test_data_reach_the_disk_before_the_name_does(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +89,8 @@ def test_data_reach_the_disk_before_the_name_does(saved: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle))[1])
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths))[1])
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, saved)
-    assert calls == ["fsync", "replace", "fsync"], "file, rename, folder"
+    file, manifest = ["fsync", "replace", "fsync"], ["fsync", "replace", "fsync"]
+    assert calls == ["fsync", *manifest, *file[1:], *manifest], "file, what it is, its name, no more what it was"
 
 
 def test_a_bug_while_saving_is_not_called_a_full_disk(tmp_path: Path) -> None:
@@ -98,7 +104,11 @@ def test_a_bug_while_saving_is_not_called_a_full_disk(tmp_path: Path) -> None:
 def test_a_truncated_checkpoint_says_so(saved: Path, kept: float) -> None:
     other = saved.with_name("step=2.ckpt")
     other.write_bytes(saved.read_bytes())
-    saved.write_bytes(saved.read_bytes()[: int(kept * saved.stat().st_size)])
+    size = saved.stat().st_size
+    saved.write_bytes(saved.read_bytes()[: int(kept * size)])
+    with pytest.raises(CheckpointError, match=rf"is damaged, it has \d+ bytes instead of {size}: use {other}"):
+        AtomicCheckpointIO().load_checkpoint(saved)
+    (saved.parent / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=f"truncated or not a checkpoint .*: use {other}"):
         AtomicCheckpointIO().load_checkpoint(saved)
 
@@ -106,6 +116,7 @@ def test_a_truncated_checkpoint_says_so(saved: Path, kept: float) -> None:
 @pytest.mark.parametrize("lazily", [False, True])
 def test_wherever_it_was_cut(saved: Path, lazily: bool) -> None:
     whole = saved.read_bytes()
+    (saved.parent / "manifest.json").unlink()
     for size in range(0, len(whole), 37):
         saved.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=rf"truncated or not a checkpoint \({size} bytes\)"):
@@ -136,6 +147,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_missing_and_foreign_checkpoints(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint .*step=33.ckpt' \(did you mean 'step=3.ckpt'\?\)"):
         read_checkpoint(saved.with_name("step=33.ckpt"))
+    saved = saved.with_name("foreign.ckpt")
     torch.save({"w": torch.zeros(1)}, saved)
     with pytest.raises(CheckpointError, match="not a checkpoint of a run"):
         read_checkpoint(saved)
@@ -170,3 +182,32 @@ def test_weights_alone(saved: Path) -> None:
         assert torch.equal(ours, theirs)
     with pytest.raises(CheckpointError, match=r"model\.dim=16 but 8 in the checkpoint"):
         load_weights(Tiny(dim=16), saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": 5}, "not a checkpoint of a run"),
+        ({"state_dict": {"w": 5}}, "holds no plain tensor as w"),
+        ({"state_dict": {"w": torch.zeros(2, device="meta")}}, "holds no plain tensor as w"),
+        ({"state_dict": {"w": torch.zeros(2, 2).to_sparse()}}, "holds no plain tensor as w"),
+        ({"state_dict": {}, "hyper_parameters": [1]}, "does not say which model"),
+        ({"state_dict": {}, "hyper_parameters": {"model": "tiny"}}, "does not say which model"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_torch_reads_and_no_model_can_use(tmp_path: Path, content: dict[str, Any], words: str) -> None:
+    torch.save(content, tmp_path / "a.ckpt")
+    for lazily in (False, True):
+        with pytest.raises(CheckpointError, match=words):
+            read_checkpoint(tmp_path / "a.ckpt", lazily=lazily)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"model": {}}, {"model": {"dimm": 3}, "optim": {}, "vocab_size": 9}, {"model": {}, "optim": 3}, {"x": 1}],
+)
+def test_a_model_that_this_version_cannot_build(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    content = {"state_dict": {}, "hyper_parameters": arguments}
+    with pytest.raises(CheckpointError, match="no model that this version of atlas-lm can build"):
+        build_module(content, tmp_path / "a.ckpt")

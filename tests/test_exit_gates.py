@@ -14,9 +14,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from atlas_lm.checkpoint import AtomicCheckpointIO
+from atlas_lm.checks import check_targets
 from atlas_lm.config import ModelConfig
 from atlas_lm.exit_gates import chunk_sizes, command, measures, records, rollback
-from atlas_lm.exit_gates.evidence import Evidence, check_targets, uncovered
+from atlas_lm.exit_gates.evidence import Evidence, uncovered
 from atlas_lm.exit_gates.finding import Finding, Gate
 from atlas_lm.loggers.jsonl import row
 from atlas_lm.memory.projection import ProjectionState
@@ -370,12 +372,22 @@ def test_chunk_sizes_are_measured_and_decided(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     "target",
     ["os.system", "subprocess.Popen", "torch.os.system", "callbacks.probing.record", "callbacks.niah_probe.Path",
-     "callbacks.niah_probe.Any", "builtins.eval", "atlas_lm.runs.os.system", ""],
+     "callbacks.niah_probe.Any", "builtins.eval", "atlas_lm.runs.os.system", "", "atlas_lm.module.AtlasModule",
+     "atlas_lm.data.prepare.StdlibSource.__init__", "atlas_lm.data.tokens.os.system", "callbacksx.Y", None, 3, {}, [],
+     "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler", "lightning.Trainer"],
 )  # fmt: skip
-def test_only_classes_of_known_packages_are_built(target: str) -> None:
-    check_targets({"_target_": "callbacks.niah_probe.NiahProbe", "more": [{"_target_": "torch.nn.Linear"}]}, "x")
+def test_only_classes_of_known_packages_are_built(target: Any) -> None:
+    probe = {"_target_": "callbacks.niah_probe.NiahProbe"}
+    check_targets({**probe, "more": [{"_target_": "atlas_lm.data.stdlib.StdlibSource"}]}, "x")
     with pytest.raises(ValueError, match="_target_"):
-        check_targets({"_target_": "callbacks.niah_probe.NiahProbe", "source": [{"_target_": target}]}, "x")
+        check_targets({**probe, "source": [{"a": {"_target_": target}}]}, "x")
+
+
+@pytest.mark.parametrize("text", ["${oc.create:{_target_: os.system}}", "a${oc.env:HOME}", "\\${x}"])
+def test_what_would_be_resolved_again_is_refused(text: str) -> None:
+    """`instantiate` resolves once more, behind the check: what is text now would then be a class."""
+    with pytest.raises(ValueError, match="resolved a second time"):
+        check_targets({"_target_": "callbacks.niah_probe.NiahProbe", "needles": [text]}, "x")
 
 
 # A small run
@@ -492,7 +504,7 @@ def test_broken_weights_pass_nothing_that_is_measured(run: Path) -> None:
     content = torch.load(path, weights_only=True)
     for tensor in content["state_dict"].values():
         tensor.fill_(math.nan)
-    torch.save(content, path)
+    AtomicCheckpointIO().save_checkpoint(content, path)
     for gate in (run / "checkpoints").glob("*.ckpt"):
         if gate.resolve() != path:
             gate.unlink()

@@ -5,9 +5,19 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from atlas_lm.checkpoint import AtomicCheckpointIO, CheckpointError
 from atlas_lm.environment import environment, git_state
-from atlas_lm.runs import mark_latest, newest_checkpoint, resolve_checkpoint, resolve_run, write_atomically
+from atlas_lm.runs import (
+    finished_runs,
+    mark_latest,
+    newest_checkpoint,
+    newest_intact,
+    resolve_checkpoint,
+    resolve_run,
+    write_atomically,
+)
 
 
 def make_run(outputs: Path, experiment: str, stamp: str, checkpoints: tuple[str, ...] = ()) -> Path:
@@ -16,7 +26,7 @@ def make_run(outputs: Path, experiment: str, stamp: str, checkpoints: tuple[str,
     (run / "config.yaml").write_text("seed: 0\n")
     for age, name in enumerate(checkpoints):
         path = run / "checkpoints" / name
-        path.write_bytes(b"x")
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(99)}, "global_step": age}, path)
         os.utime(path, (1000 + age, 1000 + age))
     return run
 
@@ -66,6 +76,74 @@ def test_checkpoints_of_a_run(tmp_path: Path) -> None:
         resolve_checkpoint(run / "checkpoints" / "step=3.ckpt")
     with pytest.raises(ValueError, match="has no checkpoint"):
         resolve_checkpoint(make_run(tmp_path, "b", "2024"))
+
+
+def damage(path: Path) -> None:
+    """One bit, at the same age."""
+    age, raw = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(age, age))
+
+
+def test_the_newest_intact_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path, "a", "2024", ("1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"))
+    first, second, third, fourth = (run / "checkpoints" / f"{i}.ckpt" for i in range(1, 5))
+    last = run / "checkpoints" / "last.ckpt"
+    last.symlink_to("4.ckpt")
+    assert newest_intact(run) == (last, [])
+    damage(fourth)
+    third.write_bytes(b"")
+    os.utime(third, (1002, 1002))
+    found, skipped = newest_intact(run)
+    assert found == second
+    assert len(skipped) == 2, "a file and the link to it are one"
+    assert f"'{last}' is damaged, its checksum" in skipped[0]
+    assert f"'{third}' is damaged, it has 0 bytes" in skipped[1]
+    assert not caplog.records
+    assert resolve_checkpoint(run) == second
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert f"taking {second} instead" in caplog.text
+    for named in (last, fourth):
+        with pytest.raises(CheckpointError, match=f"is damaged, its checksum .*: use {second}$"):
+            resolve_checkpoint(named)
+    damage(first)
+    damage(second)
+    assert newest_intact(run)[0] is None
+    with pytest.raises(ValueError, match="has no intact checkpoint") as caught:
+        resolve_checkpoint(run)
+    assert all(f"{i}.ckpt'" in str(caught.value) for i in ("1", "2", "3", "last"))
+    assert newest_intact(make_run(tmp_path, "b", "2024")) == (None, [])
+
+
+def test_one_that_no_manifest_knows_has_to_load(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", "2024", ("1.ckpt", "2.ckpt"))
+    (run / "checkpoints" / "manifest.json").unlink()
+    assert newest_intact(run)[0] == run / "checkpoints" / "2.ckpt"
+    (run / "checkpoints" / "2.ckpt").write_bytes(b"half of one")
+    found, skipped = newest_intact(run)
+    assert found == run / "checkpoints" / "1.ckpt"
+    assert "truncated or not a checkpoint (11 bytes)" in skipped[0]
+
+
+def test_what_a_rollback_abandoned_is_never_taken(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", "2024", ("1.ckpt", "2.ckpt", "3.ckpt"))
+    folder = run / "checkpoints"
+    (folder / "2.ckpt").rename(folder / "2.ckpt.abandoned1")
+    (folder / "3.ckpt").rename(folder / "3.ckpt.abandoned")
+    (folder / "last.ckpt").symlink_to("2.ckpt.abandoned1")
+    (folder / "older.ckpt").symlink_to("3.ckpt.abandoned")
+    assert newest_intact(run) == (folder / "1.ckpt", [])
+    assert newest_checkpoint(run) == folder / "1.ckpt"
+    assert resolve_checkpoint(folder / "2.ckpt.abandoned1") == folder / "2.ckpt.abandoned1", "unless it is named"
+
+
+@pytest.mark.parametrize("report", ["{broken", "[]", "{}", '{"status": ["finished"]}', "\udcff"])
+def test_a_broken_report_is_of_no_finished_run(tmp_path: Path, report: str) -> None:
+    good, bad = (make_run(tmp_path, "a", stamp) for stamp in ("2024", "2025"))
+    (good / "report.json").write_text('{"status": "finished"}')
+    (bad / "report.json").write_bytes(report.encode(errors="surrogateescape"))
+    assert finished_runs(tmp_path / "a") == [good]
 
 
 def test_small_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

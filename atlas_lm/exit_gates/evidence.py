@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,40 +14,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from atlas_lm.checkpoint import read_checkpoint
-from atlas_lm.checks import find_target
+from atlas_lm.checkpoint import build_module, read_checkpoint
+from atlas_lm.checks import check_targets
 from atlas_lm.config import ModelConfig
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs import CONFIG, newest_checkpoint
+from atlas_lm.runs import CONFIG, intact_checkpoint
 
-ALLOWED = ("atlas_lm", "callbacks", "torch", "lightning", "torchmetrics")  # packages that a config may name classes of
 BATCH = 4  # validation sequences at a time
-
-
-def check_targets(node: Any, where: str) -> None:
-    """ValueError for the first `_target_` in a plain container that is no class of the packages allowed.
-
-    A run folder may come from anywhere, and judging it must not run whatever its config names.
-    """
-    for place, target in _targets(node, where):
-        allowed = f"{place}._target_={target} must be a class of {', '.join(ALLOWED)}: mend the run's {CONFIG}"
-        if str(target).partition(".")[0] not in ALLOWED:
-            raise ValueError(allowed)
-        found = find_target(str(target), place)
-        # a module of ours also holds what it has imported
-        if not isinstance(found, type) or found.__module__.partition(".")[0] not in ALLOWED:
-            raise ValueError(allowed)
-
-
-def _targets(node: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield where, node["_target_"]
-        for key, value in node.items():
-            yield from _targets(value, f"{where}.{key}")
-    elif isinstance(node, list):
-        for i, value in enumerate(node):
-            yield from _targets(value, f"{where}[{i}]")
 
 
 @dataclass
@@ -127,11 +99,8 @@ class Evidence:
 
     @cached_property
     def checkpoint(self) -> Path:
-        """The newest one."""
-        found = newest_checkpoint(self.run)
-        if found is None:
-            raise ValueError("the run has no checkpoint: it ended before its first one")
-        return found
+        """The newest intact one."""
+        return intact_checkpoint(self.run)
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -171,11 +140,7 @@ class Evidence:
 
     def new_module(self, **optim: Any) -> Any:
         """The checkpoint's model at the final chunk sizes, on the CPU; `optim`: settings to change of its optimizer."""
-        from atlas_lm.module import AtlasModule
-
-        values = dict(self.content["hyper_parameters"])
-        module = AtlasModule(**{**values, "optim": {**values["optim"], **optim}})
-        module.load_state_dict(self.content["state_dict"])
+        module = build_module(self.content, self.checkpoint, **optim)
         if module.memory_shape()[0] < 1:
             raise ValueError("the model has no memory: there is nothing to judge here")
         module.set_local_chunks(self.final_chunks)

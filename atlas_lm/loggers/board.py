@@ -7,6 +7,7 @@ declared: its column fills with what the run logs.
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -69,10 +70,17 @@ class BoardLogger(TensorBoardLogger):
     def experiment(self) -> SummaryWriter:
         """The writer; the first call creates it and writes the layout."""
         is_new = self._experiment is None
+        if is_new and not self._has_files():
+            self._kwargs["purge_step"] = 0  # TensorBoard takes a second beginning for a restart, if it saw a first
         writer = super().experiment
-        if is_new and self.layout:
-            writer.add_custom_scalars(self.layout)
+        if is_new:
+            writer.purge_step = None  # what is logged behind `finalize` goes into another file, and is no restart
+            if self.layout and not self._kwargs.get("purge_step"):  # a resumed run has it, before that step
+                writer.add_custom_scalars(self.layout)
         return writer
+
+    def _has_files(self) -> bool:
+        return any(Path(self.log_dir).glob("events.out.tfevents.*"))
 
     @rank_zero_only
     def log_hyperparams(
@@ -88,6 +96,18 @@ class BoardLogger(TensorBoardLogger):
         experiment, start, _ = self._hparams()
         self._add(experiment, start)
         self._declared = True
+
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """TensorBoard leaves out what a process that died had written of `step` and later: it comes again."""
+        if self._has_files():
+            self._kwargs["purge_step"] = step
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Everything that was logged so far is in the event file."""
+        if self._experiment is not None:
+            self._experiment.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

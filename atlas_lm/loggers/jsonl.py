@@ -1,7 +1,9 @@
 """Telemetry as one JSON object per logged step (SPEC C9).
 
 Lightning logs training metrics, validation metrics and those of callbacks in separate calls; all calls of one step
-become one line. A line is written when the next step begins, or when the run ends or fails, and never changed.
+become one line. A line is written when the next step begins, when a checkpoint is about to be written, or when the run
+ends or fails, and never changed. A resumed run goes on behind the step of its checkpoint: what a process that died had
+written beyond it comes again, so it is moved to `metrics.cut.jsonl` beside the file.
 
 A rollback makes the optimizer's steps go back, a file does not. Three columns keep them apart: `step` is Lightning's
 logging step and only grows; `global_step` counts the optimizer steps of this timeline and goes back at a rollback;
@@ -19,6 +21,8 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from atlas_lm.runs import write_atomically
 
 # The fields of SPEC C9 and the names under which their values are logged; null in a step that did not log one.
 FIELDS = {
@@ -138,6 +142,31 @@ class JsonlLogger(Logger):
         self._metrics.update({name: float(value) for name, value in metrics.items()})
 
     @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """Rows of `step` and later are moved out of the file: the run that is resumed writes them anew."""
+        if not self.path.is_file():
+            return
+        kept: list[bytes] = []
+        cut: list[bytes] = []
+        for line in self.path.read_bytes().splitlines():
+            found = _parse(line)
+            done = found is not None and isinstance(found.get("step"), int) and found["step"] < step
+            (kept if done else cut).append(line)
+        if cut:
+            for line in cut:
+                _append(self.path.with_name(f"{self.path.stem}.cut{self.path.suffix}"), line.decode("utf-8", "replace"))
+            write_atomically(self.path, "".join(line.decode() + "\n" for line in kept))
+        self._seq = None
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Everything that was logged so far is on disk, also after a power cut."""
+        self.write()
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write the last step, also when the run failed."""
         self.write()
@@ -150,7 +179,7 @@ class JsonlLogger(Logger):
             self._seq, self._timeline = _resume(self.path)
         found = row(self._step, time.time(), self._metrics, self._seq, self._timeline)
         self._metrics = {}
-        _append(self.path, json.dumps(found, allow_nan=False) + "\n")
+        _append(self.path, json.dumps(found, allow_nan=False))
         self._seq, self._timeline = self._seq + 1, found["timeline"]
 
 
@@ -161,7 +190,7 @@ def _append(path: Path, line: str) -> None:
     try:
         size = os.fstat(handle).st_size
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-        data = (b"\n" if torn else b"") + line.encode()
+        data = (b"\n" if torn else b"") + line.encode() + b"\n"
         while data:  # one call, but for a disk that fills up: the next call then says so
             data = data[os.write(handle, data) :]
     finally:

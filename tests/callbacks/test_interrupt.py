@@ -1,4 +1,4 @@
-"""Ctrl-C ends at a step's border with a checkpoint; twice, at once."""
+"""Ctrl-C and a scheduler's signals end at a step's border with a checkpoint; Ctrl-C twice, at once."""
 
 import os
 import signal
@@ -8,8 +8,21 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from toys import STEPS, Line, loader
+from two_ranks import run_on_two_ranks, shared_folder
 
-from callbacks.interrupt import Interrupt
+from callbacks.interrupt import Interrupt, Preempted
+
+
+class Send(lightning.Callback):
+    """A signal to this process in the middle of a step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
 
 
 class PressCtrlC(lightning.Callback):
@@ -68,25 +81,39 @@ def test_without_ctrl_c_nothing_happens_and_training_is_bitwise_the_same(fit: An
         assert torch.equal(ours, theirs)
 
 
-def test_ranks_stop_together(tmp_path: Path) -> None:
-    class Strategy:
-        def reduce_boolean_decision(self, decision: bool, all: bool) -> bool:
-            assert not all, "one rank's Ctrl-C is enough"
-            return True  # the other rank was interrupted
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_saves_and_asks_to_be_run_again(
+    fit: Any, line: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    path, module = tmp_path / "interrupted.ckpt", line()
+    with pytest.raises(Preempted, match=f"{number.name} at step 4, all is saved") as ending:
+        fit(module, Send(number, step=3), Interrupt(str(path), requeue_exit_code=99))
+    assert ending.value.code == 99
+    assert torch.load(path, weights_only=True)["global_step"] == 4
+    assert signal.getsignal(number) is before
 
-    class Loop:
-        def _should_accumulate(self) -> bool:
-            return False
 
-    class TwoRanks:
-        world_size, strategy, fit_loop = 2, Strategy(), Loop()
-        saved: str | None = None
+@pytest.mark.parametrize("code", [0, 256])
+def test_exit_codes_are_checked(code: int) -> None:
+    with pytest.raises(ValueError, match=f"requeue_exit_code={code} of interrupt must lie in 1 to 255"):
+        Interrupt("x", requeue_exit_code=code)
 
-        def save_checkpoint(self, path: str, weights_only: bool) -> None:
-            assert not weights_only
-            self.saved = path
 
-    trainer = TwoRanks()
-    with pytest.raises(KeyboardInterrupt):
-        Interrupt("here.ckpt").on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
-    assert trainer.saved == "here.ckpt"
+def the_second_rank_is_preempted() -> Any:
+    path = shared_folder() / "interrupted.ckpt"
+    sender = Send(signal.SIGTERM, step=2) if os.environ["RANK"] == "1" else Send(signal.SIGTERM, step=-1)
+    trainer = lightning.Trainer(
+        strategy="ddp", accelerator="cpu", devices=2, max_steps=STEPS, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[sender, Interrupt(str(path))], limit_val_batches=0,
+    )  # fmt: skip
+    try:
+        trainer.fit(Line(), loader())
+    except SystemExit as ending:
+        return ending.code, trainer.global_step, path.exists()
+    return "ran to the end"
+
+
+def test_ranks_stop_together() -> None:
+    (found,) = run_on_two_ranks(the_second_rank_is_preempted)
+    assert found == [(75, 3, True), (75, 3, True)]

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 
+from callbacks import step_checkpoint
 from callbacks.step_checkpoint import StepCheckpoint
 
 
@@ -42,7 +44,46 @@ def test_resuming_into_another_folder_leaves_the_first_alone(fit: Any, line: Any
     assert names(second) == ["last.ckpt", "step-0000008.ckpt"]
 
 
-@pytest.mark.parametrize(("name", "changes"), [("every_n_steps", {"every_n_steps": 0}), ("keep", {"keep": 0})])
-def test_counts_are_checked(name: str, changes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0 of the checkpoints must be at least 1"):
+@pytest.mark.parametrize(("name", "changes"),
+    [
+        ("every_n_steps=0", {"every_n_steps": 0}), ("keep=0", {"keep": 0}),
+        ("every_n_minutes=0", {"every_n_minutes": 0}), ("every_n_minutes=nan", {"every_n_minutes": float("nan")}),
+    ],
+)  # fmt: skip
+def test_counts_are_checked(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{name} of the checkpoints must be"):
         StepCheckpoint(**{"folder": "x", "every_n_steps": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_minutes_count_too(fit: Any, line: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(step_checkpoint.time, "monotonic", lambda: now[0])
+
+    class AMinuteAStep(lightning.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            now[0] += 60
+
+    folder = tmp_path / "c"
+    fit(line(), AMinuteAStep(), StepCheckpoint(str(folder), every_n_steps=5, keep=9, every_n_minutes=1.5))
+    assert names(folder) == ["last.ckpt", *(f"step-000000{step}.ckpt" for step in (2, 4, 5, 7, 8))]
+
+
+def test_what_a_killed_process_left_is_cleared_away(fit: Any, line: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for step in (1, 2, 3):
+        (folder / f"step-000000{step}.ckpt").write_text("left")
+    fit(line(), StepCheckpoint(str(folder), every_n_steps=4, keep=2))
+    assert names(folder) == ["last.ckpt", "step-0000004.ckpt", "step-0000008.ckpt"]
+
+
+def test_without_links_there_are_checkpoints_all_the_same(
+    fit: Any, line: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    fit(line(), StepCheckpoint(str(tmp_path / "c"), every_n_steps=8))
+    assert names(tmp_path / "c") == ["step-0000008.ckpt"]
+    assert "Operation not supported" in caplog.text

@@ -217,3 +217,35 @@ def test_the_configured_layout_has_all_safeguards_on_one_page(tmp_path: Path) ->
         "niah/control",
     }
     assert {"perplexity", "rollbacks", "gates", "chunk size", "clipping", "skipped steps"} <= set(layout["Safeguards"])
+
+
+def shown(folder: Path) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("x")]
+
+
+def log(folder: Path, steps: range, value: float, go_on_from: int | None = None) -> BoardLogger:
+    logger = BoardLogger(str(folder), LAYOUT)
+    if go_on_from is not None:
+        logger.go_on_from(go_on_from)
+    for step in steps:
+        logger.log_metrics({"x": value}, step)
+    logger.flush()
+    return logger
+
+
+def test_a_resumed_run_repeats_and_loses_no_step(tmp_path: Path) -> None:
+    log(tmp_path, range(5), 1.0)  # and dies
+    log(tmp_path, range(3, 8), 2.0, go_on_from=3)  # and dies
+    log(tmp_path, range(6, 7), 3.0, go_on_from=6).finalize("success")
+    assert shown(tmp_path) == [(step, value) for step, value in enumerate([1.0] * 3 + [2.0] * 3 + [3.0])]
+
+
+def test_what_is_logged_behind_the_end_hides_nothing(tmp_path: Path) -> None:
+    for folder, go_on_from in ((tmp_path / "new", None), (tmp_path / "resumed", 2)):
+        if go_on_from is not None:
+            log(folder, range(2), 1.0).finalize("failed")
+        logger = log(folder, range(go_on_from or 0, 4), 1.0, go_on_from)
+        logger.finalize("success")
+        logger.log_metrics({"x": 9.0}, 4)  # a validation behind the last step
+        logger.finalize("success")
+        assert shown(folder) == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]

@@ -197,3 +197,37 @@ def test_a_full_disk_is_an_error_and_leaves_a_file_that_can_be_read(
     logger.log_metrics({"train/loss": 3.0}, step=2)
     logger.finalize("success")
     assert [(row["seq"], row["lm_loss"]) for row in read_rows(path)] == [(0, 1.0), (1, 3.0)]
+
+
+def test_rows_beyond_the_checkpoint_are_cut_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlLogger(str(path))
+    for step in range(5):
+        first.log_metrics({"x": step}, step)
+    first.flush()
+    with path.open("a") as file:
+        file.write('{"seq": 5, "half')
+    again = JsonlLogger(str(path))
+    again.go_on_from(3)
+    for step in range(3, 6):
+        again.log_metrics({"x": 10 + step}, step)
+    again.finalize("success")
+    rows = read_rows(path)
+    assert [(row["seq"], row["step"], row["x"]) for row in rows] == [
+        (0, 0, 0.0), (1, 1, 1.0), (2, 2, 2.0), (3, 3, 13.0), (4, 4, 14.0), (5, 5, 15.0)
+    ]  # fmt: skip
+    cut = (tmp_path / "metrics.cut.jsonl").read_text().splitlines()
+    assert [line[:10] for line in cut] == ['{"seq": 3,', '{"seq": 4,', '{"seq": 5,']
+
+
+def test_a_file_that_is_in_order_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(str(path))
+    logger.go_on_from(0)
+    assert not path.exists()
+    logger.log_metrics({"x": 1}, 0)
+    logger.flush()
+    before = path.read_bytes()
+    logger.go_on_from(1)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "metrics.cut.jsonl").exists()

@@ -1,0 +1,151 @@
+"""Going on with a run where it ended: in its folder, from its newest intact checkpoint, behind its last record."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import OmegaConf
+
+from atlas_lm.checkpoint import check_same_model, read_checkpoint
+from atlas_lm.config import TrainConfig
+from atlas_lm.runs import (
+    CONFIG,
+    FINISHED,
+    newest_checkpoint,
+    newest_intact,
+    resolve_checkpoint,
+    resolve_run,
+)
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
+LOCK, REPORT = ".lock", "report.json"
+
+
+def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
+    """Where a run writes: the folder of the run that it goes on with, else outputs/name/new.
+
+    It goes on there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
+    one, or under another name, a run of its own begins, and the first one stays as it is.
+    """
+    experiment = Path(outputs) / name
+    found = _run_of(resume, outputs, experiment) if resume else None
+    same = found is not None and found.parent.resolve() == experiment.resolve()
+    return str(found if same else experiment / new)
+
+
+def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
+    """The run folder that `resume` goes on with; None where a new one begins, or where it is wrong (told later)."""
+    if resume == AUTO:
+        return unfinished_run(experiment)
+    path = Path(resume)
+    if path.is_file():
+        run = path.absolute().parents[1]
+        newest = newest_checkpoint(run) if (run / CONFIG).is_file() else None
+        return run if newest is not None and newest.resolve() == path.resolve() else None
+    try:
+        return resolve_run(path, outputs)
+    except ValueError:
+        return None
+
+
+def unfinished_run(experiment: Path) -> Path | None:
+    """The newest run of an experiment, if it has not ended well and has a checkpoint."""
+    folders = [f for f in experiment.iterdir() if not f.is_symlink()] if experiment.is_dir() else []
+    runs = sorted(folder for folder in folders if (folder / CONFIG).is_file())
+    if not runs or _has_ended_well(runs[-1]) or newest_checkpoint(runs[-1]) is None:
+        return None
+    return runs[-1]
+
+
+def _has_ended_well(run: Path) -> bool:
+    try:
+        return json.loads((run / REPORT).read_text(encoding="utf-8"))["status"] in FINISHED
+    except (OSError, ValueError, KeyError, TypeError):  # still running, killed, or half a file
+        return False
+
+
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+
+
+def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path | None:
+    """What `resume` names, checked against the model; None: a new run begins.
+
+    ValueError: there is none, all of them are damaged, or it is of another model.
+    """
+    if not config.resume:
+        return None
+    if config.resume == AUTO:
+        path, skipped = newest_intact(Path(config.paths.run))
+        for why in skipped:
+            log.warning("warning: %s", why)
+        if path is None:
+            if skipped:
+                raise ValueError(
+                    f"resume=auto: no checkpoint of {config.paths.run!r} is intact: "
+                    "start anew without resume=, or restore one"
+                )
+            rank_zero_info("resume=auto: there is no unfinished run of %s, a new one begins", config.name)
+            return None
+    else:
+        path = resolve_checkpoint(config.resume, config.paths.outputs)
+    check_same_model(path, module)
+    return path
+
+
+def steps_recorded(checkpoint: Path) -> int:
+    """Number of the first logging step that a run resumed from `checkpoint` will write."""
+    loop = read_checkpoint(checkpoint, lazily=True)["loops"]["fit_loop"]
+    total = loop["epoch_loop.batch_progress"]["total"]
+    # Lightning's own rule: where a step was not complete when it was saved, its number has not been counted up yet
+    return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (total["completed"] < total["processed"])
+
+
+def continue_records(trainer: Trainer, checkpoint: Path, run: Path) -> None:
+    """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost.
+
+    A report of what `run` was before is withdrawn: it is not finished any more.
+    """
+    step = steps_recorded(checkpoint)
+    for logger in trainer.loggers:
+        go_on = getattr(logger, "go_on_from", None)
+        if go_on is not None:
+            go_on(step)
+    if trainer.is_global_zero:
+        for name in (REPORT, "report.md"):
+            (run / name).unlink(missing_ok=True)
+    rank_zero_info("resuming %s: the records go on at step %d", checkpoint, step)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the kernel lets it go, however the process ends.
+
+    ValueError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
+            ) from None
+        yield
+
+
+def keep_aside(path: Path, text: str) -> None:
+    """Rename `path` to <stem>.<n><suffix> if it holds something other than `text`."""
+    if not path.is_file() or path.read_text(encoding="utf-8") == text:
+        return
+    n = 1
+    while (aside := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists():
+        n += 1
+    path.rename(aside)
+    log.info("%s has changed since the run began: what it was is %s", path.name, aside.name)
