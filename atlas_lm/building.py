@@ -28,7 +28,7 @@ from atlas_lm.runs import (
     FINISHED,
     finished_runs,
     mark_latest,
-    newest_checkpoint,
+    newest_intact,
     resolve_checkpoint,
     write_atomically,
 )
@@ -144,7 +144,9 @@ def weights_to_start_from(name: str, module: LightningModule, outputs: str) -> P
         return resolve_checkpoint(name, outputs)
     wanted, others = module.hparams["model"], []
     for run in finished_runs(folder):
-        checkpoint = newest_checkpoint(run)
+        checkpoint, damaged = newest_intact(run)
+        for why in damaged:
+            log.warning("warning: %s", why)
         if checkpoint is not None:
             different = _unlike(checkpoint, module)
             if not different:

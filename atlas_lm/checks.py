@@ -41,6 +41,9 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     for where, node in _dicts(cfg, ""):
         if "_target_" in node:
             _check_target(node, where)
+    accumulated = cfg.trainer.get("accumulate_grad_batches", 1)
+    if accumulated is not None and accumulated < 1:  # Lightning divides by it
+        raise ValueError(f"trainer.accumulate_grad_batches={accumulated} must be at least 1: raise it")
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig)
     _check_complete(config, "")
@@ -100,7 +103,7 @@ def _check_target(node: DictConfig, where: str) -> None:
                 f"it takes {', '.join(parameters)}"
             )
     try:
-        kinds = get_type_hints(target.__init__ if isinstance(target, type) else target)
+        kinds = get_type_hints(getattr(target, "__init__") if isinstance(target, type) else target)  # noqa: B009
     except (NameError, TypeError):  # somebody else's annotations
         return
     for key in sorted(known & set(kinds) & set(parameters)):

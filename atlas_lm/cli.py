@@ -104,15 +104,22 @@ def explain(error: BaseException) -> str | None:
     if type(error).__module__.partition(".")[0] in ("atlas_lm", "callbacks"):  # what a safeguard says is for the user
         return _one_line(error)
     if _is_short_of_memory(error):
-        return f"memory is short ({_one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)}): " + (
-            "lower data.batch_size, data.seq_len or the model's sizes"
-        )
+        first = _one_line((str(error) or type(error).__name__).splitlines()[0])
+        return f"memory is short ({first}): lower data.batch_size, data.seq_len or the model's sizes"
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return f"{_one_line(error)}: name a file of conf/, e.g. model=tiny"
+    if isinstance(error, ValueError | TypeError) and _is_of_the_trainer(error):
+        return f"trainer: {_one_line(error)}: correct the value"
     # A ValueError of our own code addresses the user; one from inside a library is a bug of ours.
     if isinstance(error, ValueError) and _is_ours(error):
         return _one_line(error)
     return None
+
+
+def _is_of_the_trainer(error: BaseException) -> bool:
+    """Lightning has refused an argument of the Trainer that `build_trainer` was making."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "build_trainer" for frame in frames) and "lightning" in Path(frames[-1].filename).parts
 
 
 def _is_short_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ that `conf/` or the user has to give.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+FLOAT32 = 3.4e38
 LARGEST = 2**31 - 1  # of whole numbers: the size of a matrix of two of them still fits 64 bits
 
 
@@ -43,6 +45,8 @@ def check_values(config: Any, section: str) -> None:
             raise ValueError(f"{where}={value} must be one of {', '.join(choices)}{nearest(value, choices)}")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"{where}={value} must be at most {LARGEST}: lower it")
+        if isinstance(value, float) and FLOAT32 < abs(value) < math.inf:
+            raise ValueError(f"{where}={value} is beyond {FLOAT32:g}, the largest number of float32: lower it")
         low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
         if low is not None and not value >= low:
             raise ValueError(f"{where}={value} must be at least {low:g}: raise it")
@@ -143,6 +147,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "optim.")
+        if isinstance(self.betas, list) and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"optim.betas={self.betas} must be two numbers from 0 to below 1; [0.9,0.95] is usual")
 
 
 @dataclass
@@ -166,8 +172,8 @@ class TrainConfig:
     precision: str = choice("auto", "32-true", "bf16-mixed")
     """auto: bf16-mixed where the hardware is fast at it, else 32-true; the log says which."""
     resume: str | None = None
-    """What to go on with exactly, in its folder, behind its last record: `auto` (the newest run of this experiment if it
-    is not finished, else a new one), a run folder, an experiment (its newest finished run), or a checkpoint."""
+    """What to go on with exactly, in its folder, behind its last record: `auto` (the newest run of this experiment if
+    it is not finished, else a new one), a run folder, an experiment (its newest finished run), or a checkpoint."""
     init_from: str | None = None
     """Checkpoint, run folder or experiment (its newest finished run of this model) whose weights to start from; all
     else begins anew."""

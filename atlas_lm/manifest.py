@@ -36,7 +36,7 @@ def verify(path: str | Path) -> str | None:
 
 
 def versions(path: Path) -> list[dict[str, Any]]:
-    """What a file (no link) may be: its entry, and those before it if it was being replaced; empty if nothing is known."""
+    """What a file (no link) may be: its entry, and those before it if it was being replaced; none if it is unknown."""
     return _flat(read(path.parent).get(path.name))
 
 

@@ -47,7 +47,7 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
     path = Path(resume)
     if path.is_file():
         run = path.absolute().parents[1]
-        newest = newest_checkpoint(run) if (run / CONFIG).is_file() else None
+        newest = newest_intact(run)[0] if (run / CONFIG).is_file() else None
         return run if newest is not None and newest.resolve() == path.resolve() else None
     try:
         return resolve_run(path, outputs)

@@ -68,7 +68,7 @@ def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs"
 
 
 def intact_checkpoint(run: Path) -> Path:
-    """The newest intact checkpoint of a run; the log tells which newer ones are damaged. ValueError if there is none."""
+    """The newest intact checkpoint of a run; the log names newer ones that are damaged. ValueError if there is none."""
     found, skipped = newest_intact(run)
     if found is None:
         if skipped:
@@ -83,7 +83,7 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint written last of those that can be used, and one line for each newer one that cannot."""
     from atlas_lm.checkpoint import why_unusable  # imports torch, which takes seconds
 
-    skipped = []
+    skipped: list[str] = []
     for path in checkpoints_in(run / "checkpoints"):
         wrong = why_unusable(path)
         if wrong is None:

@@ -4,31 +4,42 @@ With one rank these are the identity. Every rank has to call them, in the same o
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+entered: tuple[int, str] = (0, "none")  # how many of these this rank has entered, and the last one; for hang_watch
+
 
 def any_rank(trainer: Trainer, flag: bool) -> bool:
     """Whether `flag` is True on at least one rank."""
-    return trainer.strategy.reduce_boolean_decision(flag, all=False) if trainer.world_size > 1 else flag
+    if trainer.world_size == 1:
+        return flag
+    _entering("any_rank")
+    return trainer.strategy.reduce_boolean_decision(flag, all=False)
 
 
 def mean_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     """The mean of each number; NaN or infinity on one rank is NaN or infinity on all."""
+    if trainer.world_size == 1:
+        return values
+    _entering("mean_over_ranks")
     return _reduced(trainer, values, "mean")
 
 
 def max_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     """The largest of each number; what is not finite counts as infinity, as a maximum may pass NaN over."""
-    return _reduced(trainer, values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf), "max")
+    finite = values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+    if trainer.world_size == 1:
+        return finite
+    _entering("max_over_ranks")
+    return _reduced(trainer, finite, "max")
 
 
 def _reduced(trainer: Trainer, values: Tensor, operation: str) -> Tensor:
-    if trainer.world_size == 1:
-        return values
     moved = values.detach().to(trainer.strategy.root_device).clone()
     return trainer.strategy.reduce(moved, reduce_op=operation).to(values.device)
 
@@ -37,6 +48,13 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
     """Each rank's picklable `value`, in the order of the ranks."""
     if trainer.world_size == 1:
         return [value]
+    _entering("gathered")
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _entering(name: str) -> None:
+    """Note the collective, and which module asked for it."""
+    global entered
+    entered = (entered[0] + 1, f"{name} of {sys._getframe(2).f_globals.get('__name__')}")

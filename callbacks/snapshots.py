@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -107,7 +108,9 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
 
 
 def _rewound(trainer: Trainer) -> list[Any]:
-    return [c for c in trainer.callbacks if not getattr(c, "survives_rollback", False)]  # type: ignore[attr-defined]
+    """Without those that count what has happened, and Lightning's clock, which would count the same time twice."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if not (getattr(c, "survives_rollback", False) or isinstance(c, Timer))]
 
 
 def _optimizer_state(pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from callbacks.probing import begins, held_out_batch, is_logging_step, record, record_start, send, undisturbed
+from callbacks.probing import begins, held_out_batch, is_logging_step, record, record_start, undisturbed
 from callbacks.ranks import any_rank, mean_over_ranks
 from callbacks.snapshots import Snapshot, restore, take
 from callbacks.step_border import flush_records, open_borders
@@ -211,7 +211,7 @@ class SpikeRollback(Checkpoint):
         self._demanded, self._losses = None, []
         self.spikes.append(trainer.global_step)
         self._roll_back(trainer, pl_module, reason)
-        send(trainer, self._counters())
+        record(trainer, self._counters())
 
     def look(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
         """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
@@ -222,11 +222,11 @@ class SpikeRollback(Checkpoint):
         if spike:
             self.spikes.append(step)
         record(trainer, self._values(perplexity, delta))
-        send(trainer, self._counters())
+        record(trainer, self._counters())
         if spike and self.mode == "act":
             rise = f"{delta:+.1%} above its average" if math.isfinite(delta) else "not finite"
             self._roll_back(trainer, pl_module, f"held-out perplexity {rise}")
-            send(trainer, self._counters())
+            record(trainer, self._counters())
         if due and not spike and delta <= self.threshold:
             self.follow(perplexity)
             if self.mode == "act":

@@ -1,6 +1,5 @@
 """Every checkpoint can be told from a damaged one, whenever the process that wrote it died."""
 
-import json
 import logging
 import os
 import random
@@ -71,7 +70,7 @@ def test_the_remedy_is_the_newest_other_that_is_intact(tmp_path: Path) -> None:
             read_checkpoint(damaged)
     for path in paths[1:3]:
         path.unlink()
-    with pytest.raises(CheckpointError, match="copy it again or use another$"):
+    with pytest.raises(CheckpointError, match=r"copy it again or use another$"):
         read_checkpoint(paths[3])
 
 

@@ -4,16 +4,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import rollback_cases
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer import call
 from rollback_cases import differences, oracle, plain, train
 from toys import Line
 from two_ranks import run_on_two_ranks, shared_folder
 
 from atlas_lm.checkpoint import read_checkpoint
-from callbacks.spike_rollback import SpikeRollback
+from callbacks.spike_rollback import SpikeRollback, TrainingUnstable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*GPU available.*")
 
@@ -268,6 +270,31 @@ def test_the_training_loss_can_be_watched_in_any_module(fit: Any, tmp_path: Path
     assert (guard.spikes, guard.rollbacks) == ([5], 1)
     assert trainer.global_step == 8
     assert len(module.seen) == 8 + 2, "back from step 5 to step 3: two steps' batches were not seen again"
+
+
+def test_another_callback_may_demand_a_return(fit: Any, tmp_path: Path) -> None:
+    class Demands(lightning.Callback):
+        def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 4 and not guard.rollbacks:
+                guard.demand("the weights have changed")
+
+    guard = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=100.0)
+    trainer = fit(Line(), Demands(), guard, enable_checkpointing=True)
+    assert (guard.spikes, guard.rollbacks) == ([5], 1)
+    assert trainer.callback_metrics["spike/rollbacks"] == 1
+    assert trainer.global_step == 8
+    with pytest.raises(TrainingUnstable, match="the weights have changed, and spike_rollback only observes"):
+        SpikeRollback("unused", mode="observe").demand("the weights have changed")
+
+
+def test_time_is_not_rolled_back(fit: Any, tmp_path: Path) -> None:
+    """Lightning's own clock would count the time before the snapshot twice, and end the run early."""
+    guard = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=0.5, smoothing=1.0)
+    timer = Timer({"hours": 1})
+    fit(Jumps(), guard, timer, enable_checkpointing=True)
+    assert guard.rollbacks == 1
+    assert timer._offset == 0
+    assert timer.time_elapsed() < 60
 
 
 def test_observing_records_and_does_nothing(fit: Any, tmp_path: Path) -> None:

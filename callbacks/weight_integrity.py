@@ -1,0 +1,217 @@
+"""Notice weights and optimizer state that change outside the optimizer: a flipped bit, a stray write.
+
+Watches:  one 64-bit sum over the bits of each parameter and of each tensor of the optimizer's state, from the end of an
+          optimizer step to the moment before the next: forward, backward, validation, all that lies between. Not the
+          buffers, as modules rightly change those in forward (BatchNorm). Any single changed bit changes the sum.
+Acts:     drops the gradients on all ranks together, warns with ranks and names, and demands a rollback of the first
+          callback that can (`CanRollBack`). Without one, or if the damage is still there at the next step, raises
+          WeightsCorrupted on all ranks.
+Logs:     guard/corruptions, when it grows.
+Requires: a LightningModule with automatic optimization. The sums and the count travel in the checkpoint and in the
+          snapshots of a rollback, so that restored weights are held to the sums of their own time; a new fit begins
+          with new sums.
+Source:   silent data corruption strikes without NaN: no safeguard that looks at values or losses sees a small one.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from callbacks.probing import record
+from callbacks.ranks import any_rank, gathered
+
+log = logging.getLogger(__name__)
+
+WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # by falling size
+SHOWN = 5  # names in a message
+
+
+@runtime_checkable
+class CanRollBack(Protocol):
+    """A callback that returns to an earlier state at the end of this step, on all ranks, when asked for it."""
+
+    def demand(self, reason: str) -> None:
+        """To be called on all ranks; `reason` is for the log."""
+        ...
+
+
+class WeightsCorrupted(RuntimeError):
+    """Weights or optimizer state differ from what the optimizer left."""
+
+
+def words(tensor: Tensor) -> list[Tensor]:
+    """Flat views as integers that together hold every bit of `tensor` once, as wide as its size and alignment allow.
+
+    What adds them up need not know their order: dense strides are sorted; only tensors with gaps are copied.
+    """
+    by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return _words(tensor.detach().permute(by_stride).reshape(-1).contiguous())
+
+
+def _words(flat: Tensor) -> list[Tensor]:
+    for word in WORDS:
+        ratio = max(1, word.itemsize // flat.dtype.itemsize)
+        whole = flat.numel() - flat.numel() % ratio
+        if whole and flat.storage_offset() % ratio == 0:
+            return [flat[:whole].view(word), *_words(flat[whole:])]
+    return []
+
+
+class Fingerprint(NamedTuple):
+    """One 64-bit sum over the bits of each of some tensors, on their devices until somebody reads them."""
+
+    names: list[str]  # of the tensors; one that took several views stands here several times
+    sums: list[Tensor]  # one per device
+
+    def numbers(self) -> dict[str, int]:
+        """By name, modulo 2⁶⁴; waits for the devices."""
+        found: dict[str, int] = {}
+        for name, value in zip(self.names, (x for part in self.sums for x in part.tolist()), strict=True):
+            found[name] = (found.get(name, 0) + value) % 2**64
+        return found
+
+
+class BitSums:
+    """Takes fingerprints of tensors that mostly stay where they are: to make views takes longer than to add them up."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, int]] = []
+        self._views: list[list[Tensor]] = []  # by device
+        self._names: list[str] = []
+
+    def __call__(self, tensors: list[Tensor], names: Callable[[], list[str]]) -> Fingerprint:
+        """Of what this rank holds of each tensor. `names` is asked when the tensors are not those of the last call."""
+        with torch.no_grad():
+            local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+            if len(local) != len(self._seen) or any(
+                x is not y or x.data_ptr() != place for x, (y, place) in zip(local, self._seen, strict=True)
+            ):
+                self._look(local, names())
+            return Fingerprint(self._names, [torch.stack([x.sum() for x in views]) for views in self._views])
+
+    def _look(self, local: list[Tensor], names: list[str]) -> None:
+        views = [(name, x.device, words(x)) for name, x in zip(names, local, strict=True) if x.numel()]
+        copied = any(parts[0].untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+                     for (_, _, parts), x in zip(views, (x for x in local if x.numel()), strict=True))  # fmt: skip
+        self._seen = [] if copied else [(x, x.data_ptr()) for x in local]
+        devices = list(dict.fromkeys(device for _, device, _ in views))
+        self._views = [[x for _, at, parts in views if at == device for x in parts] for device in devices]
+        self._names = [name for device in devices for name, at, parts in views if at == device for _ in parts]
+
+
+class WeightIntegrity(Callback):
+    """Compares the sums behind each optimizer step with those before the next."""
+
+    def __init__(self) -> None:
+        self.corruptions = 0  # steps at which some were found, rolled back ones included
+        self._expected: Fingerprint | dict[str, int] | None = None  # None: within an optimizer step
+        self._demanded: int | None = None  # step at which a rollback was demanded that has not come yet
+        self._parameters: list[tuple[str, Tensor]] = []
+        self._sums = BitSums()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """TypeError: the module takes its optimizer steps by itself."""
+        if not pl_module.automatic_optimization:
+            raise TypeError(
+                f"weight_integrity cannot know when {type(pl_module).__name__}, which takes its optimizer steps by "
+                "itself, changes its weights"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The state that training starts from."""
+        self._parameters, self._demanded = list(pl_module.named_parameters()), None
+        self._expected = self._fingerprint(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare, before the optimizer makes the damage its own."""
+        if self._expected is None:
+            return
+        wrong = self._compare(self._expected, self._fingerprint(trainer))
+        if any_rank(trainer, bool(wrong)):
+            self._act(trainer, optimizer, gathered(trainer, wrong))
+        else:
+            self._expected = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The state that the optimizer has left; while a rollback is due, the sums stay those before the damage."""
+        if self._demanded is None and not trainer.fit_loop._should_accumulate():
+            self._expected = self._fingerprint(trainer)
+
+    def judge(self, expected: dict[str, int], found: dict[str, int]) -> list[str]:
+        """Names of what changed. An optimizer may make its state at any time: new tensors are not judged."""
+        return [name for name, value in found.items() if expected.get(name, value) != value]
+
+    def _act(self, trainer: Trainer, optimizer: Optimizer, wrong: list[list[str]]) -> None:
+        """On all ranks, of which at least one found something wrong."""
+        optimizer.zero_grad(set_to_none=True)  # weights and moments stay as they are
+        self.corruptions += 1
+        record(trainer, {"guard/corruptions": self.corruptions})
+        step = trainer.global_step
+        reason = f"weights changed outside the optimizer before step {step}: {'; '.join(_told(wrong))}"
+        if trainer.is_global_zero:
+            log.warning("%s", reason)
+        able = next((c for c in trainer.callbacks if isinstance(c, CanRollBack)), None)  # type: ignore[attr-defined]
+        if able is None or self._demanded is not None:
+            failed = "" if able is None else f" (the rollback demanded at step {self._demanded} did not repair them)"
+            raise WeightsCorrupted(
+                f"{reason}{failed}: resume the last checkpoint; if it happens again on the same machine, its memory is "
+                "bad"
+            )
+        self._demanded = step
+        able.demand(reason)
+
+    # State that survives a resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, and the sums of this very moment."""
+        return {
+            "corruptions": self.corruptions,
+            "sums": self._expected.numbers() if isinstance(self._expected, Fingerprint) else self._expected,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a snapshot or a checkpoint: its sums, but never a smaller count, as a rollback undoes no corruption."""
+        self.corruptions = max(self.corruptions, state_dict["corruptions"])
+        self._expected, self._demanded = state_dict["sums"], None
+
+    # Parts
+
+    def _compare(self, expected: Fingerprint | dict[str, int], found: Fingerprint) -> list[str]:
+        if isinstance(expected, Fingerprint):
+            if expected.names is found.names and all(map(torch.equal, expected.sums, found.sums)):
+                return []
+            expected = expected.numbers()
+        return self.judge(expected, found.numbers())
+
+    def _fingerprint(self, trainer: Trainer) -> Fingerprint:
+        """Of the parameters, and of what optimizers keep of them."""
+        states = [o.state.get(p, {}) for o in trainer.optimizers for _, p in self._parameters]
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return self._sums([p for _, p in self._parameters] + tensors, lambda: self._names(trainer))
+
+    def _names(self, trainer: Trainer) -> list[str]:
+        """Independent of the order of an optimizer's state, which a rollback may change."""
+        return [name for name, _ in self._parameters] + [
+            f"{name} ({key})"
+            for optimizer in trainer.optimizers
+            for name, parameter in self._parameters
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        ]
+
+
+def _told(wrong: list[list[str]]) -> list[str]:
+    """For each rank that found something: what."""
+    return [
+        f"rank {rank}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+        for rank, names in enumerate(wrong)
+        if names
+    ]
