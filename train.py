@@ -58,6 +58,9 @@ def fit(cfg: DictConfig, config: TrainConfig) -> Report:
         trainer.fit(module, dm, ckpt_path=checkpoint)
         if recorder.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)
+    except Exception as error:
+        recorder.error = error  # Lightning tells its callbacks of the first one; a safeguard may have found its cause
+        raise
     finally:
         report = judge(run, trainer, module, dm, recorder)
     return report

@@ -118,6 +118,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.")
+        if isinstance(self.local_chunks, list) and isinstance(self.shard, int):
+            longest = max(self.local_chunks, default=0)
+            if longest > self.shard:
+                raise ValueError(
+                    f"model.local_chunks={self.local_chunks}: a chunk of {longest} tokens is longer than a shard, "
+                    f"model.shard={self.shard}, at which local memories start anew: lower it"
+                )
 
 
 @dataclass

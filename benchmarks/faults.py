@@ -43,9 +43,9 @@ SHORT = [
     "callbacks.progress.every_n_seconds=1000",
 ]  # fmt: skip
 LOOKS = [
-    "callbacks.spike_rollback.every_n_steps=5", "callbacks.niah_probe.every_n_steps=60",
+    "callbacks.spike_rollback.every_n_steps=10", "callbacks.niah_probe.every_n_steps=60",
     "callbacks.memory_contribution.every_n_steps=60", "callbacks.checkpoint.every_n_steps=10",
-    "callbacks.rank_agreement.every_n_steps=5", "callbacks.hang_watch.timeout_s=10",
+    "callbacks.rank_agreement.every_n_steps=10", "callbacks.hang_watch.timeout_s=10",
 ]  # fmt: skip
 BARE = [
     "callbacks=basic", "~callbacks.nonfinite_guard", "~callbacks.interrupt", "~callbacks.random_state",

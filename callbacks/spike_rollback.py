@@ -300,6 +300,10 @@ class SpikeRollback(Checkpoint):
             trainer.save_checkpoint(path, weights_only=False)
             written = trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else written)
         self.ring[-1] = self.ring[-1]._replace(path=path, written=written)
+        self._remove_oldest(trainer)
+
+    @rank_zero_only  # others would look at files that are just being removed
+    def _remove_oldest(self, trainer: Trainer) -> None:
         files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("snapshot-*.ckpt")]
         for _, file in sorted(files)[: -self.keep_last]:  # also those of a process that was killed
             trainer.strategy.remove_checkpoint(file)

@@ -73,13 +73,14 @@ class StepCheckpoint(Checkpoint):
         save(trainer, path)
         self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
         self._link(path)
-        for old in self._others(path)[self.keep - 1 :]:
-            trainer.strategy.remove_checkpoint(old)
+        self._remove_oldest(trainer, path)
 
-    def _others(self, path: Path) -> list[Path]:
-        """The other checkpoints by steps, the one written last first; also those of a process that was killed."""
-        found = [(other.stat().st_mtime_ns, other) for other in path.parent.glob("step-*.ckpt") if other != path]
-        return [other for _, other in sorted(found, reverse=True)]
+    @rank_zero_only  # others would look at files that are just being removed
+    def _remove_oldest(self, trainer: Trainer, newest: Path) -> None:
+        """Also those of a process that was killed."""
+        found = [(other.stat().st_mtime_ns, other) for other in newest.parent.glob("step-*.ckpt") if other != newest]
+        for _, old in sorted(found, reverse=True)[self.keep - 1 :]:
+            trainer.strategy.remove_checkpoint(old)
 
     @rank_zero_only
     def _link(self, path: Path) -> None:

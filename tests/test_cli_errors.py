@@ -57,6 +57,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["callbacks.progress=null"], ["callbacks.progress", "no _target_", "~callbacks.progress"]),
         (["~callbacks.progess"], ["callbacks.progess", "does not exist"]),
         (["data=text"], ["data.source.files is required"]),
+        (["model.local_chunks=[1000000000]"], ["a chunk of 1000000000 tokens", "model.shard=256", "lower it"]),
         (["model.dim=wide"], ["model.dim", "'wide'", "correct the value"]),
         (["model.dim=0"], ["model.dim=0", "at least 1"]),
         (["optim.min_lr_ratio=1.5"], ["optim.min_lr_ratio=1.5", "at most 1"]),
