@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 import train
 from atlas_lm.building import resolve_precision
 from atlas_lm.checkpoint import AtomicCheckpointIO, SaveError
+from callbacks.rank_agreement import RanksDiverged
 from launching import files_no_larger_than, report_of, small_run
 
 pytestmark = [
@@ -242,3 +244,24 @@ def test_precision(fast: bool, chosen: str, monkeypatch: pytest.MonkeyPatch, cap
         assert resolve_precision("auto", "cpu") == chosen
     assert f"precision: {chosen}" in caplog.text
     assert resolve_precision("32-true", "cpu") == "32-true"
+
+
+def test_the_verdict_names_the_cause_that_a_safeguard_found(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning tells its callbacks of the error that it met; what `fit` raises in the end may know better."""
+    fit = lightning.Trainer.fit
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            fit(self, *args, **kwargs)
+        except RuntimeError as error:
+            raise RanksDiverged("rank 1 is silent") from error
+
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(lightning.Trainer, "fit", fails)
+    monkeypatch.setattr(train.AtlasModule, "training_step", breaks)
+    assert small_run(in_tmp, "name=x") == 1
+    report = report_of(run_of(in_tmp, "x"))
+    assert report["status"] == "failed"
+    assert report["error"] == "RanksDiverged: rank 1 is silent"
