@@ -43,7 +43,7 @@ SHORT = [
     "callbacks.progress.every_n_seconds=1000",
 ]  # fmt: skip
 LOOKS = [
-    "callbacks.spike_rollback.every_n_steps=10", "callbacks.niah_probe.every_n_steps=60",
+    "callbacks.spike_rollback.every_n_steps=5", "callbacks.niah_probe.every_n_steps=60",
     "callbacks.memory_contribution.every_n_steps=60", "callbacks.checkpoint.every_n_steps=10",
     "callbacks.rank_agreement.every_n_steps=10", "callbacks.hang_watch.timeout_s=10",
 ]  # fmt: skip
@@ -299,15 +299,17 @@ def scenario_truncated(run: Run) -> dict[str, Any]:
 
 
 def scenario_flipped(run: Run) -> dict[str, Any]:
-    def flip(path: Path) -> None:
-        with path.open("r+b") as file:
-            place = run.random.randrange(path.stat().st_size)
-            file.seek(place)
-            byte = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([byte ^ (1 << run.random.randrange(8))]))
+    return scenario_damaged(run, lambda path: flip(path, run.random))
 
-    return scenario_damaged(run, flip)
+
+def flip(path: Path, draw: random.Random) -> None:
+    """One bit of one byte."""
+    with path.open("r+b") as file:
+        place = draw.randrange(path.stat().st_size)
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ (1 << draw.randrange(8))]))
 
 
 def scenario_disk_full(run: Run) -> dict[str, Any]:
@@ -338,25 +340,17 @@ def scenario_disk_full(run: Run) -> dict[str, Any]:
 
 
 def scenario_shard_flipped(run: Run) -> dict[str, Any]:
-    corpus, shards = run.folder / "corpus", run.folder / "shards"
-    corpus.mkdir()
-    for i, source in enumerate(sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]):
-        shutil.copy(source, corpus / f"{i}.txt")
+    shards = run.folder / "shards"
     prepared = subprocess.run(
-        [sys.executable, "-m", "atlas_lm.data.prepare", f"source.files=['{corpus}/*.txt']", f"out={shards}"],
+        [sys.executable, "-m", "atlas_lm.data.prepare", "source=stdlib", f"out={shards}"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if prepared.returncode:
         raise SystemExit(prepared.stderr)
-    shard = run.random.choice([path for path in shards.glob("*") if path.suffix in (".bin", ".npy", ".shard")])
-    with shard.open("r+b") as file:
-        place = run.random.randrange(shard.stat().st_size)
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ (1 << run.random.randrange(8))]))
+    shard = run.random.choice(sorted(path for path in shards.glob("*token*") if path.stat().st_size))
+    flip(shard, run.random)
     began = time.time()
-    code = run.launch("data=tokens", f"data.source.folder={shards}")
+    code = run.launch("data=tokens", f"data.source.path={shards}")
     return {
         "exit_code": code, "detected_by": "shards' checksums" if run.errors and shard.name in run.errors[-1] else None,
         "steps_to_detection": 0, "action": "stop", "steps_lost": 0, "message": (run.errors or [""])[-1][7:400],
