@@ -6,8 +6,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import step_checkpoint
+from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
 
 
@@ -87,3 +89,15 @@ def test_without_links_there_are_checkpoints_all_the_same(
     fit(line(), StepCheckpoint(str(tmp_path / "c"), every_n_steps=8))
     assert names(tmp_path / "c") == ["step-0000008.ckpt"]
     assert "Operation not supported" in caplog.text
+
+
+def test_only_rank_zero_looks_at_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank would list what rank zero is just removing, and stop a healthy run."""
+    for i in range(9):
+        (tmp_path / f"step-{i:07d}.ckpt").touch()
+        (tmp_path / f"snapshot-{i:07d}.ckpt").touch()
+    callbacks: list[Any] = [StepCheckpoint(str(tmp_path), every_n_steps=1), SpikeRollback(str(tmp_path))]
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("looked"))
+    callbacks[0]._remove_oldest(None, tmp_path / "step-0000008.ckpt")
+    callbacks[1]._remove_oldest(None)
