@@ -67,7 +67,7 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
         "total_steps": trainer.max_steps,
         "validated_at_step": recorder.validated_at,
         "rollbacks": count(recorder.training.get("spike/rollbacks")),
-        "skipped_steps": count(recorder.training.get("guard/skipped_steps")),
+        "skipped_steps": added(recorder.training, "guard/skipped_steps", "guard/outliers"),
         "needle_accuracy": recorder.training.get("niah/accuracy"),
         "memory_contribution": recorder.training.get("memory/contribution"),
         "parameters": sum(p.numel() for p in module.parameters()),
@@ -89,6 +89,12 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
 def count(value: float | None) -> int | None:
     """A counter that was logged; None where it was not."""
     return None if value is None or not math.isfinite(value) else int(value)
+
+
+def added(logged: dict[str, float], *names: str) -> int | None:
+    """The sum of counters; None where none of them was logged."""
+    counts = [found for name in names if (found := count(logged.get(name))) is not None]
+    return sum(counts) if counts else None
 
 
 def held_out_text(dm: TokenDataModule, val_loss: float | None) -> dict[str, float]:

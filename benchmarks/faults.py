@@ -49,7 +49,7 @@ LOOKS = [
 ]  # fmt: skip
 BARE = [
     "callbacks=basic", "~callbacks.nonfinite_guard", "~callbacks.interrupt", "~callbacks.random_state",
-    "~callbacks.hang_watch", "~callbacks.rank_agreement", "~callbacks.weight_integrity",
+    "~callbacks.outlier_guard", "~callbacks.hang_watch", "~callbacks.rank_agreement", "~callbacks.weight_integrity",
     "callbacks.checkpoint.every_n_steps=10",
 ]  # fmt: skip
 VARIANTS = {
@@ -63,6 +63,7 @@ VARIANTS = {
 TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp"]
 COUNTERS = {
     "guard/skipped_steps": "nonfinite guard",
+    "guard/outliers": "outlier guard",
     "guard/corruptions": "weight integrity",
     "spike/count": "spike rollback",
 }
@@ -200,7 +201,7 @@ def detection(run: Run, before_resume: list[dict[str, Any]]) -> tuple[str | None
                 if row["step"] >= batch:
                     # corruption demands a rollback, which counts as a spike: the first to speak is the one that saw it
                     seen = seen or (who, row["step"] - batch + 1)
-                    act = "skip" if name == "guard/skipped_steps" else "rollback"
+                    act = "skip" if name in ("guard/skipped_steps", "guard/outliers") else "rollback"
                     acts += [act] if name != "guard/corruptions" else []
                     lost += act == "skip"
                 before[name] = value
@@ -449,14 +450,31 @@ def measure(fault: Fault, seed: int, variant: str, keep: Path | None) -> dict[st
 # The table
 
 
-def relative(row: dict[str, Any], clean: dict[tuple[int, int], dict[str, Any]]) -> float | None:
-    """Final validation loss over the clean run's, minus 1."""
-    ranks = 2 if NAMES[row["fault"]].overrides == TWO_RANKS else 1
-    base = clean.get((row["seed"], ranks))
-    loss = row.get("val_loss")
-    if base is None or row["fault"] == "shard_flipped" or row.get("status") is None:
+Clean = dict[tuple[int, int], dict[str, Any]]  # by seed and number of ranks
+
+
+def beside(row: dict[str, Any], clean: Clean) -> dict[str, Any] | None:
+    """The clean run of the same seed and number of ranks; None where the fault left no run."""
+    if row.get("status") is None:
+        return None
+    return clean.get((row["seed"], 2 if NAMES[row["fault"]].overrides == TWO_RANKS else 1))
+
+
+def relative(row: dict[str, Any], clean: Clean) -> float | None:
+    """Final validation loss over the clean run's, minus 1; infinite where it is not finite."""
+    base, loss = beside(row, clean), row.get("val_loss")
+    if base is None:
         return None
     return math.inf if loss is None else loss / base["val_loss"] - 1
+
+
+def bitwise(row: dict[str, Any], clean: Clean) -> bool | None:
+    """Whether the losses of all steps and the final one are the clean run's, in records without gap or repeat."""
+    base = beside(row, clean)
+    if base is None:
+        return None
+    same = row["losses"] == base["losses"] and row["val_loss"] == base["val_loss"]
+    return same and row["records_in_order"]
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -481,21 +499,37 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "lost": statistics.median(lost) if lost else None,
                 "worst": max(losses, key=abs) if losses else None,
                 "seconds": max(stops) if stops else None,
+                "bitwise": all(bitwise(row, clean) for row in group),
+                "unsaved": sum(row.get("checkpoints_lost", 0) for row in group)
+                + sum(row.get("checkpoint_loads") is False for row in group),
+                "alarms": sum(row.get("alarms", 0) for row in group),
             })  # fmt: skip
     return found
+
+
+def detected(row: dict[str, Any]) -> str:
+    if row["fault"].startswith("nothing"):
+        return f"{row['alarms']} false alarms in {row['runs']}" if row["variant"] == "ours" else ""
+    return f"{', '.join(row['by']) or 'nobody'} ({row['detected']}/{row['runs']})"
+
+
+def final(row: dict[str, Any]) -> str:
+    if row["worst"] is None:
+        return ""
+    if not math.isfinite(row["worst"]):
+        return "NaN"
+    return "every step bitwise" if row["bitwise"] else f"{row['worst']:+.2%}"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fault": lambda row: row["fault"],
     "safeguards": lambda row: row["variant"],
-    "detected by": lambda row: f"{', '.join(row['by']) or 'nobody'} ({row['detected']}/{row['runs']})",
+    "detected by": lambda row: detected(row),
     "steps to detection": lambda row: "" if row["steps"] is None else f"{row['steps']:g}",
     "action": lambda row: ", ".join(row["action"]),
     "steps lost": lambda row: "" if row["lost"] is None else f"{row['lost']:g}",
     "seconds to the stop": lambda row: "" if row["seconds"] is None else f"{row['seconds']:.0f}",
-    "final loss, worst run against clean": lambda row: "" if row["worst"] is None else (
-        f"{row['worst']:+.2%}" if math.isfinite(row["worst"]) else "NaN"
-    ),
+    "final loss, worst run against clean": lambda row: final(row),
 }  # fmt: skip
 
 
