@@ -362,16 +362,27 @@ def scenario_shard_flipped(run: Run) -> dict[str, Any]:
 def scenario_kills_in_saves(run: Run) -> dict[str, Any]:
     def moment(process: subprocess.Popen[bytes]) -> None:
         """Somewhere in a save: from its first byte on."""
-        folder, saves = run.outputs, run.random.randrange(1, 4)
-        while saves and process.poll() is None:
-            if list(folder.glob("f/2*/checkpoints/*.tmp")):
+        saves, seen = run.random.randrange(1, 5), half_written(run)  # the last life may have left one
+        while process.poll() is None:
+            now = half_written(run)
+            if now - seen:
+                seen |= now
                 saves -= 1
-                time.sleep(run.random.uniform(0, 0.08))
-                if saves:
-                    time.sleep(0.1)
+                if not saves:
+                    time.sleep(run.random.uniform(0, 0.08))
+                    return
             time.sleep(0.0005)
 
     return killed(run, moment)
+
+
+def half_written(run: Run) -> set[tuple[str, int]]:
+    """Name and inode of every checkpoint that is being written."""
+    found = set()
+    for path in run.outputs.glob("f/2*/checkpoints/*.ckpt.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def scenario_kills(run: Run) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class OutlierGuard(Callback):
         self.losses: deque[float] = deque(maxlen=window)  # of accepted steps
         self.outliers = 0  # steps skipped, those of abandoned timelines included
         self.consecutive = 0
+        self._training = False
         self._step: list[Tensor] = []  # losses of this step's micro-batches
 
     def limit(self) -> float:
@@ -81,9 +82,18 @@ class OutlierGuard(Callback):
         self.losses.append(loss)
         return False
 
+    @property
+    def unsettled(self) -> bool:
+        """In the middle of a streak: a snapshot of now would have lost its steps already."""
+        return self.consecutive > 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Training has not begun."""
+        self._training = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A window that was cut short leaves nothing behind."""
-        self._step = []
+        self._step, self._training = [], True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the losses of this step."""
@@ -128,4 +138,4 @@ class OutlierGuard(Callback):
         self.losses.clear()
         self.losses.extend(state_dict["losses"])
         self.outliers = max(self.outliers, state_dict["outliers"])
-        self.consecutive = state_dict["consecutive"]
+        self.consecutive = 0 if self._training else state_dict["consecutive"]  # a rollback ends a streak

@@ -7,7 +7,7 @@ Acts:     returns to the second most recent of the last `keep_last` snapshots (m
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
           `mode: observe` only records.
 Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, spike/rollbacks, spike/timeline.
-          Another callback may `demand` a return, for a reason of its own.
+          Another callback may `demand` a return, for a reason of its own; while one is `unsettled`, nothing is kept.
 Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed behind the
           checkpoint callbacks: it runs last of all.
 Source:   SPEC C2, C3. A failsafe, not the first defence.
@@ -47,6 +47,12 @@ class HasHeldOutLoss(Protocol):
 
 class TrainingUnstable(FloatingPointError):
     """More spikes than rollbacks are allowed."""
+
+
+def _unsettled(trainer: Trainer) -> bool:
+    """Whether another callback says that this is no moment to come back to."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(getattr(callback, "unsettled", False) for callback in callbacks)
 
 
 class Kept(NamedTuple):
@@ -229,7 +235,7 @@ class SpikeRollback(Checkpoint):
             record(trainer, self._counters())
         if due and not spike and delta <= self.threshold:
             self.follow(perplexity)
-            if self.mode == "act":
+            if self.mode == "act" and not _unsettled(trainer):
                 self._keep(trainer, pl_module)
         elif due and self.mode == "observe" and math.isfinite(perplexity):
             self.follow(perplexity)

@@ -55,6 +55,16 @@ def test_steps_of_a_streak_are_regained(fit: Any, tmp_path: Path) -> None:
     assert len(module.seen) > STEPS, "the skipped steps came again, with other batches"
 
 
+def test_a_streak_over_several_looks_is_regained_whole_and_once(fit: Any, tmp_path: Path) -> None:
+    """No snapshot is taken in its middle: whoever returned to one would not get the steps before it back."""
+    module, watching = Garbage(4, 5, 6), guard(max_consecutive=5)
+    rollback = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=1e300)
+    trainer = fit(module, watching, rollback, enable_checkpointing=True)
+    assert (watching.outliers, rollback.rollbacks) == (3, 1)
+    assert trainer.global_step == STEPS
+    assert len(module.seen) == 7 + STEPS - 2, "back from step 7 to step 2, with other batches"
+
+
 def test_one_outlier_is_worth_no_rollback(fit: Any, tmp_path: Path) -> None:
     rollback = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=1e300)
     fit(Garbage(4), guard(), rollback, enable_checkpointing=True)
@@ -97,7 +107,11 @@ def test_counts_do_not_go_back_and_streaks_do() -> None:
     snapshot = watching.state_dict()
     watching.outliers, watching.consecutive = 5, 5
     watching.judge(2.0e9)
-    watching.load_state_dict(snapshot)
+    watching.setup(None, None, "fit")  # type: ignore[arg-type]
+    watching.load_state_dict({**snapshot, "consecutive": 4})
+    assert (watching.outliers, watching.consecutive) == (5, 4), "a resumed run goes on with its streak"
+    watching.on_train_start(None, None)  # type: ignore[arg-type]
+    watching.load_state_dict({**snapshot, "consecutive": 4})
     assert (watching.outliers, watching.consecutive) == (5, 0)
     assert list(watching.losses) == [1.0, 1.1, 0.9]
 
