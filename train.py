@@ -1,6 +1,7 @@
 """Train a model: python train.py +experiment=stage1. Every setting is in conf/, documented in atlas_lm/config.py."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -14,6 +15,7 @@ from atlas_lm.building import (
     prepare_process,
     run_folder,
     second_look,
+    settle_in,
     starting_point,
 )
 from atlas_lm.checks import check_config
@@ -21,7 +23,7 @@ from atlas_lm.config import TrainConfig
 from atlas_lm.module import AtlasModule
 from atlas_lm.recorder import RunRecorder
 from atlas_lm.report import Report, judge
-from atlas_lm.resuming import continue_records
+from atlas_lm.resuming import continue_records, preemptible
 
 ROOT = Path(__file__).parent
 
@@ -29,31 +31,26 @@ ROOT = Path(__file__).parent
 def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
     config = check_config(cfg)
-    with run_folder(cfg, ROOT):
-        report = fit(cfg, config)
+    with preemptible(), run_folder(cfg, ROOT) as goes_on:
+        report = fit(cfg, config, goes_on)
     close_run_folder(cfg, report)
     return report
 
 
-def fit(cfg: DictConfig, config: TrainConfig) -> Report:
+def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
     """Train in the run's folder, from the start or from where it ended; whatever becomes of it, there is a report."""
     prepare_process(config.seed)
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
     second_look(config, dm)
-    n_bytes = dm.validation_bytes
-    module = AtlasModule(
-        config.model,
-        config.optim,
-        vocab_size=dm.vocab_size,
-        bytes_per_token=n_bytes / dm.validation_tokens if n_bytes else None,
-    )
+    bytes_per_token = dm.validation_bytes / dm.validation_tokens if dm.validation_bytes else None
+    module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token)
     checkpoint = starting_point(config, module)
 
-    recorder, run = RunRecorder(), Path(config.paths.run)
+    recorder = RunRecorder(at_start=partial(settle_in, cfg, ROOT) if goes_on else None)
     trainer = build_trainer(cfg, recorder)
     if checkpoint:
-        continue_records(trainer, checkpoint, run)
+        continue_records(trainer, checkpoint)
     try:
         trainer.fit(module, dm, ckpt_path=checkpoint)
         if recorder.validated_at != trainer.global_step:
@@ -62,7 +59,8 @@ def fit(cfg: DictConfig, config: TrainConfig) -> Report:
         recorder.error = error  # Lightning tells its callbacks of the first one; a safeguard may have found its cause
         raise
     finally:
-        report = judge(run, trainer, module, dm, recorder)
+        if recorder.has_begun or not goes_on:  # a resume that is refused leaves the run as it was
+            report = judge(Path(config.paths.run), trainer, module, dm, recorder)
     return report
 
 

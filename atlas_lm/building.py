@@ -22,7 +22,7 @@ from atlas_lm.checkpoint import MODEL, CheckpointError, differences, load_weight
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
-from atlas_lm.resuming import checkpoint_to_resume, keep_aside, locked
+from atlas_lm.resuming import checkpoint_to_resume, keep_aside, locked, withdraw_report
 from atlas_lm.runs import (
     CONFIG,
     FINISHED,
@@ -86,7 +86,7 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
         log.info("training on the CPU although there is a GPU: trainer=gpu uses it")
     callbacks = [instantiate(c) for c in cfg.callbacks.values()]
     trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
-        callbacks=[*callbacks, *extra],
+        callbacks=[*extra, *callbacks],
         logger=[instantiate(c) for c in cfg.logger.values()],
         precision=resolve_precision(cfg.precision, accelerator),
     )
@@ -178,27 +178,42 @@ def _unlike(checkpoint: Path, module: LightningModule) -> list[str]:
 
 
 @contextmanager
-def run_folder(cfg: DictConfig, root: Path) -> Iterator[None]:
-    """Hold the run's folder; in it the resolved configuration, git state and package versions.
+def run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
+    """Hold the run's folder. Whether a run goes on there: until it trains nothing in it changes, see `settle_in`.
 
     ValueError if another run lies there, or another process writes there.
     """
     run = Path(cfg.paths.run)
     if getattr(rank_zero_only, "rank", 0) != 0:
-        yield
+        yield bool(cfg.resume)
         return
     with locked(run):
-        if (run / CONFIG).exists() and not cfg.resume:
-            raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
         goes_on = (run / CONFIG).exists()
-        config = OmegaConf.merge(cfg, {"resume": None}) if goes_on else cfg
-        for path, text in (
-            (run / "environment.json", json.dumps(environment(root), indent=2) + "\n"),
-            (run / CONFIG, OmegaConf.to_yaml(config, resolve=True)),
-        ):
-            keep_aside(path, text)
-            write_atomically(path, text)
-        yield
+        if goes_on and not cfg.resume:
+            raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
+        if not goes_on:
+            write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
+            write_atomically(run / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+        yield goes_on
+
+
+@rank_zero_only
+def settle_in(cfg: DictConfig, root: Path) -> None:
+    """Training goes on: its configuration and environment are the run's now, and its old report is withdrawn."""
+    run = Path(cfg.paths.run)
+    now = environment(root)
+    try:
+        then = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        then = {}
+    if {**then, "command": None} != {**now, "command": None}:
+        text = json.dumps(now, indent=2) + "\n"
+        keep_aside(run / "environment.json", text)
+        write_atomically(run / "environment.json", text)
+    text = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True)
+    keep_aside(run / CONFIG, text)
+    write_atomically(run / CONFIG, text)
+    withdraw_report(run)
 
 
 @rank_zero_only

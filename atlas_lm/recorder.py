@@ -1,6 +1,7 @@
 """What a run's report needs to know and Lightning forgets: times, tokens, the last validation, how it ended."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ METRICS = "callback_metrics"
 
 
 class RunRecorder(Callback):
-    """Counts over interruptions: its counters travel in the checkpoint."""
+    """Counts over interruptions: its counters travel in the checkpoint.
+
+    `at_start`: called when training starts, before any other callback: nothing has refused it.
+    """
 
     survives_rollback = True  # what was spent stays spent
 
-    def __init__(self) -> None:
+    def __init__(self, at_start: Callable[[], None] | None = None) -> None:
+        self.at_start = at_start
+        self.has_begun = False  # training
         self.tokens = 0  # input tokens trained on, all ranks together
         self.validation: dict[str, float] = {}  # the last validation's metrics
         self.training: dict[str, float] = {}  # what callbacks and module had logged when training ended
@@ -38,6 +44,9 @@ class RunRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock. A resumed run shows its callbacks the metrics that the whole one would show them."""
         self._start("train")
+        self.has_begun = True
+        if self.at_start is not None:
+            self.at_start()
         if self._restored:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._restored.items()})
             self._restored = {}

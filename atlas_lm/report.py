@@ -69,6 +69,7 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
         "rollbacks": count(recorder.training.get("spike/rollbacks")),
         "skipped_steps": added(recorder.training, "guard/skipped_steps", "guard/outliers"),
         "needle_accuracy": recorder.training.get("niah/accuracy"),
+        "needle_at_step": count(recorder.training.get("niah/step")),
         "memory_contribution": recorder.training.get("memory/contribution"),
         "parameters": sum(p.numel() for p in module.parameters()),
         "precision": str(trainer.precision),
@@ -196,5 +197,5 @@ def show(report: Report) -> None:
         console.print(f"{name}: {report[name]}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"verdict: {report['verdict']}", soft_wrap=True, markup=False, highlight=False)
     if report["status"] not in ("finished", "stopped early") and report["checkpoint"]:
-        hint = f"go on with the same command and resume={report['checkpoint']}"
+        hint = f"go on with the same command and resume=auto, or resume={report['checkpoint']}"
         console.print(hint, soft_wrap=True, markup=False, highlight=False)

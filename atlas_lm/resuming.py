@@ -3,9 +3,12 @@
 import fcntl
 import json
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
 LOCK, REPORT = ".lock", "report.json"
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
 
 
 def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
@@ -56,12 +60,11 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
 
 
 def unfinished_run(experiment: Path) -> Path | None:
-    """The newest run of an experiment, if it has not ended well and has a checkpoint."""
+    """The newest run of an experiment, if it has not ended well. Starts without a checkpoint do not count."""
     folders = [f for f in experiment.iterdir() if not f.is_symlink()] if experiment.is_dir() else []
-    runs = sorted(folder for folder in folders if (folder / CONFIG).is_file())
-    if not runs or _has_ended_well(runs[-1]) or newest_checkpoint(runs[-1]) is None:
-        return None
-    return runs[-1]
+    runs = sorted((folder for folder in folders if (folder / CONFIG).is_file()), reverse=True)
+    newest = next((run for run in runs if newest_checkpoint(run) is not None), None)
+    return None if newest is None or _has_ended_well(newest) else newest
 
 
 def _has_ended_well(run: Path) -> bool:
@@ -107,19 +110,13 @@ def steps_recorded(checkpoint: Path) -> int:
     return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (total["completed"] < total["processed"])
 
 
-def continue_records(trainer: Trainer, checkpoint: Path, run: Path) -> None:
-    """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost.
-
-    A report of what `run` was before is withdrawn: it is not finished any more.
-    """
+def continue_records(trainer: Trainer, checkpoint: Path) -> None:
+    """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost."""
     step = steps_recorded(checkpoint)
     for logger in trainer.loggers:
         go_on = getattr(logger, "go_on_from", None)
         if go_on is not None:
             go_on(step)
-    if trainer.is_global_zero:
-        for name in (REPORT, "report.md"):
-            (run / name).unlink(missing_ok=True)
     rank_zero_info("resuming %s: the records go on at step %d", checkpoint, step)
 
 
@@ -140,6 +137,24 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def preemptible(code: int = REQUEUE) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(code)
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def keep_aside(path: Path, text: str) -> None:
     """Rename `path` to <stem>.<n><suffix> if it holds something other than `text`."""
     if not path.is_file() or path.read_text(encoding="utf-8") == text:
@@ -148,4 +163,10 @@ def keep_aside(path: Path, text: str) -> None:
     while (aside := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists():
         n += 1
     path.rename(aside)
-    log.info("%s has changed since the run began: what it was is %s", path.name, aside.name)
+    log.info("%s differs from that of the run so far, which is kept as %s", path.name, aside.name)
+
+
+def withdraw_report(run: Path) -> None:
+    """What a run was before it goes on is no verdict on it any more."""
+    for name in (REPORT, "report.md"):
+        (run / name).unlink(missing_ok=True)

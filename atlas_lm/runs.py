@@ -85,7 +85,7 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
 
     skipped: list[str] = []
     for path in checkpoints_in(run / "checkpoints"):
-        wrong = why_unusable(path)
+        wrong = why_unusable(path.resolve())  # what is damaged is the file, not the link
         if wrong is None:
             return path, skipped
         skipped.append(wrong)

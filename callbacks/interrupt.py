@@ -76,7 +76,7 @@ class Interrupt(Checkpoint):
             raise KeyboardInterrupt
         name = self._name(received)
         raise Preempted(
-            self.requeue_exit_code, f"{name} at step {trainer.global_step}, all is saved: run the same command again"
+            self.requeue_exit_code, f"{name} at step {trainer.global_step}, all is saved, it can be resumed"
         )
 
     @staticmethod

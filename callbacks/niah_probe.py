@@ -145,6 +145,7 @@ class NiahProbe(Callback):
         self._draw(trainer, accuracy_LD)
         self.probes, self.seconds = self.probes + 1, self.seconds + time.perf_counter() - start
         values["niah/overhead_percent"] = self.overhead_percent()
+        values["niah/step"] = trainer.global_step
         record(trainer, values)
         wrong = self.judge(mean, control, trainer.global_step)
         if wrong and self.on_failure == "stop":

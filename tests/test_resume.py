@@ -278,6 +278,8 @@ def test_folders(in_tmp: Path) -> None:
     )
     run("3", None, checkpoint=False)
     assert unfinished_run(experiment) is None, "nothing to go on from"
+    (second / "report.json").unlink()
+    assert unfinished_run(experiment) == second, "a start that was refused hides no run"
     assert run_folder("nonsense", outputs, "x", "new") == new
 
 
@@ -302,6 +304,30 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(in_tmp: Path) -> Non
     assert "total_steps: 4" in (run / "config.1.yaml").read_text()
     assert "total_steps: 6" in (run / "config.yaml").read_text()
     assert "resume: null" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("refused", ["data.seq_len=16", "model.window=9", "trainer.accelerator=gpu"])
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
+    assert small_run(in_tmp, "name=x") == 0
+    run = only_run(in_tmp / "outputs")
+    files = ("report.json", "report.md", "config.yaml", "environment.json", "metrics.jsonl", "checkpoints/last.ckpt")
+    before = {name: (run / name).read_bytes() for name in files}
+    capsys.readouterr()
+    assert small_run(in_tmp, "name=x", f"resume={run}", refused) == 1
+    printed = capsys.readouterr()
+    assert len([line for line in printed.err.splitlines() if line.startswith("error: ")]) == 1
+    assert "verdict" not in printed.out
+    assert {name: (run / name).read_bytes() for name in files} == before
+    assert not list(run.glob("*.1.*"))
+
+
+def test_a_signal_before_training_asks_for_a_requeue_too(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "starting_point", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert small_run(in_tmp, "name=x") == 75
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_auto_with_nothing_intact_is_an_error(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,7 +355,7 @@ def test_auto_takes_the_newest_intact_one_and_says_what_it_skipped(in_tmp: Path)
     newest.write_bytes(content)
     assert small_run(in_tmp, "name=x", "resume=auto") == 0
     log = (run / "train.log").read_text()
-    assert "last.ckpt' is damaged" in log or "last.ckpt' has changed" in log, log
+    assert "step-0000004.ckpt' is damaged" in log
     assert f"resuming {run}/checkpoints/step-0000003.ckpt" in log
     assert report_of(run)["status"] == "finished"
 

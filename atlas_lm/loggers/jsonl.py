@@ -112,6 +112,7 @@ class JsonlLogger(Logger):
         self._metrics: dict[str, float] = {}
         self._seq: int | None = None  # of the next line; None until the file has been looked at
         self._timeline = 0
+        self._cut_at: int | None = None
 
     @property
     def name(self) -> str:
@@ -143,7 +144,10 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def go_on_from(self, step: int) -> None:
-        """Rows of `step` and later are moved out of the file: the run that is resumed writes them anew."""
+        """Before the next row is written, rows of `step` and later move out of the file: they come again."""
+        self._cut_at = step
+
+    def _cut(self, step: int) -> None:
         if not self.path.is_file():
             return
         kept: list[bytes] = []
@@ -156,7 +160,6 @@ class JsonlLogger(Logger):
             for line in cut:
                 _append(self.path.with_name(f"{self.path.stem}.cut{self.path.suffix}"), line.decode("utf-8", "replace"))
             write_atomically(self.path, "".join(line.decode() + "\n" for line in kept))
-        self._seq = None
 
     @rank_zero_only
     def flush(self) -> None:
@@ -175,6 +178,9 @@ class JsonlLogger(Logger):
         """Append the collected step, if any, in one call, so that no reader meets half a line."""
         if self._step is None or not self._metrics:
             return
+        if self._cut_at is not None:
+            self._cut(self._cut_at)
+            self._cut_at, self._seq = None, None
         if self._seq is None:
             self._seq, self._timeline = _resume(self.path)
         found = row(self._step, time.time(), self._metrics, self._seq, self._timeline)
