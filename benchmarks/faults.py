@@ -243,8 +243,8 @@ def scenario_run(run: Run) -> dict[str, Any]:
         error = (report.get("error") or (run.errors or [""])[-1]).removeprefix("error: ")
         found |= {
             "detected_by": named(error, code, run.variant),
-            "steps_to_detection": max(1, int(report.get("steps") or 0) - note["step"]) if note else None,
-            "action": "stop",
+            "steps_to_detection": steps or (max(1, (report.get("steps") or 0) - note["step"]) if note else None),
+            "action": f"{action}, stop" if action else "stop",
             "message": (run.errors or [error])[-1].removeprefix("error: ")[:400],
             "seconds_to_stop": ended - note["time"] if note else None,
             "checkpoint_loads": last_good_loads(run),
