@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import faults, soak
 from launching import SMALL_MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +78,62 @@ def test_an_unknown_model_is_named() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "no model 'tinny'; choose one of" in done.stderr
+
+
+# The fault suite
+
+
+def fault_row(fault: str, **values: Any) -> dict[str, Any]:
+    return {
+        "fault": fault, "seed": 0, "variant": "ours", "status": "finished", "val_loss": 2.0, "losses": [3.0, 2.5],
+        "records_in_order": True, "detected_by": None, "action": None, **values,
+    }  # fmt: skip
+
+
+def test_faults_are_held_against_the_clean_run_of_their_seed_and_ranks() -> None:
+    rows = [
+        fault_row("clean", alarms=0), fault_row("clean_two_ranks", val_loss=1.0, alarms=2),
+        fault_row("inf_loss", val_loss=2.02, detected_by="guard", steps_to_detection=1, action="1 skip", steps_lost=1),
+        fault_row("nan_gradient", val_loss=None),
+        fault_row("sigterm"), fault_row("truncated", losses=[3.0, 2.6]), fault_row("shard_flipped", status=None),
+        fault_row("kills", checkpoints_lost=3),
+    ]  # fmt: skip
+    shown = {row["fault"]: {name: show(row) for name, show in faults.COLUMNS.items()} for row in faults.table(rows)}
+    loss = "final loss, worst run against clean"
+    assert shown["Inf in the loss"][loss] == "+1.00%"
+    assert shown["Inf in the loss"]["detected by"] == "guard (1/1)"
+    assert shown["NaN in one rank's gradient"][loss] == "NaN"
+    assert shown["NaN in one rank's gradient"]["detected by"] == "nobody (0/1)"
+    assert shown["SIGTERM at a random step"][loss] == "every step bitwise"
+    assert shown["SIGKILL, newest checkpoint truncated"][loss] == "+0.00%", "another loss on the way"
+    assert shown["a byte of a token shard flipped"][loss] == ""
+    assert shown["nothing, 2 ranks"]["detected by"] == "2 false alarms in 1"
+
+
+def test_detection_is_read_from_the_records(tmp_path: Path) -> None:
+    run = faults.Run(faults.NAMES["garbage_tokens"], 0, "ours", tmp_path)
+    (tmp_path / "struck.json").write_text('{"batch": 5, "step": 4, "time": 0}')
+
+    def row(step: int, done: int, **values: float) -> dict[str, Any]:
+        return {"step": step, "global_step": done, **values}
+
+    quiet = [row(i, i + 1) for i in range(4)]
+    assert faults.detection(run, quiet) == (None, None, None, 0)
+    skips = [row(4, 5, **{"guard/outliers": 1}), row(5, 6, **{"guard/outliers": 2})]
+    assert faults.detection(run, quiet + skips) == ("outlier guard", 1, "2 skips", 2)
+    back = [row(6, 3, **{"spike/count": 1}), row(7, 4)]
+    assert faults.detection(run, quiet + skips + back) == ("outlier guard", 1, "2 skips, 1 rollback", 6)
+
+
+def test_a_soak_is_passed_only_by_what_it_shows() -> None:
+    good = {
+        "exit_code": 0, "memory_spread": 0.02, "open_files": [8], "rollbacks": 5, "skipped_steps": 2,
+        "rollbacks_expected_at_least": 5, "skips_expected_at_least": 2,
+        "verdict": "stopped early at step 9 of 10: …; 5 rollbacks and 2 skipped steps on the way",
+    }  # fmt: skip
+    assert soak.passed(good) == []
+    for name, value in (
+        ("exit_code", 1), ("memory_spread", 0.06), ("open_files", [8, 9]), ("rollbacks", 4), ("skipped_steps", 1),
+        ("verdict", "finished"),
+    ):  # fmt: skip
+        assert soak.passed({**good, name: value}) != [], name
