@@ -28,7 +28,7 @@ from benchmarks import measuring
 
 MODULE = "benchmarks.safeguards"
 CONF = Path(__file__).parents[1] / "conf"
-NOT_COUNTED = ("progress", "checkpoint", "interrupt")  # any training has these
+NOT_COUNTED = ("progress", "checkpoint", "interrupt", "random_state")  # any training has these
 HOOKS = (
     "on_train_start", "on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end",
 )  # fmt: skip
