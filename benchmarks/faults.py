@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -426,6 +427,11 @@ def killed(run: Run, moment: Callable[[subprocess.Popen[bytes]], None]) -> dict[
     }  # fmt: skip
 
 
+def digest(losses: list[float]) -> str:
+    """Of every bit of the loss of every step."""
+    return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
+
+
 def ending(run: Run) -> dict[str, Any]:
     """The final model, and the losses on the way to it."""
     report = run.report()
@@ -433,7 +439,7 @@ def ending(run: Run) -> dict[str, Any]:
     steps = [row["step"] for row in rows]
     return {
         "status": report.get("status"), "val_loss": report.get("val_loss"), "steps": report.get("steps"),
-        "losses": [row["lm_loss"] for row in rows if row["lm_loss"] is not None],
+        "losses": digest([row["lm_loss"] for row in rows if row["lm_loss"] is not None]),
         "records_in_order": [row["seq"] for row in rows] == list(range(len(rows))) and len({*steps}) == len(steps),
         "verdict": report.get("verdict"),
     }  # fmt: skip
@@ -537,7 +543,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "safeguards": lambda row: row["variant"],
     "detected by": lambda row: detected(row),
     "steps to detection": lambda row: "" if row["steps"] is None else f"{row['steps']:g}",
-    "action": lambda row: ", ".join(row["action"]),
+    "action": lambda row: " or ".join(row["action"]),
     "steps lost": lambda row: "" if row["lost"] is None else f"{row['lost']:g}",
     "seconds to the stop": lambda row: "" if row["seconds"] is None else f"{row['seconds']:.0f}",
     "final loss, worst run against clean": lambda row: final(row),

@@ -85,7 +85,8 @@ def test_an_unknown_model_is_named() -> None:
 
 def fault_row(fault: str, **values: Any) -> dict[str, Any]:
     return {
-        "fault": fault, "seed": 0, "variant": "ours", "status": "finished", "val_loss": 2.0, "losses": [3.0, 2.5],
+        "fault": fault, "seed": 0, "variant": "ours", "status": "finished", "val_loss": 2.0,
+        "losses": faults.digest([3.0, 2.5]),
         "records_in_order": True, "detected_by": None, "action": None, **values,
     }  # fmt: skip
 
@@ -95,7 +96,8 @@ def test_faults_are_held_against_the_clean_run_of_their_seed_and_ranks() -> None
         fault_row("clean", alarms=0), fault_row("clean_two_ranks", val_loss=1.0, alarms=2),
         fault_row("inf_loss", val_loss=2.02, detected_by="guard", steps_to_detection=1, action="1 skip", steps_lost=1),
         fault_row("nan_gradient", val_loss=None),
-        fault_row("sigterm"), fault_row("truncated", losses=[3.0, 2.6]), fault_row("shard_flipped", status=None),
+        fault_row("sigterm"), fault_row("truncated", losses=faults.digest([3.0, 2.6])),
+        fault_row("shard_flipped", status=None),
         fault_row("kills", checkpoints_lost=3),
     ]  # fmt: skip
     shown = {row["fault"]: {name: show(row) for name, show in faults.COLUMNS.items()} for row in faults.table(rows)}
