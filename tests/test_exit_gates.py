@@ -355,7 +355,9 @@ def test_chunk_sizes_are_measured_and_decided(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "docs" / "decisions.md"
     path.parent.mkdir()
     path.write_text("# Decisions\n")
-    command.main(["chunk_sizes", "steps=2", "seq_len=32", "batch_size=1", f"decisions={path}", *SMALL_MODEL])
+    command.main(
+        ["chunk_sizes", "steps=2", "seq_len=32", "batch_size=1", f"decisions={path}", *SMALL_MODEL, "model.shard=128"]
+    )
     text = path.read_text()
     assert text.startswith("# Decisions\n\n## 20")
     for chunks in ("{8,16,32,64}", "{16,32,64,128}", "{8,32,64}", "{8}", "{4} (configured)"):

@@ -20,7 +20,10 @@ from atlas_lm.module import AtlasModule
 from callbacks.memory_contribution import MemoryContribution
 from callbacks.niah_probe import NeedleLost, NiahProbe
 
-WIDE = {**MODEL, "head_dim": 64, "heads": 1, "rank": 447, "memory_hidden": 64, "local_chunks": [32], "global_chunk": 8}
+WIDE = {
+    **MODEL, "head_dim": 64, "heads": 1, "rank": 447, "memory_hidden": 64, "local_chunks": [32], "global_chunk": 8,
+    "shard": 32,
+}  # fmt: skip
 
 
 def fit(module: Any, *callbacks: Any, steps: int = 4, folder: Any = None, **changes: Any) -> lightning.Trainer:
