@@ -35,8 +35,10 @@ class Fault(Callback):
     def strikes(self, trainer: Trainer) -> bool:
         """Whether this batch is hit; the first time it is written down."""
         batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        if batch == self.at and not self.path.exists():
+        mine = self.path.with_suffix(f".{trainer.global_rank}")  # each rank remembers by itself: one may be ahead
+        if batch == self.at and not mine.exists():
             self.until = self.at + self.lasts
+            mine.touch()
             if trainer.is_global_zero:
                 note = {"batch": batch, "step": trainer.global_step, "time": time.time()}
                 self.path.write_text(json.dumps(note))
@@ -225,7 +227,8 @@ class Soak(Callback):
         if now - self.began >= self.every_s * (self.faults + 1):
             kind = self.KINDS[self.faults % len(self.KINDS)]
             self.faults += 1
-            (self.folder / STRUCK).unlink(missing_ok=True)
+            for mark in self.folder.glob(f"{Path(STRUCK).stem}.*"):
+                mark.unlink()
             self.current = kind(str(self.folder), at=number, seed=self.seed + self.faults)
             self._note("faults", {"seconds": now - self.began, "kind": kind.__name__, "batch": number})
         if self.current is not None:

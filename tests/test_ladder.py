@@ -14,7 +14,8 @@ from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs import newest_checkpoint
 from launching import only_run, report_of, small_run
 
-LOOKS = ["callbacks.spike_rollback.every_n_steps=2", "trainer.val_check_interval=100"]
+# Without the guard that would see the spoiled weights first: this is the ladder of those who watch the losses
+LOOKS = ["callbacks.spike_rollback.every_n_steps=2", "trainer.val_check_interval=100", "~callbacks.weight_integrity"]
 
 
 @pytest.fixture
@@ -109,3 +110,20 @@ def test_observing_is_left_to_the_one_who_asks(in_tmp: Path, monkeypatch: pytest
     rows = read_rows(only_run(in_tmp / "outputs") / "metrics.jsonl")
     assert max(row["ppl_delta"] for row in rows if row["ppl_delta"] is not None) > 0.05
     assert {row["rollback_count"] for row in rows if row["rollback_count"] is not None} == {0}
+
+
+def test_weights_that_change_by_themselves_are_rolled_back_in_the_very_step(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All safeguards as they are configured."""
+    spoil(monkeypatch, {6}, weights_times_thirty)
+    looks = [looks for looks in LOOKS if "weight_integrity" not in looks]
+    assert small_run(in_tmp, "optim.total_steps=10", *looks) == 0
+    run = only_run(in_tmp / "outputs")
+    assert report_of(run)["rollbacks"] == 1
+    rows = read_rows(run / "metrics.jsonl")
+    assert next(row["step"] for row in rows if row.get("guard/corruptions") == 1) == 6
+    assert (
+        "weights changed outside the optimizer before step 6: rank 0: model.norm.weight"
+        in (run / "train.log").read_text()
+    )
