@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from callbacks.probing import record
+from callbacks.probing import record, reshard
 from callbacks.ranks import any_rank, gathered
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class WeightIntegrity(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The state that training starts from."""
+        reshard(pl_module)  # gathered parameters are others than those that training keeps
         self._parameters, self._demanded = list(pl_module.named_parameters()), None
         self._expected = self._fingerprint(trainer)
 
