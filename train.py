@@ -47,12 +47,14 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
     module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token)
     checkpoint = starting_point(config, module)
 
-    recorder = RunRecorder(at_start=partial(settle_in, cfg, ROOT) if goes_on else None)
+    recorder = RunRecorder(f"{cfg.data}, {cfg.trainer}", partial(settle_in, cfg, ROOT) if goes_on else None)
     trainer = build_trainer(cfg, recorder)
-    if checkpoint:
-        continue_records(trainer, checkpoint)
+    recorded = continue_records(trainer, checkpoint) if checkpoint else 0
     try:
         trainer.fit(module, dm, ckpt_path=checkpoint)
+        if not recorder.has_begun:  # its last step was done: Lightning leaves before it counts that
+            trainer.fit_loop.epoch_loop._batches_that_stepped = recorded
+            recorder.skip_training()
         if recorder.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)
     except Exception as error:

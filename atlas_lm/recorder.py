@@ -13,12 +13,14 @@ METRICS = "callback_metrics"
 class RunRecorder(Callback):
     """Counts over interruptions: its counters travel in the checkpoint.
 
+    `held_out`: says what validation measures; another run's figure is not taken over where that differs.
     `at_start`: called when training starts, before any other callback: nothing has refused it.
     """
 
     survives_rollback = True  # what was spent stays spent
 
-    def __init__(self, at_start: Callable[[], None] | None = None) -> None:
+    def __init__(self, held_out: str = "", at_start: Callable[[], None] | None = None) -> None:
+        self.held_out = held_out
         self.at_start = at_start
         self.has_begun = False  # training
         self.tokens = 0  # input tokens trained on, all ranks together
@@ -44,12 +46,15 @@ class RunRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock. A resumed run shows its callbacks the metrics that the whole one would show them."""
         self._start("train")
-        self.has_begun = True
-        if self.at_start is not None:
-            self.at_start()
+        self._begin()
         if self._restored:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._restored.items()})
             self._restored = {}
+
+    def skip_training(self) -> None:
+        """The checkpoint is of the last step, so Lightning does not start: what it had logged is what there is."""
+        self._begin()
+        self.training = self._restored
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What callbacks see of the metrics at this moment."""
@@ -94,13 +99,25 @@ class RunRecorder(Callback):
         self.training = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters up to now."""
-        return {"tokens": self.tokens, "seconds": {name: self._elapsed(name) for name in self._seconds}}
+        """Counters up to now, and the last validation: a run that dies behind its last step does not repeat it."""
+        return {
+            "tokens": self.tokens,
+            "seconds": {name: self._elapsed(name) for name in self._seconds},
+            "validation": (self.held_out, self.validated_at, dict(self.validation)),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.tokens = state_dict["tokens"]
         self._seconds = dict(state_dict["seconds"])
+        held_out, at, found = state_dict.get("validation", ("", None, {}))  # older checkpoints have none
+        if held_out == self.held_out:
+            self.validated_at, self.validation = at, dict(found)
+
+    def _begin(self) -> None:
+        self.has_begun = True
+        if self.at_start is not None:
+            self.at_start()
 
     def _start(self, name: str) -> None:
         self._since[name] = time.monotonic()

@@ -110,14 +110,18 @@ def steps_recorded(checkpoint: Path) -> int:
     return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (total["completed"] < total["processed"])
 
 
-def continue_records(trainer: Trainer, checkpoint: Path) -> None:
-    """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost."""
+def continue_records(trainer: Trainer, checkpoint: Path) -> int:
+    """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost.
+
+    Returns the number of the first logging step that is not recorded yet.
+    """
     step = steps_recorded(checkpoint)
     for logger in trainer.loggers:
         go_on = getattr(logger, "go_on_from", None)
         if go_on is not None:
             go_on(step)
     rank_zero_info("resuming %s: the records go on at step %d", checkpoint, step)
+    return step
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Watches:  SIGINT; SIGTERM and SIGUSR1, which schedulers send before they preempt a job or its time is up. An end in the
           middle of a step would leave weights half updated and lose a batch on resume.
 Acts:     finishes the step (and the validation behind it), saves `path`, stops all ranks together. After SIGTERM and
-          SIGUSR1 the process ends with `requeue_exit_code`: run the same command again. A second Ctrl-C stops at once.
+          SIGUSR1 the process ends with `requeue_exit_code`, which asks to be resumed. A second Ctrl-C stops at once.
 Logs:     nothing.
 Requires: any LightningModule.
 """

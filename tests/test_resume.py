@@ -161,6 +161,29 @@ def test_ctrl_c_and_the_schedulers_signals(
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize("validated", [True, False], ids=["validated at its last step", "validated behind it"])
+def test_a_run_that_dies_behind_its_last_step_gets_its_verdict(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, validated: bool
+) -> None:
+    every = ["trainer.val_check_interval=4" if validated else "trainer.val_check_interval=3"]
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    assert small_run(in_tmp, "name=whole", *every) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "judge", kill)
+        with pytest.raises(Killed):
+            small_run(in_tmp, "name=cut", *every)
+    assert small_run(in_tmp, "name=cut", *every, "resume=auto") == 0
+    ours, theirs = (only_run(in_tmp / "outputs", name) for name in ("cut", "whole"))
+    assert report_of(ours)["status"] == "finished"
+    assert report_of(ours)["validated_at_step"] == 4
+    assert_same_run(ours, theirs)
+    assert small_run(in_tmp, "name=cut", *every, "resume=cut", "+trainer.limit_val_batches=1") == 0
+    assert report_of(ours)["val_loss"] != report_of(theirs)["val_loss"], "other settings, a validation of their own"
+
+
 @pytest.mark.slow
 def test_a_run_with_a_rollback_resumes_on_its_timeline(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled_then_dead(batches: dict[int, Any]) -> int:
