@@ -139,9 +139,12 @@ class GateMonitor(Callback):
         """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates."""
         if not gates_LN.numel():
             raise ValueError("gate_monitor: this model has no gates: remove the monitor with ~callbacks.gate_monitor")
-        gates_LN = gates_LN.detach().double()  # a variance as a difference of squares needs the digits
-        polarised_LN = ((gates_LN < self.low) | (gates_LN > self.high)).double()
-        moments = torch.stack([gates_LN.mean(1), gates_LN.square().mean(1), polarised_LN.mean(1)])
+        gates_LN = gates_LN.detach().float()
+        mean_L1 = gates_LN.mean(1, keepdim=True)
+        variance_L = (gates_LN - mean_L1).square_().mean(1).double()  # about the mean: in float32 it keeps its digits
+        mean_L = mean_L1.squeeze(1).double()
+        polarised_L = ((gates_LN < self.low) | (gates_LN > self.high)).sum(1).double() / gates_LN.shape[1]
+        moments = torch.stack([mean_L, variance_L + mean_L.square(), polarised_L])
         return mean_over_ranks(trainer, moments).cpu()
 
     def _act(self, trainer: Trainer, failure: Failure | None) -> None:
