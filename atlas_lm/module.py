@@ -24,6 +24,7 @@ from atlas_lm.generate import continue_text
 from atlas_lm.model import AtlasLM, Output
 from atlas_lm.needles import losses_with_and_without_memory, write_and_read
 from atlas_lm.optim import build_optimizer, build_schedule
+from atlas_lm.side_by_side import side_by_side
 
 UNSCORED = -100
 SAMPLE_PROMPT, SAMPLE_TOKENS = "def ", 128  # what each validation writes a continuation of
@@ -69,6 +70,9 @@ class AtlasModule(L.LightningModule):
         self.model_config, self.optim_config = model, optim
         self.bytes_per_token = bytes_per_token
         self.model = AtlasLM(model, vocab_size)
+        parameters = list(self.model.parameters())
+        for parameter, copy in zip(parameters, side_by_side(parameters), strict=True):
+            parameter.data = copy
         # torchmetrics drops NaN by default: a validation that is partly NaN would look healthy
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)

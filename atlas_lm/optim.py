@@ -7,11 +7,13 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from atlas_lm.config import OptimConfig
+from atlas_lm.side_by_side import side_by_side
 
 
 class MuonAdamW(Optimizer):
@@ -23,6 +25,7 @@ class MuonAdamW(Optimizer):
     def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]], **adamw: Any) -> None:
         self.parts: tuple[Optimizer, ...] = (Muon(muon_groups), AdamW(adamw_groups, **adamw))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._laid_out = 0  # parameters whose moments lie side by side
         self._share()
 
     def _share(self) -> None:
@@ -37,6 +40,7 @@ class MuonAdamW(Optimizer):
         super().load_state_dict(state_dict)
         if not isinstance(self.state, defaultdict):
             self.state = defaultdict(dict, self.state)
+        self._laid_out = 0
         self._share()
 
     @torch.no_grad()
@@ -45,9 +49,25 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.state:
+            self._laid_out = 0
         for part in self.parts:
             part.step()
+        if len(self.state) != self._laid_out:
+            self._lay_out()
         return loss
+
+    def _lay_out(self) -> None:
+        """The parts make their moments one by one; move them together."""
+        kinds: dict[Any, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+        for state in self.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() and not isinstance(value, DTensor):
+                    kinds[value.dtype, value.device].append((state, name))
+        for places in kinds.values():
+            for (state, name), copy in zip(places, side_by_side(state[name] for state, name in places), strict=True):
+                state[name] = copy
+        self._laid_out = len(self.state)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:

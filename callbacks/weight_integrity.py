@@ -14,21 +14,18 @@ Source:   silent data corruption strikes without NaN: no safeguard that looks at
 """
 
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from callbacks.bit_sums import BitSums, Fingerprint
 from callbacks.probing import record, reshard
 from callbacks.ranks import any_rank, gathered
 
 log = logging.getLogger(__name__)
 
-WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # by falling size
 SHOWN = 5  # names in a message
 
 
@@ -43,66 +40,6 @@ class CanRollBack(Protocol):
 
 class WeightsCorrupted(RuntimeError):
     """Weights or optimizer state differ from what the optimizer left."""
-
-
-def words(tensor: Tensor) -> list[Tensor]:
-    """Flat views as integers that together hold every bit of `tensor` once, as wide as its size and alignment allow.
-
-    What adds them up need not know their order: dense strides are sorted; only tensors with gaps are copied.
-    """
-    by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return _words(tensor.detach().permute(by_stride).reshape(-1).contiguous())
-
-
-def _words(flat: Tensor) -> list[Tensor]:
-    for word in WORDS:
-        ratio = max(1, word.itemsize // flat.dtype.itemsize)
-        whole = flat.numel() - flat.numel() % ratio
-        if whole and flat.storage_offset() % ratio == 0:
-            return [flat[:whole].view(word), *_words(flat[whole:])]
-    return []
-
-
-class Fingerprint(NamedTuple):
-    """One 64-bit sum over the bits of each of some tensors, on their devices until somebody reads them."""
-
-    names: list[str]  # of the tensors; one that took several views stands here several times
-    sums: list[Tensor]  # one per device
-
-    def numbers(self) -> dict[str, int]:
-        """By name, modulo 2⁶⁴; waits for the devices."""
-        found: dict[str, int] = {}
-        for name, value in zip(self.names, (x for part in self.sums for x in part.tolist()), strict=True):
-            found[name] = (found.get(name, 0) + value) % 2**64
-        return found
-
-
-class BitSums:
-    """Takes fingerprints of tensors that mostly stay where they are: to make views takes longer than to add them up."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, int]] = []
-        self._views: list[list[Tensor]] = []  # by device
-        self._names: list[str] = []
-
-    def __call__(self, tensors: list[Tensor], names: Callable[[], list[str]]) -> Fingerprint:
-        """Of what this rank holds of each tensor. `names` is asked when the tensors are not those of the last call."""
-        with torch.no_grad():
-            local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
-            if len(local) != len(self._seen) or any(
-                x is not y or x.data_ptr() != place for x, (y, place) in zip(local, self._seen, strict=True)
-            ):
-                self._look(local, names())
-            return Fingerprint(self._names, [torch.stack([x.sum() for x in views]) for views in self._views])
-
-    def _look(self, local: list[Tensor], names: list[str]) -> None:
-        views = [(name, x.device, words(x)) for name, x in zip(names, local, strict=True) if x.numel()]
-        copied = any(parts[0].untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-                     for (_, _, parts), x in zip(views, (x for x in local if x.numel()), strict=True))  # fmt: skip
-        self._seen = [] if copied else [(x, x.data_ptr()) for x in local]
-        devices = list(dict.fromkeys(device for _, device, _ in views))
-        self._views = [[x for _, at, parts in views if at == device for x in parts] for device in devices]
-        self._names = [name for device in devices for name, at, parts in views if at == device for _ in parts]
 
 
 class WeightIntegrity(Callback):
@@ -187,7 +124,7 @@ class WeightIntegrity(Callback):
 
     def _compare(self, expected: Fingerprint | dict[str, int], found: Fingerprint) -> list[str]:
         if isinstance(expected, Fingerprint):
-            if expected.names is found.names and all(map(torch.equal, expected.sums, found.sums)):
+            if expected.equals(found):
                 return []
             expected = expected.numbers()
         return self.judge(expected, found.numbers())

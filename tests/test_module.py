@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from atlas_lm.config import ModelConfig, OptimConfig
+from atlas_lm.model import AtlasLM
 from atlas_lm.module import UNSCORED, AtlasModule, capped_polarisation_gradient
 
 VOCABULARY = 11
@@ -109,3 +110,13 @@ def test_unscored_targets_do_not_count():
     rolled = logits.clone()
     rolled[:, :15] = 0
     torch.testing.assert_close(module.loss(logits, half), module.loss(rolled, half))
+
+
+def test_parameters_lie_in_one_storage_as_the_seed_made_them():
+    module = make_module(0.0, 0.1)
+    fresh = AtlasModule(module.model_config, module.optim_config, VOCABULARY)
+    assert len({p.untyped_storage().data_ptr() for p in fresh.model.parameters()}) == 1
+    torch.manual_seed(0)
+    again = AtlasLM(module.model_config, VOCABULARY)
+    for (name, ours), theirs in zip(module.model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs.double()), name

@@ -202,3 +202,30 @@ def test_learning_rate_at_its_borders():
 def test_learning_rate_of_odd_runs_is_a_share(warmup, total):
     config = optim_config(warmup_steps=warmup, total_steps=total)
     assert all(0 < learning_rate_factor(step, config) <= 1 for step in range(50))
+
+
+def storages(optimizer: torch.optim.Optimizer) -> int:
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    return len({x.untyped_storage().data_ptr() for x in moments})
+
+
+def test_muons_moments_lie_side_by_side_and_train_as_if_they_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, plain = Net(), Net()
+    optimizer = build_optimizer(net, optim_config())
+    train(net, optimizer, 3)
+    assert storages(optimizer) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(MuonAdamW, "_lay_out", lambda self: None)
+        apart = build_optimizer(plain, optim_config())
+        train(plain, apart, 3)
+    assert storages(apart) > 5
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert file.tell() < 1.2 * sum(x.nbytes for state in optimizer.state.values() for x in state.values()) + 20_000
+    optimizer.load_state_dict(copy.deepcopy(apart.state_dict()))
+    train(net, optimizer, 1, seed=5)
+    assert storages(optimizer) == 1, "again behind a checkpoint"
+    optimizer.state.clear()  # a rollback to the start of a run
+    train(net, optimizer, 1)
+    assert storages(optimizer) == 1

@@ -1,0 +1,23 @@
+"""Tensors side by side: the same values, aligned like torch's own allocations, equal ones at equal distances."""
+
+import torch
+
+from atlas_lm.side_by_side import ALIGNMENT, side_by_side
+
+
+def test_copies_share_one_storage_at_equal_distances() -> None:
+    tensors = [torch.randn(3, 5), torch.randn(17), torch.randn(3, 5), torch.randn(()), torch.randn(5, 3).T]
+    copies = side_by_side(tensors)
+    for copy, x in zip(copies, tensors, strict=True):
+        assert torch.equal(copy, x)
+        assert copy.stride() == x.stride()
+        assert copy.data_ptr() % ALIGNMENT == 0
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
+    same = sorted(copies[i].data_ptr() for i in (0, 2, 4))
+    assert same[1] - same[0] == same[2] - same[1] == ALIGNMENT
+    copies[0].zero_()
+    assert all(torch.equal(copy, x) for copy, x in zip(copies[1:], tensors[1:], strict=True)), "none overlaps another"
+
+
+def test_nothing_to_lay_out() -> None:
+    assert side_by_side([]) == []
