@@ -40,7 +40,7 @@ def versions(path: Path) -> list[dict[str, Any]]:
     return _flat(read(path.parent).get(path.name))
 
 
-def record(folder: Path, name: str, content: Path, step: Any) -> None:
+def record(folder: Path, name: str, content: Path, checksum: str, step: Any) -> None:
     """Enter the file that is about to be renamed from `content` to `name`, beside what has that name now. Durable.
 
     Entries of files that are gone are dropped.
@@ -48,7 +48,7 @@ def record(folder: Path, name: str, content: Path, step: Any) -> None:
     entries = {other: entry for other, entry in read(folder).items() if (folder / other).is_file()}
     entry = {
         "size": content.stat().st_size,
-        "sha256": sha256(content),
+        "sha256": checksum,
         "global_step": step if isinstance(step, int) else None,
         "written": round(time.time(), 3),
     }

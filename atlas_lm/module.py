@@ -12,9 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as nnf
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
@@ -77,6 +79,7 @@ class AtlasModule(L.LightningModule):
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
         self._last_step_ended: float | None = None
+        self._known_norm: tuple[list[int], Tensor] | None = None  # of the gradients of this step, in these versions
         self._gates: tuple[Tensor, ...] = ()  # of the last training step
         self.loss_weights = {"polarisation": 0.0}  # λ of SPEC M15, until a schedule sets it
 
@@ -171,10 +174,42 @@ class AtlasModule(L.LightningModule):
         self.log("train/global_step", float(self.trainer.global_step))  # goes back at a rollback; the loggers' step not
         self._last_step_ended = now
 
+    def gradient_norm(self) -> Tensor:
+        """2-norm of this step's gradients before clipping, over all shards; computed when first asked for."""
+        norm = self._norm()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _norm(self) -> Tensor:
+        gradients = [p.grad for p in self._optimized() if p.grad is not None]
+        versions = [gradient._version for gradient in gradients]  # a callback may drop or change some
+        if self._known_norm is None or self._known_norm[0] != versions:
+            self._known_norm = versions, torch.nn.utils.get_total_norm(gradients)
+        return self._known_norm[1]
+
+    def _optimized(self) -> list[Tensor]:
+        """In the order in which Lightning clips them."""
+        return [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
+
+    def on_after_backward(self) -> None:
+        self._known_norm = None
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients:  # a guard may have taken them away: the step is skipped
-            self.log("optim/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if any(p.grad is not None for p in self._optimized()):  # a guard may have taken them away: the step is skipped
+            self.log("optim/grad_norm", self.gradient_norm())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips by norm, with the norm that is known already."""
+        plain = type(self.trainer.precision_plugin).clip_grad_by_norm is Precision.clip_grad_by_norm
+        if plain and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(self._optimized(), gradient_clip_val, self._norm())
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._known_norm = None
 
     def on_validation_start(self) -> None:
         self._last_step_ended = None  # a validation is no training time

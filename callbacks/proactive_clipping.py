@@ -4,17 +4,18 @@ Watches:  the local chunk sizes at each step; the gradient's norm before clippin
 Acts:     sets the Trainer's clip threshold of this very step to κ_base · sqrt(32 / C_L), C_L the largest local chunk;
           `transition_factor` of it in the step in which any size changed and the `transition_steps` − 1 after it.
 Logs:     optim/clip_threshold, clip/transitions, clip/clips at every step.
-Requires: HasLocalChunks. Keeps sizes, the distance to their change and counts in the checkpoint.
+Requires: HasLocalChunks; with HasGradientNorm it takes less time. Keeps sizes, the distance to their change and counts
+          in the checkpoint.
 Source:   SPEC C5.
 """
 
 import math
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from callbacks.gradients import gradient_norm
 
 
 @runtime_checkable
@@ -83,8 +84,7 @@ class ProactiveClipping(Callback):
         kappa = self.at_step(tuple(pl_module.local_chunks))
         trainer.gradient_clip_val = kappa
         trainer.gradient_clip_algorithm = "norm"  # type: ignore[assignment]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        self.clips += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) > kappa
+        self.clips += float(gradient_norm(pl_module, optimizer)) > kappa
         pl_module.log("optim/clip_threshold", kappa)
         pl_module.log("clip/transitions", float(self.transitions))
         pl_module.log("clip/clips", float(self.clips))

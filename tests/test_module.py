@@ -1,5 +1,6 @@
 """The loss that the module adds to the language model's: gate polarisation (SPEC M15)."""
 
+import lightning
 import pytest
 import torch
 
@@ -120,3 +121,62 @@ def test_parameters_lie_in_one_storage_as_the_seed_made_them():
     again = AtlasLM(module.model_config, VOCABULARY)
     for (name, ours), theirs in zip(module.model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs.double()), name
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: rows[index % 2] for name, rows in make_batch().items()}
+
+
+def fit(module: AtlasModule, *callbacks: lightning.Callback, **changes) -> lightning.Trainer:
+    del module.log  # the trainer's
+    torch.manual_seed(0)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=3, max_epochs=-1, callbacks=[*callbacks], logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, **({"gradient_clip_val": 0.05} | changes),
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(Tokens(), batch_size=2)
+    trainer.fit(module.float(), loader, loader)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.parametrize("changes", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_algorithm": "value"}])
+def test_it_clips_as_lightning_does_with_the_norm_of_the_step(changes, monkeypatch):
+    asked = []
+
+    class Ask(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            asked.append((float(pl_module.gradient_norm()), float(torch.nn.utils.get_total_norm(gradients))))
+
+    module = make_module(0.0, 0.1)
+    trainer = fit(module, Ask(), **changes)
+    plain = make_module(0.0, 0.1)
+    with monkeypatch.context() as patched:
+        patched.delattr(AtlasModule, "configure_gradient_clipping")
+        fit(plain, **changes)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    assert len({norm for norm, _ in asked}) == 3, "each step has its own"
+    assert asked == [(pytest.approx(truth), truth) for _, truth in asked]
+    assert asked[0][0] > 0.05, "the test would clip nothing"
+    assert float(trainer.callback_metrics["optim/grad_norm"]) == asked[-1][0], "before clipping"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+def test_the_norm_is_of_the_gradients_as_they_are():
+    class Change(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            before = pl_module.gradient_norm()
+            for p in pl_module.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(2)
+            torch.testing.assert_close(pl_module.gradient_norm(), 2 * before)
+            optimizer.zero_grad(set_to_none=True)
+            assert float(pl_module.gradient_norm()) == 0
+
+    trainer = fit(make_module(0.0, 0.1), Change())
+    assert "optim/grad_norm" not in trainer.callback_metrics, "a skipped step has none"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import Lines
 
-from callbacks.nonfinite_guard import NonfiniteGuard, NonFiniteTraining, size
+from callbacks.nonfinite_guard import NonfiniteGuard, NonFiniteTraining, largest
 
 
 class Weights(lightning.Callback):
@@ -94,9 +94,9 @@ def test_a_loss_without_gradient_counts_too(fit: Any, line: Any) -> None:
 def test_large_finite_gradients_are_finite() -> None:
     large = [torch.full((9,), 3e38), torch.tensor([2.0], dtype=torch.bfloat16), torch.empty(0, 4)]
     assert torch.nn.utils.get_total_norm(large[:1]).isinf(), "the test would not notice"
-    assert float(size(large)) == pytest.approx(3e38)
-    assert size([*large, torch.tensor([1.0, math.nan])]).isnan()
-    assert float(size([])) == 0
+    assert float(largest(large)) == pytest.approx(3e38)
+    assert largest([*large, torch.tensor([1.0, math.nan])]).isnan()
+    assert float(largest([])) == 0
 
 
 def test_with_a_loss_scaler_it_only_watches(fit: Any, line: Any) -> None:
