@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from callbacks.gradients import gradient_norm, gradients
 from callbacks.probing import record
-from callbacks.ranks import gathered, max_over_ranks
+from callbacks.ranks import any_rank, gathered
 
 
 class NonFiniteTraining(FloatingPointError):
@@ -60,17 +60,16 @@ class NonfiniteGuard(Callback):
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Judge the window. The flags travel together: the one wait for the device, and one message between ranks."""
+        """Judge the window: one wait for the device, and one message between ranks unless something is wrong."""
         norm = gradient_norm(pl_module, optimizer)
-        # the squares of large finite gradients overflow; only then is each looked at, which is slower
-        seen = norm if bool(norm.isfinite()) else largest(gradients(optimizer))
-        bad_gradient = ~torch.isfinite(seen.to(trainer.strategy.root_device))
-        bad_loss = torch.zeros_like(bad_gradient) if self._bad_loss is None else self._bad_loss.to(bad_gradient.device)
+        bad_loss = (
+            torch.zeros_like(norm, dtype=torch.bool) if self._bad_loss is None else self._bad_loss.to(norm.device)
+        )
         self._bad_loss = None
-        mine = torch.stack([bad_loss, bad_gradient]).float()
-        flags = [bool(flag) for flag in torch.stack([mine, max_over_ranks(trainer, mine)]).flatten().tolist()]
-        loss, gradient, any_loss, any_gradient = flags
-        if not (any_loss or any_gradient):
+        loss, gradient = torch.stack([bad_loss, ~norm.isfinite()]).tolist()
+        if gradient:  # or the squares of large finite ones overflow: then each is looked at, which is slower
+            gradient = not bool(largest(gradients(optimizer)).isfinite())
+        if not any_rank(trainer, loss or gradient):
             self.streak.clear()
             return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -83,7 +82,7 @@ class NonfiniteGuard(Callback):
         self.count(trainer.global_step, where)
         record(trainer, {"guard/skipped_steps": self.skipped})
         # a scaler overflows while it looks for its scale, but no scale helps against a loss of NaN
-        self.judge(may_stop=any_loss or not scaled)
+        self.judge(may_stop=bool(where["loss"]) or not scaled)
 
     def count(self, step: int, where: dict[str, list[int]]) -> None:
         """One more skipped step; `where`: the ranks on which the loss and the gradient were not finite."""

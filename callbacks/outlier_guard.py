@@ -14,13 +14,14 @@ import logging
 import math
 import statistics
 from collections import deque
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from callbacks.demands import who_can_roll_back
 from callbacks.probing import record
 from callbacks.ranks import max_over_ranks
 
@@ -28,15 +29,6 @@ log = logging.getLogger(__name__)
 
 SIGMA = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 LEAST = 0.02  # of the median: the least deviation, for losses that hardly vary
-
-
-@runtime_checkable
-class CanRollBack(Protocol):
-    """A callback that returns to an earlier state at the end of this step, on all ranks, when asked for it."""
-
-    def demand(self, reason: str) -> None:
-        """To be called on all ranks; `reason` is for the log."""
-        ...
 
 
 class LossOutliers(RuntimeError):
@@ -124,8 +116,7 @@ class OutlierGuard(Callback):
             log.warning("%s: skipped", what)
 
     def _regain(self, trainer: Trainer, skipped: int) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        able = next((callback for callback in callbacks if isinstance(callback, CanRollBack)), None)
+        able = who_can_roll_back(trainer)
         if able is not None:
             able.demand(f"{skipped} steps with outlying losses were skipped before step {trainer.global_step}")
 

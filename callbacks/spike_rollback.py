@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from callbacks.demands import unsettled
 from callbacks.probing import begins, held_out_batch, is_logging_step, record, record_start, undisturbed
 from callbacks.ranks import any_rank, mean_over_ranks
 from callbacks.snapshots import Snapshot, restore, take
@@ -47,12 +48,6 @@ class HasHeldOutLoss(Protocol):
 
 class TrainingUnstable(FloatingPointError):
     """More spikes than rollbacks are allowed."""
-
-
-def _unsettled(trainer: Trainer) -> bool:
-    """Whether another callback says that this is no moment to come back to."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(getattr(callback, "unsettled", False) for callback in callbacks)
 
 
 class Kept(NamedTuple):
@@ -186,7 +181,7 @@ class SpikeRollback(Checkpoint):
             self._window.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if trainer.fit_loop._should_accumulate():
             return
-        alarm = any_rank(trainer, bool(self._window) and not bool(torch.stack(self._window).isfinite().all()))
+        alarm = any_rank(trainer, not all(math.isfinite(loss) for loss in self._window))
         self._losses += self._window if self.watch == "training_loss" else []
         self._window = []
         due = trainer.global_step % self.every_n_steps == 0
@@ -235,7 +230,7 @@ class SpikeRollback(Checkpoint):
             record(trainer, self._counters())
         if due and not spike and delta <= self.threshold:
             self.follow(perplexity)
-            if self.mode == "act" and not _unsettled(trainer):
+            if self.mode == "act" and not unsettled(trainer):
                 self._keep(trainer, pl_module)
         elif due and self.mode == "observe" and math.isfinite(perplexity):
             self.follow(perplexity)

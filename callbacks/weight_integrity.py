@@ -14,28 +14,20 @@ Source:   silent data corruption strikes without NaN: no safeguard that looks at
 """
 
 import logging
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.bit_sums import BitSums, Fingerprint
+from callbacks.demands import who_can_roll_back
 from callbacks.probing import record, reshard
 from callbacks.ranks import any_rank, gathered
 
 log = logging.getLogger(__name__)
 
 SHOWN = 5  # names in a message
-
-
-@runtime_checkable
-class CanRollBack(Protocol):
-    """A callback that returns to an earlier state at the end of this step, on all ranks, when asked for it."""
-
-    def demand(self, reason: str) -> None:
-        """To be called on all ranks; `reason` is for the log."""
-        ...
 
 
 class WeightsCorrupted(RuntimeError):
@@ -96,7 +88,7 @@ class WeightIntegrity(Callback):
         reason = f"weights changed outside the optimizer before step {step}: {'; '.join(_told(wrong))}"
         if trainer.is_global_zero:
             log.warning("%s", reason)
-        able = next((c for c in trainer.callbacks if isinstance(c, CanRollBack)), None)  # type: ignore[attr-defined]
+        able = who_can_roll_back(trainer)
         if able is None or self._demanded is not None:
             failed = "" if able is None else f" (the rollback demanded at step {self._demanded} did not repair them)"
             raise WeightsCorrupted(

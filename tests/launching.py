@@ -2,11 +2,13 @@
 
 import json
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import train
@@ -41,6 +43,17 @@ def small_run(folder: Path, *overrides: str) -> int:
     """Four steps of a tiny model on a small corpus."""
     corpus = write_corpus(folder / "corpus")
     return launch("data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *overrides)
+
+
+def with_all_safeguards(folder: Path, *overrides: str) -> Path:
+    """The folder of a finished `small_run` with all safeguards of stage 2, started in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py"])
+        often = ["callbacks.niah_probe.every_n_steps=2", "callbacks.spike_rollback.every_n_steps=2"]
+        longer = ["data.seq_len=48", "callbacks.chunk_size.gamma=0.9"]
+        assert small_run(folder, "callbacks=stage2", *often, *longer, *overrides) == 0
+        return only_run(folder / "outputs")
 
 
 def report_of(run: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import faults, soak
 from launching import SMALL_MODEL
 
@@ -62,15 +64,15 @@ def test_safeguards(tmp_path: Path) -> None:
     asked = ["--steps", "2", "--pairs", "1", *SMALL_MODEL, "data.seq_len=64", "data.batch_size=1"]
     rows, output = run("safeguards", tmp_path, *asked)
     shares = {row["name"]: row["share"] for row in rows}
-    assert {"niah_probe", "spike_rollback", "nonfinite_guard", "gate_monitor", "all safeguards"} <= shares.keys()
-    parts = [share for name, share in shares.items() if name in rows_of_callbacks(rows)]
-    assert 0 < shares["all safeguards"] <= sum(parts) * 1.01
-    assert "whole run, with / without" in output
-
-
-def rows_of_callbacks(rows: list[dict[str, Any]]) -> set[str]:
-    names = [row["name"] for row in rows]
-    return set(names[: names.index("all safeguards")])
+    parts = [row["share"] for row in rows[: list(shares).index("all, time in hooks")]]
+    assert {"niah_probe", "spike_rollback", "nonfinite_guard", "gate_monitor", "weight_integrity"} <= shares.keys()
+    assert shares["all, time in hooks"] == pytest.approx(sum(parts)) != 0
+    probes = sum(shares[name] for name in ("niah_probe", "memory_contribution", "spike_rollback"))
+    assert shares["all but the probes, time in hooks"] == pytest.approx(sum(parts) - probes)
+    assert shares["all: blocks and probes"] == pytest.approx(
+        shares["all but the probes, blocks with / without"] + probes
+    )
+    assert "ratios of blocks" in output
 
 
 def test_an_unknown_model_is_named() -> None:

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from atlas_lm.loggers.jsonl import row
 from atlas_lm.memory.projection import ProjectionState
 from callbacks import snapshots
 from callbacks.proactive_clipping import ProactiveClipping
-from launching import SMALL_MODEL, only_run, small_run
+from launching import SMALL_MODEL, with_all_safeguards
 
 Rows = list[dict[str, Any]]
 
@@ -396,16 +394,9 @@ def test_what_would_be_resolved_again_is_refused(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps with all safeguards of stage 2; judged for both phases."""
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py"])
-        often = ["callbacks.niah_probe.every_n_steps=2", "callbacks.spike_rollback.every_n_steps=2"]
-        longer = ["callbacks.memory_contribution.every_n_steps=4", "data.seq_len=48", "callbacks.chunk_size.gamma=0.9"]
-        assert small_run(folder, "callbacks=stage2", *often, *longer) == 0
-        yield only_run(folder / "outputs")
+    return with_all_safeguards(tmp_path_factory.mktemp("run"), "callbacks.memory_contribution.every_n_steps=4")
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from toys import STEPS, Line, Lines
 from two_ranks import run_on_two_ranks
 
+from callbacks.demands import CanRollBack
 from callbacks.nonfinite_guard import NonfiniteGuard
 from callbacks.snapshots import restore, take
-from callbacks.weight_integrity import CanRollBack, WeightIntegrity, WeightsCorrupted
+from callbacks.weight_integrity import WeightIntegrity, WeightsCorrupted
 
 
 def flip(tensor: Tensor, bit: int, index: int = 0) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,14 @@ from omegaconf import OmegaConf
 from atlas_lm import calibrate, compare, generate, manifest, options
 from atlas_lm.checkpoint import read_checkpoint
 from atlas_lm.exit_gates import command
-from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run, small_run
+from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, with_all_safeguards
 
 MARKER = "it_ran"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py"])
-        often = ["callbacks.niah_probe.every_n_steps=2", "callbacks.spike_rollback.every_n_steps=2"]
-        assert small_run(folder, "callbacks=stage2", *often, "callbacks.chunk_size.gamma=0.9", "data.seq_len=48") == 0
-        yield only_run(folder / "outputs")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_all_safeguards(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
