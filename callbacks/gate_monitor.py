@@ -143,7 +143,7 @@ class GateMonitor(Callback):
         mean_L1 = gates_LN.mean(1, keepdim=True)
         variance_L = (gates_LN - mean_L1).square_().mean(1).double()  # about the mean: in float32 it keeps its digits
         mean_L = mean_L1.squeeze(1).double()
-        polarised_L = ((gates_LN < self.low) | (gates_LN > self.high)).sum(1).double() / gates_LN.shape[1]
+        polarised_L = ((gates_LN < self.low) | (gates_LN > self.high)).count_nonzero(1).double() / gates_LN.shape[1]
         moments = torch.stack([mean_L, variance_L + mean_L.square(), polarised_L])
         return mean_over_ranks(trainer, moments).cpu()
 
