@@ -47,7 +47,8 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
     module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token)
     checkpoint = starting_point(config, module)
 
-    recorder = RunRecorder(f"{cfg.data}, {cfg.trainer}", partial(settle_in, cfg, ROOT) if goes_on else None)
+    held_out = f"{cfg.data}, {cfg.trainer}, {config.precision}"
+    recorder = RunRecorder(held_out, partial(settle_in, cfg, ROOT) if goes_on else None)
     trainer = build_trainer(cfg, recorder)
     recorded = continue_records(trainer, checkpoint) if checkpoint else 0
     try:

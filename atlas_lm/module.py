@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -79,7 +79,8 @@ class AtlasModule(L.LightningModule):
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
         self._last_step_ended: float | None = None
-        self._known_norm: tuple[list[int], Tensor] | None = None  # of the gradients of this step, in these versions
+        # of the gradients of this step in these versions; as long as they are held no other has their id
+        self._known_norm: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
         self._gates: tuple[Tensor, ...] = ()  # of the last training step
         self.loss_weights = {"polarisation": 0.0}  # λ of SPEC M15, until a schedule sets it
 
@@ -181,9 +182,9 @@ class AtlasModule(L.LightningModule):
 
     def _norm(self) -> Tensor:
         gradients = [p.grad for p in self._optimized() if p.grad is not None]
-        versions = [gradient._version for gradient in gradients]  # a callback may drop or change some
-        if self._known_norm is None or self._known_norm[0] != versions:
-            self._known_norm = versions, torch.nn.utils.get_total_norm(gradients)
+        now = [(id(gradient), gradient._version) for gradient in gradients]  # a callback may drop or change some
+        if self._known_norm is None or self._known_norm[0] != now:
+            self._known_norm = now, torch.nn.utils.get_total_norm(gradients), gradients
         return self._known_norm[1]
 
     def _optimized(self) -> list[Tensor]:
@@ -204,7 +205,9 @@ class AtlasModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As Lightning clips by norm, with the norm that is known already."""
-        plain = type(self.trainer.precision_plugin).clip_grad_by_norm is Precision.clip_grad_by_norm
+        plugin = type(self.trainer.precision_plugin)
+        plain = plugin.clip_grad_by_norm is Precision.clip_grad_by_norm
+        plain &= plugin.clip_gradients in (Precision.clip_gradients, MixedPrecision.clip_gradients)
         if plain and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(self._optimized(), gradient_clip_val, self._norm())
         else:

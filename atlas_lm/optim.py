@@ -58,12 +58,12 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _lay_out(self) -> None:
-        """The parts make their moments one by one; move them together."""
+        """The parts make their moments one by one; move them together, where there is memory for both: on a CPU."""
         kinds: dict[Any, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         for state in self.state.values():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() and not isinstance(value, DTensor):
-                    kinds[value.dtype, value.device].append((state, name))
+                if isinstance(value, Tensor) and value.dim() and value.is_cpu and not isinstance(value, DTensor):
+                    kinds[value.dtype].append((state, name))
         for places in kinds.values():
             for (state, name), copy in zip(places, side_by_side(state[name] for state, name in places), strict=True):
                 state[name] = copy

@@ -12,9 +12,15 @@ ALIGNMENT = 64  # bytes, as torch's own allocations: kernels take the same way t
 def side_by_side(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copies that share one storage, by falling size; each starts where a tensor of its own could.
 
-    Equally large ones lie at equal distances. The tensors share dtype and device, and are dense.
+    Equally large ones lie at equal distances. Whoever saves or keeps one of them alone keeps all: clone it first.
+    ValueError: the tensors are not dense, or not of one dtype and device.
     """
     tensors = list(tensors)
+    for x in tensors:
+        if (x.dtype, x.device) != (tensors[0].dtype, tensors[0].device):
+            raise ValueError(f"{x.dtype} on {x.device} cannot lie beside {tensors[0].dtype} on {tensors[0].device}")
+        if x.numel() and 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) != x.numel():
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} with strides {x.stride()} is not dense")
     unit = ALIGNMENT // tensors[0].itemsize if tensors else 1
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].numel())
     starts, end = {}, 0

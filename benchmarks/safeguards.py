@@ -105,6 +105,7 @@ class Switch(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
         if (trainer.global_step + 1) % BLOCK == 0:
+            trainer.lightning_module.gradient_norm()  # else the first to ask for it would do so in the next block
             now = time.perf_counter()
             if self._began is not None:  # the first block warms up
                 self.blocks.append((self.clock.on, now - self._began))
@@ -134,7 +135,8 @@ def train(overrides: list[str], steps: int, switched: bool = False) -> dict[str,
         trainer = lightning.Trainer(
             accelerator=cfg.trainer.accelerator, devices=1, max_steps=steps, max_epochs=-1,
             precision=resolve_precision(config.precision, str(cfg.trainer.accelerator)),  # type: ignore[arg-type]
-            gradient_clip_val=config.optim.clip, callbacks=[*callbacks, whole, *([switch] if switched else [])],
+            log_every_n_steps=cfg.trainer.log_every_n_steps, gradient_clip_val=config.optim.clip,
+            callbacks=[*callbacks, whole, *([switch] if switched else [])],
             logger=[instantiate(c) for c in cfg.logger.values()], limit_val_batches=1,
             val_check_interval=10**6, check_val_every_n_epoch=None, num_sanity_val_steps=0,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks), enable_progress_bar=False,

@@ -14,16 +14,24 @@ SMALL = 2048  # bytes; to copy so few is faster than to start a sum
 
 
 def words(tensor: Tensor) -> list[Tensor]:
-    """Flat views as integers that together hold every bit of `tensor` once, as wide as its size and alignment allow.
+    """Flat views as integers that together hold every bit of `tensor` once, as wide as its size allows.
 
-    What adds them up need not know their order: dense strides are sorted; only tensors with gaps are copied.
+    What adds them up need not know their order: dense strides are sorted; only tensors with gaps, or that begin within
+    a word, are copied.
     """
     return _words(_flat(tensor))
 
 
 def _flat(tensor: Tensor) -> Tensor:
     by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.detach().permute(by_stride).reshape(-1).contiguous()
+    flat = tensor.detach().permute(by_stride).reshape(-1).contiguous()
+    odd = flat.storage_offset() * flat.itemsize % WORDS[0].itemsize
+    return flat.clone() if odd else flat  # the same bits have the same words, wherever they lie
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds; `to_local` makes another object at every call."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _words(flat: Tensor) -> list[Tensor]:
@@ -110,7 +118,7 @@ class BitSums:
     @torch.no_grad()
     def __call__(self, tensors: list[Tensor], names: Callable[[], list[str]]) -> Fingerprint:
         """Of what this rank holds of each tensor. `names` is asked when the tensors are not those of the last call."""
-        local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors] if self._sharded else tensors
+        local = [_local(x) for x in tensors] if self._sharded else tensors
         if (
             len(local) != len(self._seen)
             or not all(map(is_, local, self._seen))
@@ -122,7 +130,7 @@ class BitSums:
 
     def _look(self, tensors: list[Tensor], names: list[str]) -> None:
         self._sharded = any(isinstance(x, DTensor) for x in tensors)
-        local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        local = [_local(x) for x in tensors]
         held = [(name, x, _flat(x)) for name, x in zip(names, local, strict=True) if x.numel()]
         copied = any(flat.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for _, x, flat in held)
         self._seen = [] if copied else local  # of copies the next call needs new ones

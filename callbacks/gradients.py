@@ -14,7 +14,10 @@ class HasGradientNorm(Protocol):
     """A module that keeps the norm until the gradients change."""
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of the gradients of this optimizer step as they are now, shards of other ranks included."""
+        """2-norm of the gradients of this optimizer step as they are now, shards of other ranks included.
+
+        A callback that changes them does so in place by autograd's own means, not through `.data`.
+        """
         ...
 
 

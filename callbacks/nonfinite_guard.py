@@ -48,25 +48,22 @@ class NonfiniteGuard(Callback):
         self.max_consecutive = max_consecutive
         self.skipped = 0  # of the whole run
         self.streak: list[str] = []  # what was wrong, one entry per consecutive skipped step
-        self._bad_loss: Tensor | None = None  # on the device: reading it here would wait for the forward pass
+        self._losses: list[Tensor] = []  # of this step; reading them as they come would wait for the forward pass
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A window that was cut short leaves nothing behind."""
-        self._bad_loss = None
+        self._losses = []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember whether any loss of this accumulation window was not finite."""
-        bad = ~torch.isfinite(loss.detach()).all()
-        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+        """Remember the losses of this accumulation window."""
+        self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the window: one wait for the device, and one message between ranks unless something is wrong."""
         norm = gradient_norm(pl_module, optimizer)
-        bad_loss = (
-            torch.zeros_like(norm, dtype=torch.bool) if self._bad_loss is None else self._bad_loss.to(norm.device)
-        )
-        self._bad_loss = None
-        loss, gradient = torch.stack([bad_loss, ~norm.isfinite()]).tolist()
+        finite = torch.cat([x.to(norm.device).reshape(-1) for x in (*self._losses, norm)]).isfinite().tolist()
+        self._losses = []
+        loss, gradient = not all(finite[:-1]), not finite[-1]
         if gradient:  # or the squares of large finite ones overflow: then each is looked at, which is slower
             gradient = not bool(largest(gradients(optimizer)).isfinite())
         if not any_rank(trainer, loss or gradient):

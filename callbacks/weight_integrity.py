@@ -111,6 +111,7 @@ class WeightIntegrity(Callback):
         """Of a snapshot or a checkpoint: its sums, but never a smaller count, as a rollback undoes no corruption."""
         self.corruptions = max(self.corruptions, state_dict["corruptions"])
         self._expected, self._demanded = state_dict["sums"], None
+        self._sums = BitSums()  # its views would keep the moments that are being replaced alive for another step
 
     # Parts
 

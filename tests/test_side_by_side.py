@@ -1,5 +1,6 @@
 """Tensors side by side: the same values, aligned like torch's own allocations, equal ones at equal distances."""
 
+import pytest
 import torch
 
 from atlas_lm.side_by_side import ALIGNMENT, side_by_side
@@ -21,3 +22,10 @@ def test_copies_share_one_storage_at_equal_distances() -> None:
 
 def test_nothing_to_lay_out() -> None:
     assert side_by_side([]) == []
+
+
+def test_what_cannot_lie_side_by_side() -> None:
+    with pytest.raises(ValueError, match=r"float64 on cpu cannot lie beside torch\.float32 on cpu"):
+        side_by_side([torch.zeros(3), torch.zeros(3, dtype=torch.float64)])
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) with strides \(6, 2\) is not dense"):
+        side_by_side([torch.randn(4, 6)[:, ::2]])

@@ -1,14 +1,24 @@
 """BitSums: every bit of every tensor counts, however the tensors lie in memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from callbacks import bit_sums
 from callbacks.bit_sums import SMALL, BitSums, words
+
+
+@pytest.fixture
+def one_rank() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 def names_of(tensors: list[Tensor]) -> Callable[[], list[str]]:
@@ -23,9 +33,14 @@ KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int6
          torch.complex64, torch.complex128, torch.float8_e4m3fn]  # fmt: skip
 
 
+either_way = pytest.mark.parametrize("small", [0, SMALL], ids=["summed", "copied"])
+
+
+@either_way
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 33])
-def test_every_single_bit_counts(dtype: torch.dtype, size: int) -> None:
+def test_every_single_bit_counts(dtype: torch.dtype, size: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bit_sums, "SMALL", small)
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (size * dtype.itemsize,), dtype=torch.uint8)
     tensor = raw.view(dtype)
     found = numbers(tensor)["0"]
@@ -45,9 +60,13 @@ STRIDED = {
 }
 
 
+@either_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", STRIDED)
-def test_strides_do_not_hide_a_bit(layout: str, dtype: torch.dtype) -> None:
+def test_strides_do_not_hide_a_bit(
+    layout: str, dtype: torch.dtype, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bit_sums, "SMALL", small)
     tensor = STRIDED[layout](torch.randn(24).to(dtype))
     sums, names = BitSums(), lambda: ["x"]
     before = sums([tensor], names).numbers()
@@ -74,12 +93,13 @@ def test_views_follow_the_tensors() -> None:
 SHAPES = [(40, 30), (3,), (40, 30), (700,), (), (40, 30), (1025,), (1025,), (0, 5)]
 
 
-def side_by_side(gap: int) -> list[Tensor]:
-    """Views into one storage, `gap` elements between them."""
+def side_by_side(gap: int, even: bool = False) -> list[Tensor]:
+    """Views into one storage, `gap` elements between them; `even`: none begins within a 64-bit word."""
     room, tensors, at = torch.randn(10_000), [], 0
     for shape in SHAPES:
         tensors.append(room[at : at + math.prod(shape)].view(shape))
-        at += math.prod(shape) + gap + math.prod(shape) % 2
+        at += math.prod(shape) + gap
+        at += at % 2 if even else 0
     return tensors
 
 
@@ -103,12 +123,15 @@ def test_equally_long_neighbours_share_a_view() -> None:
     assert [names for names, _ in twice] == [["a"], ["the same"]]
 
 
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("gap", [0, 6])
-def test_a_bit_is_found_and_named_wherever_it_flips(gap: int) -> None:
-    tensors = side_by_side(gap)
+def test_a_bit_is_found_and_named_wherever_it_flips(gap: int, even: bool) -> None:
+    tensors = side_by_side(gap, even)
     sums = BitSums()
     before = sums(tensors, names_of(tensors))
-    assert before.equals(sums(tensors, names_of(tensors)))
+    again = sums(tensors, names_of(tensors))
+    assert before.equals(again) is even, "what had to be copied is compared by its numbers"
+    assert before.numbers() == again.numbers()
     for i, tensor in enumerate(tensors):
         for place in {0, tensor.numel() // 2, tensor.numel() - 1} & set(range(tensor.numel())):
             bits = tensor.view(-1)[place].view(torch.int32)
@@ -118,6 +141,22 @@ def test_a_bit_is_found_and_named_wherever_it_flips(gap: int) -> None:
             old, new = before.numbers(), after.numbers()
             assert [name for name in new if new[name] != old[name]] == [str(i)]
             bits ^= 1 << 3
+
+
+def test_shards_are_looked_up_once(one_rank: DeviceMesh) -> None:
+    shard = nn.Parameter(distribute_tensor(torch.randn(40, 30), one_rank))
+    asked, sums = [], BitSums()
+
+    def names() -> list[str]:
+        asked.append(1)
+        return ["x"]
+
+    before = sums([shard], names)
+    assert before.equals(sums([shard], names))
+    assert len(asked) == 1
+    shard._local_tensor.view(torch.int32)[3, 4] ^= 1
+    assert not before.equals(sums([shard], names))
+    assert [*sums([shard], names).numbers().values()] == [*numbers(shard._local_tensor).values()]
 
 
 def test_a_small_tensor_is_one_that_is_copied() -> None:
