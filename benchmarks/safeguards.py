@@ -69,6 +69,7 @@ class Clock:
 
     def _timed(self, name: str, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         totals = self.before if hook == "on_train_start" else self.during
+        wait = torch.cuda.synchronize if torch.cuda.is_available() else bool
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self.on:
@@ -77,8 +78,7 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                wait()
                 totals[name] += time.perf_counter() - start - (self._needed_anyway - before)
 
         return timed

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -96,6 +97,13 @@ class BoardLogger(TensorBoardLogger):
         experiment, start, _ = self._hparams()
         self._add(experiment, start)
         self._declared = True
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """All numbers of a call in one event: one for each takes twenty times as long."""
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        if values:
+            self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @rank_zero_only
     def go_on_from(self, step: int) -> None:
