@@ -51,11 +51,11 @@ class Layout:
     small: list[tuple[str, Tensor]]  # bytes
 
     def sums(self) -> Tensor:
-        """One number for each row."""
+        """(names of all rows,) int64."""
         return torch.cat([view.sum(1) for _, view in self.rows]) if self.rows else torch.empty(0, dtype=torch.int64)
 
     def copies(self) -> Tensor:
-        """The small tensors, one behind another."""
+        """(bytes of all small tensors,) uint8, one behind another."""
         return torch.cat([view for _, view in self.small]) if self.small else torch.empty(0, dtype=torch.uint8)
 
 

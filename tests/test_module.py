@@ -1,4 +1,4 @@
-"""The loss that the module adds to the language model's: gate polarisation (SPEC M15)."""
+"""What the module adds to a language model: gate polarisation (SPEC M15), one storage, one gradient norm a step."""
 
 import lightning
 import pytest
