@@ -248,12 +248,27 @@ class Faulty(Line):
 
     def training_step(self, batch: Any, index: int) -> Any:
         if self.global_step == FAULT_STEP:
-            time.sleep(1.5)  # until a sign of this step is out
+            self.wait_until_heard()
             if self.mine:
                 self.fault()
             elif self.scenario == "deaf":
                 time.sleep(600)  # nothing that could raise
         return super().training_step(batch, index)
+
+    def wait_until_heard(self) -> None:
+        """Until the other has the victim's sign of this step: it comes within two seconds, and later on a busy machine.
+
+        In seconds of sleep this was a matter of luck: a sign a second, and a look at it a second later.
+        """
+        heard = Path(sys.argv[2]) / "heard"
+        (watch,) = (c._watch for c in self.trainer.callbacks if isinstance(c, HangWatch))  # type: ignore[attr-defined]
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not heard.exists():
+            signs = [] if self.mine else [watch._signs[self.victim]]
+            if any(sign is not None and (sign.step, sign.phase) == (FAULT_STEP, "forward") for sign in signs):
+                heard.touch()
+            time.sleep(0.02)
+        assert heard.exists(), "no sign of this step has come"
 
     def fault(self) -> None:
         (Path(sys.argv[2]) / "fault").write_text(str(time.time()))
