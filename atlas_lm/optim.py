@@ -62,7 +62,7 @@ class MuonAdamW(Optimizer):
         kinds: dict[Any, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         for state in self.state.values():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() and value.is_cpu and not isinstance(value, DTensor):
+                if isinstance(value, Tensor) and value.is_cpu and not isinstance(value, DTensor):
                     kinds[value.dtype].append((state, name))
         for places in kinds.values():
             for (state, name), copy in zip(places, side_by_side(state[name] for state, name in places), strict=True):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # by falling size
 SMALL = 2048  # bytes; to copy so few is faster than to start a sum
+GAP = 64  # bytes between two small tensors in one storage that are copied together: allocators align to so many
 
 
 def words(tensor: Tensor) -> list[Tensor]:
@@ -44,19 +45,36 @@ def _words(flat: Tensor) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Small tensors that lie one behind another in one storage."""
+
+    view: Tensor  # all of their bytes, gaps included
+    places: list[tuple[str, int, int]]  # name, first byte in `view`, bytes
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which tensors of one device a fingerprint is of, and views of their bits."""
 
     rows: list[tuple[list[str], Tensor]]  # words, (names, ·); a tensor that took several views has several rows
-    small: list[tuple[str, Tensor]]  # bytes
+    runs: list[Run]
 
     def sums(self) -> Tensor:
         """(names of all rows,) int64."""
         return torch.cat([view.sum(1) for _, view in self.rows]) if self.rows else torch.empty(0, dtype=torch.int64)
 
     def copies(self) -> Tensor:
-        """(bytes of all small tensors,) uint8, one behind another."""
-        return torch.cat([view for _, view in self.small]) if self.small else torch.empty(0, dtype=torch.uint8)
+        """(bytes of all runs,) uint8, one behind another."""
+        return torch.cat([run.view for run in self.runs]) if self.runs else torch.empty(0, dtype=torch.uint8)
+
+    def small(self, copies: Tensor) -> list[tuple[str, Tensor]]:
+        """What `copies` holds of each small tensor: its name and its bytes."""
+        parts = copies.split([run.view.numel() for run in self.runs])
+        return [
+            (name, part[start : start + count])
+            for run, part in zip(self.runs, parts, strict=True)
+            for name, start, count in run.places
+        ]
 
 
 def in_rows(views: list[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor]]:
@@ -79,6 +97,26 @@ def in_rows(views: list[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor]]:
     return rows
 
 
+def in_runs(views: list[tuple[str, Tensor]]) -> list[Run]:
+    """Views of bytes; those close to one another in one storage are copied as one piece."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, view in views:
+        by_storage.setdefault(view.untyped_storage().data_ptr(), []).append((name, view))
+    runs: list[Run] = []
+    for near in by_storage.values():
+        near.sort(key=lambda pair: pair[1].storage_offset())
+        while near:
+            first = near[0][1]
+            begin, end, count = int(first.storage_offset()), int(first.storage_offset()), 0
+            while count < len(near) and near[count][1].storage_offset() - end <= GAP:
+                end = max(end, int(near[count][1].storage_offset()) + near[count][1].numel())
+                count += 1
+            places = [(name, int(view.storage_offset()) - begin, view.numel()) for name, view in near[:count]]
+            runs.append(Run(first.as_strided((end - begin,), (1,)), places))
+            near = near[count:]
+    return runs
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """Of some tensors at one moment, on their devices until somebody reads it."""
@@ -97,11 +135,10 @@ class Fingerprint:
         """The sums by name, modulo 2⁶⁴; waits for the devices."""
         found: dict[str, int] = {}
         for layout, sums, copies in zip(self.layouts, self.sums, self.copies, strict=True):
-            parts = copies.cpu().split([view.numel() for _, view in layout.small])
+            summed = zip((name for row, _ in layout.rows for name in row), sums.tolist(), strict=True)
             # a clone starts where its storage does, so that its words are as wide as its size allows
-            small = [sum(int(x.sum()) for x in words(part.clone())) for part in parts]
-            names = [name for row, _ in layout.rows for name in row] + [name for name, _ in layout.small]
-            for name, value in zip(names, sums.tolist() + small, strict=True):
+            small = [(name, sum(int(x.sum()) for x in words(x.clone()))) for name, x in layout.small(copies.cpu())]
+            for name, value in [*summed, *small]:
                 found[name] = (found.get(name, 0) + value) % 2**64
         return found
 
@@ -142,4 +179,4 @@ class BitSums:
             large = [
                 (name, view) for name, flat in here if flat.numel() * flat.itemsize > SMALL for view in _words(flat)
             ]
-            self._layouts.append(Layout(in_rows(large), small))
+            self._layouts.append(Layout(in_rows(large), in_runs(small)))

@@ -41,7 +41,7 @@ class WeightIntegrity(Callback):
         self.corruptions = 0  # steps at which some were found, rolled back ones included
         self._expected: Fingerprint | dict[str, int] | None = None  # None: within an optimizer step
         self._demanded: int | None = None  # step at which a rollback was demanded that has not come yet
-        self._parameters: list[tuple[str, Tensor]] = []
+        self._parameters: dict[str, Tensor] = {}
         self._sums = BitSums()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -55,7 +55,7 @@ class WeightIntegrity(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The state that training starts from."""
         reshard(pl_module)  # gathered parameters are others than those that training keeps
-        self._parameters, self._demanded = list(pl_module.named_parameters()), None
+        self._parameters, self._demanded = dict(pl_module.named_parameters()), None
         self._expected = self._fingerprint(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -124,19 +124,25 @@ class WeightIntegrity(Callback):
 
     def _fingerprint(self, trainer: Trainer) -> Fingerprint:
         """Of the parameters, and of what optimizers keep of them."""
-        states = [o.state.get(p, {}) for o in trainer.optimizers for _, p in self._parameters]
-        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        return self._sums([p for _, p in self._parameters] + tensors, lambda: self._names(trainer))
+        states = [value for o in trainer.optimizers for state in _states(o) for value in state.values()]
+        tensors = [value for value in states if isinstance(value, Tensor)]
+        return self._sums([*self._parameters.values(), *tensors], lambda: self._names(trainer))
 
     def _names(self, trainer: Trainer) -> list[str]:
         """Independent of the order of an optimizer's state, which a rollback may change."""
-        return [name for name, _ in self._parameters] + [
-            f"{name} ({key})"
+        of = {id(parameter): name for name, parameter in self._parameters.items()}
+        return [*self._parameters] + [
+            f"{of.get(id(key), f'state {i} of no parameter')} ({name})"
             for optimizer in trainer.optimizers
-            for name, parameter in self._parameters
-            for key, value in optimizer.state.get(parameter, {}).items()
+            for i, (key, state) in enumerate(zip(optimizer.state, _states(optimizer), strict=True))
+            for name, value in state.items()
             if isinstance(value, Tensor)
         ]
+
+
+def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """One per key of its state; some optimizers keep there also what is of no parameter, and no dictionary."""
+    return [state if isinstance(state, dict) else {} for state in optimizer.state.values()]
 
 
 def _told(wrong: list[list[str]]) -> list[str]:

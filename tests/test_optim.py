@@ -205,7 +205,7 @@ def test_learning_rate_of_odd_runs_is_a_share(warmup, total):
 
 
 def storages(optimizer: torch.optim.Optimizer) -> int:
-    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    moments = [x for state in optimizer.state.values() for x in state.values()]
     return len({x.untyped_storage().data_ptr() for x in moments})
 
 

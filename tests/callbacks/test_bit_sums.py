@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from callbacks import bit_sums
-from callbacks.bit_sums import SMALL, BitSums, words
+from callbacks.bit_sums import GAP, SMALL, BitSums, words
 
 
 @pytest.fixture
@@ -123,6 +123,24 @@ def test_equally_long_neighbours_share_a_view() -> None:
     assert [names for names, _ in twice] == [["a"], ["the same"]]
 
 
+def test_small_neighbours_are_copied_together() -> None:
+    room, other = torch.arange(1000, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
+    near, behind, far = room[10:20], room[20 + GAP : 30 + GAP], room[31 + 2 * GAP :][:4]
+    runs = bit_sums.in_runs([("far", far), ("b", behind), ("else", other), ("a", near)])
+    assert [run.places for run in runs] == [[("a", 0, 10), ("b", 10 + GAP, 10)], [("far", 0, 4)], [("else", 0, 5)]]
+    assert torch.equal(runs[0].view, room[10 : 30 + GAP])
+    found = dict(bit_sums.Layout([], runs).small(bit_sums.Layout([], runs).copies()))
+    for name, view in (("a", near), ("b", behind), ("far", far), ("else", other)):
+        assert torch.equal(found[name], view)
+
+
+def test_what_overlaps_is_in_one_run_and_counts_for_both() -> None:
+    room = torch.arange(100, dtype=torch.uint8)
+    (run,) = bit_sums.in_runs([("whole", room[:50]), ("part", room[10:20]), ("end", room[45:60])])
+    assert run.places == [("whole", 0, 50), ("part", 10, 10), ("end", 45, 15)]
+    assert run.view.numel() == 60
+
+
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("gap", [0, 6])
 def test_a_bit_is_found_and_named_wherever_it_flips(gap: int, even: bool) -> None:
@@ -162,5 +180,5 @@ def test_shards_are_looked_up_once(one_rank: DeviceMesh) -> None:
 def test_a_small_tensor_is_one_that_is_copied() -> None:
     small, large = torch.zeros(SMALL // 4), torch.zeros(SMALL // 4 + 1)
     found = BitSums()([small, large], lambda: ["small", "large"])
-    assert [name for name, _ in found.layouts[0].small] == ["small"]
+    assert [name for run in found.layouts[0].runs for name, _, _ in run.places] == ["small"]
     assert {name for names, _ in found.layouts[0].rows for name in names} == {"large"}

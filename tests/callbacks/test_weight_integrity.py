@@ -236,6 +236,29 @@ def test_the_state_survives_a_resume(fit: Any, line: Any, tmp_path: Path) -> Non
     assert again.corruptions == 1
 
 
+def test_state_of_no_parameter_is_watched_too_where_it_is_tensors(fit: Any, line: Any) -> None:
+    """Some optimizers keep numbers of their own beside those of their parameters."""
+
+    class Odd(torch.optim.AdamW):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.state["all"] = {"mean": torch.ones(5), "count": 3}
+            self.state["steps"] = 7
+
+    class Module(Line):
+        def configure_optimizers(self) -> Any:
+            return Odd(self.parameters(), lr=1e-3)
+
+    class Strike(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2:
+                flip(trainer.optimizers[0].state["all"]["mean"], bit=3)
+
+    fit(Module(), WeightIntegrity(), max_steps=3)
+    with pytest.raises(WeightsCorrupted, match=r"rank 0: state 0 of no parameter \(mean\)"):
+        fit(Module(), WeightIntegrity(), Strike(), max_steps=4)
+
+
 def test_a_smaller_count_never_comes_back() -> None:
     guard = WeightIntegrity()
     guard.corruptions = 3
