@@ -65,11 +65,11 @@ class OutlierGuard(Callback):
         spread = SIGMA * statistics.median(abs(loss - median) for loss in self.losses)
         return median + self.deviations * max(spread, LEAST * abs(median))
 
-    def judge(self, loss: float) -> bool:
+    def judge(self, loss: float, limit: float | None = None) -> bool:
         """Whether a loss is an outlier. One that is not finite is another guard's business, and is not learned from."""
         if not math.isfinite(loss):
             return False
-        if loss > self.limit():
+        if loss > (self.limit() if limit is None else limit):
             return True
         self.losses.append(loss)
         return False
@@ -96,7 +96,7 @@ class OutlierGuard(Callback):
         mean = torch.stack(self._step).float().mean()
         self._step = []
         loss, limit = float(max_over_ranks(trainer, mean)), self.limit()
-        if not self.judge(loss):
+        if not self.judge(loss, limit):
             if self.consecutive >= self.streak:
                 self._regain(trainer, self.consecutive)
             self.consecutive = 0
