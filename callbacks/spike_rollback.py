@@ -294,25 +294,19 @@ class SpikeRollback(Checkpoint):
         return self.folder / f"snapshot-{trainer.global_step:07d}.ckpt"
 
     def _write_newest(self, trainer: Trainer) -> None:
-        """The file behind the newest snapshot, which is the run as it is now.
-
-        The oldest goes first: the disk has room for the new one then, and it takes the pages of memory that the old one
-        frees; others may first have to be fetched from the host of a virtual machine.
-        """
+        """The file behind the newest snapshot, which is the run as it is now; and the oldest file goes."""
         self._unwritten = False
         path, written = self._path(trainer), time.time_ns()
-        self._remove_oldest(trainer, path)
         if path is not None:
             trainer.save_checkpoint(path, weights_only=False)
             written = trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else written)
         self.ring[-1] = self.ring[-1]._replace(path=path, written=written)
+        self._remove_oldest(trainer)
 
     @rank_zero_only  # others would look at files that are just being removed
-    def _remove_oldest(self, trainer: Trainer, newest: Path | None) -> None:
-        """All but `keep_last`, of which `newest` will be one."""
-        files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("snapshot-*.ckpt") if file != newest]
-        kept = self.keep_last - (newest is not None)
-        for _, file in sorted(files)[:-kept]:  # also those of a process that was killed
+    def _remove_oldest(self, trainer: Trainer) -> None:
+        files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("snapshot-*.ckpt")]
+        for _, file in sorted(files)[: -self.keep_last]:  # also those of a process that was killed
             trainer.strategy.remove_checkpoint(file)
 
     def _roll_back(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:

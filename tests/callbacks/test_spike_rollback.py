@@ -272,23 +272,6 @@ def test_the_training_loss_can_be_watched_in_any_module(fit: Any, tmp_path: Path
     assert len(module.seen) == 8 + 2, "back from step 5 to step 3: two steps' batches were not seen again"
 
 
-def test_the_oldest_file_makes_room_for_the_new_one(fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none of the others goes: also a snapshot that is written again counts once."""
-    before: list[list[str]] = []
-    save = lightning.Trainer.save_checkpoint
-
-    def noting(self: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        before.append(sorted(file.stem[-1] for file in tmp_path.glob("*.ckpt")))
-        save(self, path, *args, **kwargs)
-
-    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", noting)
-    guard = SpikeRollback(str(tmp_path), watch="training_loss", every_n_steps=1, keep_last=2, threshold=1e9)
-    trainer = fit(Line(), guard, max_steps=4)
-    assert before == [[], ["0"], ["1"], ["2"], ["3"]]
-    guard._write_newest(trainer)
-    assert before[-1] == sorted(file.stem[-1] for file in tmp_path.glob("*.ckpt")) == ["3", "4"]
-
-
 def test_another_callback_may_demand_a_return(fit: Any, tmp_path: Path) -> None:
     class Demands(lightning.Callback):
         def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:

@@ -100,4 +100,4 @@ def test_only_rank_zero_looks_at_old_files(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("looked"))
     callbacks[0]._remove_oldest(None, tmp_path / "step-0000008.ckpt")
-    callbacks[1]._remove_oldest(None, None)
+    callbacks[1]._remove_oldest(None)
