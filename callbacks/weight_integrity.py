@@ -132,9 +132,9 @@ class WeightIntegrity(Callback):
         """Independent of the order of an optimizer's state, which a rollback may change."""
         of = {id(parameter): name for name, parameter in self._parameters.items()}
         return [*self._parameters] + [
-            f"{of.get(id(key), f'state {i} of no parameter')} ({name})"
+            f"{of.get(id(key), 'state of no parameter')} ({name})"
             for optimizer in trainer.optimizers
-            for i, (key, state) in enumerate(zip(optimizer.state, _states(optimizer), strict=True))
+            for key, state in zip(optimizer.state, _states(optimizer), strict=True)
             for name, value in state.items()
             if isinstance(value, Tensor)
         ]
