@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, as torch's own allocations: kernels take the same way through either, bit for bit
+LARGE = 2048  # bytes; a tensor of so many starts at a multiple of them, so that few rows of memory hold two tensors
 
 
 @torch.no_grad()
@@ -21,10 +22,10 @@ def side_by_side(tensors: Iterable[Tensor]) -> list[Tensor]:
             raise ValueError(f"{x.dtype} on {x.device} cannot lie beside {tensors[0].dtype} on {tensors[0].device}")
         if x.numel() and 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) != x.numel():
             raise ValueError(f"a tensor of shape {tuple(x.shape)} with strides {x.stride()} is not dense")
-    unit = ALIGNMENT // tensors[0].itemsize if tensors else 1
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].numel())
     starts, end = {}, 0
-    for i in order:
+    for i in order:  # by falling size, so that the large ones all come first
+        unit = (LARGE if tensors[i].nbytes >= LARGE else ALIGNMENT) // tensors[i].itemsize
         starts[i], end = end, end + -(-tensors[i].numel() // unit) * unit
     room = tensors[0].new_zeros(end) if tensors else torch.empty(0)
     copies = [room.as_strided(x.shape, x.stride(), starts[i]) for i, x in enumerate(tensors)]

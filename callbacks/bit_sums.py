@@ -1,32 +1,28 @@
-"""A 64-bit sum over the bits of each of many tensors, fast enough for every step: what changes a bit changes a sum."""
+"""A 64-bit sum over the bits of each of many tensors, fast enough for every step: what changes a bit changes a sum.
 
+The sum of a tensor is that of its memory, read as signed 64-bit integers; up to seven bytes behind them are read as
+32 bits, 16 bits and an unsigned byte, as far as there are so many. It is the same wherever the tensor lies.
+"""
+
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # by falling size
-SMALL = 2048  # bytes; to copy so few is faster than to start a sum
-GAP = 64  # bytes between two small tensors in one storage that are copied together: allocators align to so many
-
-
-def words(tensor: Tensor) -> list[Tensor]:
-    """Flat views as integers that together hold every bit of `tensor` once, as wide as its size allows.
-
-    What adds them up need not know their order: dense strides are sorted; only tensors with gaps, or that begin within
-    a word, are copied.
-    """
-    return _words(_flat(tensor))
+WORD = 8  # bytes
+ROW = 256 * WORD  # bytes; shorter rows are slower to add up, of longer ones more is copied where two tensors meet
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    """All elements in the order of memory, as sums need no other; copied if there are gaps, or half a word before."""
     by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = tensor.detach().permute(by_stride).reshape(-1).contiguous()
-    odd = flat.storage_offset() * flat.itemsize % WORDS[0].itemsize
+    odd = flat.storage_offset() * flat.itemsize % WORD
     return flat.clone() if odd else flat  # the same bits have the same words, wherever they lie
 
 
@@ -35,86 +31,123 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _words(flat: Tensor) -> list[Tensor]:
-    for word in WORDS:
-        ratio = max(1, word.itemsize // flat.dtype.itemsize)
-        whole = flat.numel() - flat.numel() % ratio
-        if whole and flat.storage_offset() % ratio == 0:
-            return [flat[:whole].view(word), *_words(flat[whole:])]
-    return []
+@dataclass(frozen=True)
+class Place:
+    """Where in a stretch a tensor is."""
+
+    name: str
+    rows: tuple[int, int]  # the first that is all its own, and the one behind the last
+    pieces: list[tuple[int, int]]  # what it has before and behind them: first byte and end in the copies
 
 
 @dataclass(frozen=True)
-class Run:
-    """Small tensors that lie one behind another in one storage."""
+class Stretch:
+    """Tensors one behind another in one storage: summed row by row, wherever one ends and the next begins.
 
-    view: Tensor  # all of their bytes, gaps included
-    places: list[tuple[str, int, int]]  # name, first byte in `view`, bytes
+    Rows in which that happens are copied too, and so is what is no whole row at the end.
+    """
+
+    rows: Tensor  # (rows, words) int64
+    copied: list[Tensor]  # (bytes,) uint8 each: neighbouring rows, and the rest
+    places: list[Place]
+
+    def numbers(self, sums: Tensor, copies: Tensor) -> list[tuple[str, int]]:
+        """Parts of the tensors' sums, from those of the rows and from the copies, which are on a CPU."""
+        spans = [place.rows for place in self.places]
+        found = [(place.name, value) for place, value in zip(self.places, _between(sums, spans), strict=True)]
+        pieces = [(place.name, start, end) for place in self.places for start, end in place.pieces]
+        spans = [(start // WORD, start // WORD + (end - start) // WORD) for _, start, end in pieces]
+        words = copies[: copies.numel() // WORD * WORD].clone().view(torch.int64)
+        for (name, start, end), value in zip(pieces, _between(words, spans), strict=True):
+            behind = end - (end - start) % WORD
+            found.append((name, value + (_short(bytes(copies[behind:end].tolist())) if behind < end else 0)))
+        return found
+
+
+def _between(values: Tensor, spans: list[tuple[int, int]]) -> list[int]:
+    """Sums of values[start:end], each but for a multiple of 2⁶⁴."""
+    below = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    starts, ends = torch.tensor(spans, dtype=torch.int64).view(-1, 2).unbind(1)
+    return (below[ends] - below[starts]).tolist()
+
+
+def _short(left: bytes) -> int:
+    """Fewer than eight bytes, as the widest integers that they hold."""
+    value = 0
+    for width in (4, 2, 1):
+        if len(left) >= width:
+            value += int.from_bytes(left[:width], sys.byteorder, signed=width > 1)
+            left = left[width:]
+    return value
+
+
+def stretches(flat: list[tuple[str, Tensor]]) -> list[Stretch]:
+    """Of dense tensors that begin with a word, and their names. Where less than a row lies between two, one goes on."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, x in flat:
+        by_storage.setdefault(x.untyped_storage().data_ptr(), []).append((name, x.view(torch.uint8)))
+    found: list[Stretch] = []
+    for near in by_storage.values():
+        spans = sorted((int(x.storage_offset()), int(x.storage_offset()) + x.numel(), name) for name, x in near)
+        ends = [*accumulate((end for _, end, _ in spans), max)]  # one may lie within another
+        cuts = [i for i in range(1, len(spans)) if spans[i][0] - ends[i - 1] >= ROW]
+        for i, j in zip([0, *cuts], [*cuts, len(spans)], strict=True):
+            found.append(_stretch(near[0][1], spans[i:j], ends[j - 1]))
+    return found
+
+
+def _stretch(view: Tensor, spans: list[tuple[int, int, str]], end: int) -> Stretch:
+    """`view`: bytes of that storage; `spans`: first byte, end and name of each tensor, the first one first."""
+    begin = spans[0][0]
+    count = (end - begin) // ROW
+    held: list[tuple[str, tuple[int, int], list[tuple[int, int]]]] = []  # name, rows, pieces in bytes of the stretch
+    for start, stop, name in ((start - begin, stop - begin, name) for start, stop, name in spans):
+        first = -(-start // ROW)
+        last = max(first, stop // ROW)
+        ends = ((start, min(stop, first * ROW)), (last * ROW, stop))
+        held.append((name, (first, last) if first < last else (0, 0), [(a, b) for a, b in ends if a < b]))
+    shared = sorted({a // ROW for _, _, pieces in held for a, _ in pieces})  # the last one may be no whole row
+    copied = {row: i * ROW for i, row in enumerate(shared)}  # row → first byte in the copies
+    cuts = [i for i in range(1, len(shared)) if shared[i] - shared[i - 1] > 1]
+    runs = [
+        (shared[i] * ROW, (shared[j - 1] + 1) * ROW)
+        for i, j in zip([0, *cuts], [*cuts, len(shared)], strict=True)
+        if i < j
+    ]
+    return Stretch(
+        view.as_strided((count * ROW,), (1,), begin).view(torch.int64).view(-1, ROW // WORD),
+        [view.as_strided((min(b, end - begin) - a,), (1,), begin + a) for a, b in runs],
+        [
+            Place(name, rows, [(copied[a // ROW] + a % ROW, copied[a // ROW] + a % ROW + b - a) for a, b in pieces])
+            for name, rows, pieces in held
+        ],
+    )
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which tensors of one device a fingerprint is of, and views of their bits."""
 
-    rows: list[tuple[list[str], Tensor]]  # words, (names, ·); a tensor that took several views has several rows
-    runs: list[Run]
+    stretches: list[Stretch]
 
     def sums(self) -> Tensor:
-        """(names of all rows,) int64."""
-        return torch.cat([view.sum(1) for _, view in self.rows]) if self.rows else torch.empty(0, dtype=torch.int64)
+        """(rows of all stretches,) int64."""
+        return torch.cat([x.rows.sum(1) for x in self.stretches])
 
     def copies(self) -> Tensor:
-        """(bytes of all runs,) uint8, one behind another."""
-        return torch.cat([run.view for run in self.runs]) if self.runs else torch.empty(0, dtype=torch.uint8)
+        """(bytes of all copies,) uint8."""
+        views = [view for x in self.stretches for view in x.copied]
+        return torch.cat(views) if views else torch.empty(0, dtype=torch.uint8)
 
-    def small(self, copies: Tensor) -> list[tuple[str, Tensor]]:
-        """What `copies` holds of each small tensor: its name and its bytes."""
-        parts = copies.split([run.view.numel() for run in self.runs])
-        return [
-            (name, part[start : start + count])
-            for run, part in zip(self.runs, parts, strict=True)
-            for name, start, count in run.places
-        ]
-
-
-def in_rows(views: list[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor]]:
-    """Each view as a row. Equally long ones at equal distances in one storage share a view: fewer, larger sums."""
-    by_kind: dict[Any, list[tuple[str, Tensor]]] = {}
-    for name, view in views:
-        kind = (view.untyped_storage().data_ptr(), view.dtype, view.numel())
-        by_kind.setdefault(kind, []).append((name, view))
-    rows: list[tuple[list[str], Tensor]] = []
-    for same in by_kind.values():
-        same.sort(key=lambda pair: pair[1].storage_offset())
-        while same:
-            first = same[0][1]
-            places = [int(view.storage_offset() - first.storage_offset()) for _, view in same]
-            step, count = max([first.numel(), *places[1:2]]), 1
-            while count < len(same) and places[count] == count * step:
-                count += 1
-            rows.append(([name for name, _ in same[:count]], first.as_strided((count, first.numel()), (step, 1))))
-            same = same[count:]
-    return rows
-
-
-def in_runs(views: list[tuple[str, Tensor]]) -> list[Run]:
-    """Views of bytes; those close to one another in one storage are copied as one piece."""
-    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, view in views:
-        by_storage.setdefault(view.untyped_storage().data_ptr(), []).append((name, view))
-    runs: list[Run] = []
-    for near in by_storage.values():
-        near.sort(key=lambda pair: pair[1].storage_offset())
-        while near:
-            first = near[0][1]
-            begin, end, count = int(first.storage_offset()), int(first.storage_offset()), 0
-            while count < len(near) and near[count][1].storage_offset() - end <= GAP:
-                end = max(end, int(near[count][1].storage_offset()) + near[count][1].numel())
-                count += 1
-            places = [(name, int(view.storage_offset()) - begin, view.numel()) for name, view in near[:count]]
-            runs.append(Run(first.as_strided((end - begin,), (1,)), places))
-            near = near[count:]
-    return runs
+    def numbers(self, sums: Tensor, copies: Tensor) -> list[tuple[str, int]]:
+        """Parts of the tensors' sums; what goes in is on a CPU."""
+        by_stretch = zip(
+            self.stretches,
+            sums.split([len(x.rows) for x in self.stretches]),
+            copies.split([sum(map(Tensor.numel, x.copied)) for x in self.stretches]),
+            strict=True,
+        )
+        return [part for stretch, *held in by_stretch for part in stretch.numbers(*held)]
 
 
 @dataclass(frozen=True)
@@ -135,10 +168,7 @@ class Fingerprint:
         """The sums by name, modulo 2⁶⁴; waits for the devices."""
         found: dict[str, int] = {}
         for layout, sums, copies in zip(self.layouts, self.sums, self.copies, strict=True):
-            summed = zip((name for row, _ in layout.rows for name in row), sums.tolist(), strict=True)
-            # a clone starts where its storage does, so that its words are as wide as its size allows
-            small = [(name, sum(int(x.sum()) for x in words(x.clone()))) for name, x in layout.small(copies.cpu())]
-            for name, value in [*summed, *small]:
+            for name, value in layout.numbers(sums.cpu(), copies.cpu()):
                 found[name] = (found.get(name, 0) + value) % 2**64
         return found
 
@@ -172,11 +202,7 @@ class BitSums:
         copied = any(flat.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for _, x, flat in held)
         self._seen = [] if copied else local  # of copies the next call needs new ones
         self._places = list(map(Tensor.data_ptr, self._seen))
-        self._layouts = []
-        for device in dict.fromkeys(x.device for _, x, _ in held):
-            here = [(name, flat) for name, x, flat in held if x.device == device]
-            small = [(name, flat.view(torch.uint8)) for name, flat in here if flat.numel() * flat.itemsize <= SMALL]
-            large = [
-                (name, view) for name, flat in here if flat.numel() * flat.itemsize > SMALL for view in _words(flat)
-            ]
-            self._layouts.append(Layout(in_rows(large), in_runs(small)))
+        self._layouts = [
+            Layout(stretches([(name, flat) for name, x, flat in held if x.device == device]))
+            for device in dict.fromkeys(x.device for _, x, _ in held)
+        ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atlas_lm.side_by_side import ALIGNMENT, side_by_side
+from atlas_lm.side_by_side import ALIGNMENT, LARGE, side_by_side
 
 
 def test_copies_share_one_storage_at_equal_distances() -> None:
@@ -18,6 +18,12 @@ def test_copies_share_one_storage_at_equal_distances() -> None:
     assert same[1] - same[0] == same[2] - same[1] == ALIGNMENT
     copies[0].zero_()
     assert all(torch.equal(copy, x) for copy, x in zip(copies[1:], tensors[1:], strict=True)), "none overlaps another"
+
+
+def test_large_ones_start_at_multiples_of_their_own() -> None:
+    copies = side_by_side(torch.zeros(n) for n in (3, LARGE // 4, 1000, LARGE // 4 - 1))
+    places = [copy.data_ptr() - copies[2].data_ptr() for copy in copies]
+    assert places == [4 * LARGE, 2 * LARGE, 0, 3 * LARGE]
 
 
 def test_nothing_to_lay_out() -> None:

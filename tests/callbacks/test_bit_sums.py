@@ -1,6 +1,7 @@
 """BitSums: every bit of every tensor counts, however the tensors lie in memory."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from callbacks import bit_sums
-from callbacks.bit_sums import GAP, SMALL, BitSums, words
+from callbacks.bit_sums import ROW, BitSums, stretches
 
 
 @pytest.fixture
@@ -29,21 +30,33 @@ def numbers(*tensors: Tensor) -> dict[str, int]:
     return BitSums()(list(tensors), names_of(list(tensors))).numbers()
 
 
+def by_hand(tensor: Tensor) -> int:
+    """The sum of a contiguous tensor, as checkpoints hold it."""
+    left = bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+    value = 0
+    for width in (8, 4, 2, 1):
+        while len(left) >= width:
+            value += int.from_bytes(left[:width], sys.byteorder, signed=width > 1)
+            left = left[width:]
+    return value % 2**64
+
+
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool,
          torch.complex64, torch.complex128, torch.float8_e4m3fn]  # fmt: skip
 
 
-either_way = pytest.mark.parametrize("small", [0, SMALL], ids=["summed", "copied"])
+any_rows = pytest.mark.parametrize("row", [8, 16, ROW], ids=["summed", "summed and copied", "copied"])
 
 
-@either_way
+@any_rows
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 33])
-def test_every_single_bit_counts(dtype: torch.dtype, size: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bit_sums, "SMALL", small)
+def test_every_single_bit_counts(dtype: torch.dtype, size: int, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bit_sums, "ROW", row)
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (size * dtype.itemsize,), dtype=torch.uint8)
     tensor = raw.view(dtype)
     found = numbers(tensor)["0"]
+    assert found == by_hand(tensor)
     for bit in range(raw.numel() * 8):
         raw[bit // 8] ^= 1 << (bit % 8)
         assert numbers(tensor)["0"] != found, f"bit {bit}"
@@ -60,18 +73,15 @@ STRIDED = {
 }
 
 
-@either_way
+@any_rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", STRIDED)
-def test_strides_do_not_hide_a_bit(
-    layout: str, dtype: torch.dtype, small: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bit_sums, "SMALL", small)
+def test_strides_do_not_hide_a_bit(layout: str, dtype: torch.dtype, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bit_sums, "ROW", row)
     tensor = STRIDED[layout](torch.randn(24).to(dtype))
     sums, names = BitSums(), lambda: ["x"]
     before = sums([tensor], names).numbers()
     assert before == sums([tensor], names).numbers()
-    assert sum(part.numel() * part.element_size() for part in words(tensor)) == tensor.numel() * dtype.itemsize
     for place in range(tensor.numel()):
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
         bits = tensor[index].view(torch.int16 if dtype is torch.bfloat16 else torch.int32)
@@ -95,7 +105,7 @@ SHAPES = [(40, 30), (3,), (40, 30), (700,), (), (40, 30), (1025,), (1025,), (0, 
 
 def side_by_side(gap: int, even: bool = False) -> list[Tensor]:
     """Views into one storage, `gap` elements between them; `even`: none begins within a 64-bit word."""
-    room, tensors, at = torch.randn(10_000), [], 0
+    room, tensors, at = torch.randn(20_000), [], 0
     for shape in SHAPES:
         tensors.append(room[at : at + math.prod(shape)].view(shape))
         at += math.prod(shape) + gap
@@ -103,47 +113,68 @@ def side_by_side(gap: int, even: bool = False) -> list[Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("gap", [0, 6])
-def test_tensors_in_one_storage_have_the_sums_that_they_have_alone(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = side_by_side(gap)
-    alone = [x.clone() for x in together]
-    assert numbers(*together) == numbers(*alone)
-    assert numbers(*together) == {k: v for i, x in enumerate(alone) for k, v in {str(i): numbers(x).get("0")}.items()
-                                  if x.numel()}  # fmt: skip
-    monkeypatch.setattr(bit_sums, "SMALL", 0)
-    assert numbers(*together) == numbers(*alone)
+@any_rows
+@pytest.mark.parametrize("gap", [0, 6, 1000])
+@pytest.mark.parametrize("even", [True, False])
+def test_tensors_in_one_storage_have_the_sums_that_they_have_alone(
+    gap: int, even: bool, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bit_sums, "ROW", row)
+    together = side_by_side(gap, even)
+    assert numbers(*together) == {str(i): by_hand(x) for i, x in enumerate(together) if x.numel()}
+    assert numbers(*together) == numbers(*[x.clone() for x in together])
 
 
-def test_equally_long_neighbours_share_a_view() -> None:
-    room = torch.randn(5, 1000)
-    rows = bit_sums.in_rows([(str(i), room[i].view(torch.int64)) for i in (4, 0, 1, 2)])
-    assert [names for names, _ in rows] == [["0", "1", "2"], ["4"]]
-    assert torch.equal(rows[0][1], room[:3].view(torch.int64))
-    twice = bit_sums.in_rows([("a", room[0].view(torch.int64)), ("the same", room[0].view(torch.int64))])
-    assert [names for names, _ in twice] == [["a"], ["the same"]]
+def test_neighbours_are_summed_together() -> None:
+    """Less than a row apart; what they share is copied, and the rows of one alone are not."""
+    words = torch.arange(10 * ROW // 8)
+    a, b, far = words[: 3 * ROW // 8 + 1], words[3 * ROW // 8 + 3 : 6 * ROW // 8], words[7 * ROW // 8 :]
+    first, second = stretches([("far", far), ("b", b), ("a", a)])
+    assert [(place.name, place.rows, place.pieces) for place in first.places] == [
+        ("a", (0, 3), [(0, 8)]),
+        ("b", (4, 6), [(24, ROW)]),
+    ]
+    assert torch.equal(first.rows.flatten(), words[: 6 * ROW // 8])
+    assert [x.view(torch.int64).tolist() for x in first.copied] == [words[3 * ROW // 8 : 4 * ROW // 8].tolist()]
+    assert [place.rows for place in second.places] == [(0, 3)]
+    assert not second.copied
 
 
-def test_small_neighbours_are_copied_together() -> None:
-    room, other = torch.arange(1000, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
-    near, behind, far = room[10:20], room[20 + GAP : 30 + GAP], room[31 + 2 * GAP :][:4]
-    runs = bit_sums.in_runs([("far", far), ("b", behind), ("else", other), ("a", near)])
-    assert [run.places for run in runs] == [[("a", 0, 10), ("b", 10 + GAP, 10)], [("far", 0, 4)], [("else", 0, 5)]]
-    assert torch.equal(runs[0].view, room[10 : 30 + GAP])
-    found = dict(bit_sums.Layout([], runs).small(bit_sums.Layout([], runs).copies()))
-    for name, view in (("a", near), ("b", behind), ("far", far), ("else", other)):
-        assert torch.equal(found[name], view)
+@any_rows
+def test_what_overlaps_counts_for_both(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bit_sums, "ROW", row)
+    room = torch.randint(0, 256, (4000,), dtype=torch.uint8)
+    parts = {
+        "whole": room[:3501],
+        "part": room[16:47],
+        "twice": room[16:47],
+        "end": room[3200:],
+        "far": room[3904:3905],
+    }
+    assert BitSums()([*parts.values()], lambda: [*parts]).numbers() == {name: by_hand(x) for name, x in parts.items()}
 
 
-def test_what_overlaps_is_in_one_run_and_counts_for_both() -> None:
-    room = torch.arange(100, dtype=torch.uint8)
-    (run,) = bit_sums.in_runs([("whole", room[:50]), ("part", room[10:20]), ("end", room[45:60])])
-    assert run.places == [("whole", 0, 50), ("part", 10, 10), ("end", 45, 15)]
-    assert run.view.numel() == 60
+def test_a_name_that_several_tensors_have_counts_all_of_them() -> None:
+    found = BitSums()([torch.ones(1), torch.ones(1), torch.ones(3)], lambda: ["x", "x", "y"]).numbers()
+    assert found == {"x": 2 * by_hand(torch.ones(1)), "y": by_hand(torch.ones(3))}
+
+
+def test_a_fingerprint_keeps_what_it_has_seen() -> None:
+    """Also where nothing but copies is needed."""
+    tensor, sums = torch.zeros(3), BitSums()
+    before = sums([tensor], lambda: ["x"])
+    tensor.fill_(1)
+    assert not before.equals(sums([tensor], lambda: ["x"]))
+    assert before.numbers() == {"x": 0}
 
 
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("gap", [0, 6])
-def test_a_bit_is_found_and_named_wherever_it_flips(gap: int, even: bool) -> None:
+@any_rows
+def test_a_bit_is_found_and_named_wherever_it_flips(
+    row: int, gap: int, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bit_sums, "ROW", row)
     tensors = side_by_side(gap, even)
     sums = BitSums()
     before = sums(tensors, names_of(tensors))
@@ -175,10 +206,3 @@ def test_shards_are_looked_up_once(one_rank: DeviceMesh) -> None:
     shard._local_tensor.view(torch.int32)[3, 4] ^= 1
     assert not before.equals(sums([shard], names))
     assert [*sums([shard], names).numbers().values()] == [*numbers(shard._local_tensor).values()]
-
-
-def test_a_small_tensor_is_one_that_is_copied() -> None:
-    small, large = torch.zeros(SMALL // 4), torch.zeros(SMALL // 4 + 1)
-    found = BitSums()([small, large], lambda: ["small", "large"])
-    assert [name for run in found.layouts[0].runs for name, _, _ in run.places] == ["small"]
-    assert {name for names, _ in found.layouts[0].rows for name in names} == {"large"}
