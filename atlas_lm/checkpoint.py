@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from atlas_lm import manifest
 from atlas_lm.config import nearest
+from atlas_lm.direct_file import DirectFile
 from atlas_lm.runs import checkpoints_in
 
 log = logging.getLogger(__name__)
@@ -53,20 +53,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*.ckpt{HALF}"):
                 left.unlink(missing_ok=True)
-            with temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
+            with DirectFile(temporary) as file:
                 with _without_crc():
-                    torch.save(checkpoint, file)
-                file.flush()
-                checksum = beside.submit(manifest.sha256, temporary)  # while the disk is busy
-                os.fsync(file.fileno())
-            manifest.record(folder, target.name, temporary, checksum.result(), checkpoint.get("global_step"))
+                    torch.save(checkpoint, file)  # type: ignore[arg-type]  # write and flush are all that it needs
+                checksum = file.finish()
+            manifest.record(folder, target.name, temporary, checksum, checkpoint.get("global_step"))
             os.replace(temporary, target)
             manifest.sync_folder(folder)
-        except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise SaveError(_save_message(target, cause)) from error
+        except OSError as error:
+            raise SaveError(_save_message(target, error)) from error
         finally:
             temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # saved it is, and the manifest is right without it

@@ -1,0 +1,93 @@
+"""DirectFile: the bytes that were written and their checksum, whatever the filesystem lets it do."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from atlas_lm import direct_file
+from atlas_lm.direct_file import BLOCK, CHUNK, DirectFile
+from tests.launching import files_no_larger_than
+
+SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+
+
+def content_of(size: int) -> bytes:
+    return (b"0123456789abcdefghijklmnopqrstuvwxyz" * (size // 36 + 1))[:size]
+
+
+def write(path: Path, content: bytes, part: int) -> str:
+    with DirectFile(path) as file:
+        for start in range(0, len(content), part):
+            assert file.write(memoryview(content)[start : start + part]) == len(content[start : start + part])
+        return file.finish()
+
+
+@pytest.mark.parametrize("part", [997, 64 * 1024, 10 * CHUNK])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("direct", [direct_file.DIRECT, 0], ids=["direct", "through the cache"])
+def test_what_was_written_is_there(
+    direct: int, size: int, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_file, "DIRECT", direct)
+    path, content = tmp_path / "file", content_of(size)
+    path.write_bytes(b"older and longer" * CHUNK)
+    assert write(path, content, part) == hashlib.sha256(content).hexdigest()
+    assert path.read_bytes() == content
+
+
+def test_it_goes_past_the_cache_where_it_can(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | direct_file.DIRECT))
+    except OSError:
+        pytest.skip("the filesystem of temporary files knows no direct writes")
+    with DirectFile(tmp_path / "file") as file:
+        file.write(content_of(CHUNK + 1))
+        file.finish()
+        assert direct_file.DIRECT == 0 or direct_file._is_direct(file._handle)
+
+
+@pytest.mark.parametrize("size", [100, CHUNK + 100])
+def test_a_filesystem_that_wants_other_blocks(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one byte are none that a disk takes."""
+    monkeypatch.setattr(direct_file, "BLOCK", 1)
+    monkeypatch.setattr(direct_file, "_spare", [])
+    path, content = tmp_path / "file", content_of(size)
+    with DirectFile(path) as file:
+        file.write(content)
+        assert file.finish() == hashlib.sha256(content).hexdigest()
+        assert not direct_file._is_direct(file._handle)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("room", [0, 100, CHUNK, CHUNK + BLOCK, 2 * CHUNK + 100])
+def test_a_full_disk_is_said_at_the_end(room: int, tmp_path: Path) -> None:
+    content = content_of(2 * CHUNK + 200)
+    with files_no_larger_than(room), DirectFile(tmp_path / "file") as file:
+        for _ in range(3):
+            assert file.write(content) == len(content)
+        with pytest.raises(OSError, match="File too large") as caught:
+            file.finish()
+    assert caught.value.errno == errno.EFBIG
+    assert write(tmp_path / "file", content, CHUNK) == hashlib.sha256(content).hexdigest(), "and the next one is whole"
+
+
+def test_files_written_at_once_do_not_mix(tmp_path: Path) -> None:
+    contents = [bytes([i]) * (2 * CHUNK + 10 * i) for i in range(3)]
+    files = [DirectFile(tmp_path / str(i)) for i in range(3)]
+    for start in range(0, len(contents[-1]), 100_000):
+        for file, content in zip(files, contents, strict=True):
+            file.write(content[start : start + 100_000])
+    for i, (file, content) in enumerate(zip(files, contents, strict=True)):
+        with file:
+            assert file.finish() == hashlib.sha256(content).hexdigest()
+        assert (tmp_path / str(i)).read_bytes() == content
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        DirectFile(tmp_path / "missing" / "file")
+    with pytest.raises(IsADirectoryError):
+        DirectFile(tmp_path)
