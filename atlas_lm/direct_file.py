@@ -6,7 +6,6 @@ bytes through the cache.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -31,11 +30,11 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._chunks = [_chunk(), _chunk()]
         self._handle = _open(path)
         self._size = 0
         self._sum = hashlib.sha256()
         self._error: OSError | None = None
-        self._chunks = [_chunk(), _chunk()]
         self._pending: list[Future[None]] = []  # with the chunk that is not being filled
         self._filled = 0  # bytes of the other one
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -101,10 +100,10 @@ class DirectFile:
         while left:
             try:
                 left = left[os.write(self._handle, left) :]
-            except OSError as error:
-                if error.errno != errno.EINVAL or not _is_direct(self._handle):
+            except OSError:  # it wants other blocks, or has cut a write short; what else is wrong will be so again
+                if not _is_direct(self._handle):
                     raise
-                _go_through_the_cache(self._handle)  # larger blocks, or the rest of a write that was cut short
+                _go_through_the_cache(self._handle)
 
 
 def _open(path: Path) -> int:
@@ -126,6 +125,6 @@ def _chunk() -> memoryview:
     """`CHUNK` bytes of memory that begin at a multiple of `BLOCK`."""
     with contextlib.suppress(IndexError):
         return _spare.pop()
-    room = torch.empty(CHUNK + BLOCK, dtype=torch.uint8)
+    room = torch.empty(CHUNK + BLOCK, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % BLOCK
     return room[start : start + CHUNK].numpy().data

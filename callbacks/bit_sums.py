@@ -22,6 +22,7 @@ def _flat(tensor: Tensor) -> Tensor:
     """All elements in the order of memory, as sums need no other; copied if there are gaps, or half a word before."""
     by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = tensor.detach().permute(by_stride).reshape(-1).contiguous()
+    flat = flat.as_strided(flat.shape, (1,))  # torch calls a single element contiguous, whatever its stride
     odd = flat.storage_offset() * flat.itemsize % WORD
     return flat.clone() if odd else flat  # the same bits have the same words, wherever they lie
 
@@ -51,29 +52,18 @@ class Stretch:
     copied: list[Tensor]  # (bytes,) uint8 each: neighbouring rows, and the rest
     places: list[Place]
 
-    def numbers(self, sums: Tensor, copies: Tensor) -> list[tuple[str, int]]:
-        """Parts of the tensors' sums, from those of the rows and from the copies, which are on a CPU."""
-        spans = [place.rows for place in self.places]
-        found = [(place.name, value) for place, value in zip(self.places, _between(sums, spans), strict=True)]
-        pieces = [(place.name, start, end) for place in self.places for start, end in place.pieces]
-        spans = [(start // WORD, start // WORD + (end - start) // WORD) for _, start, end in pieces]
-        words = copies[: copies.numel() // WORD * WORD].clone().view(torch.int64)
-        for (name, start, end), value in zip(pieces, _between(words, spans), strict=True):
-            behind = end - (end - start) % WORD
-            found.append((name, value + (_short(bytes(copies[behind:end].tolist())) if behind < end else 0)))
-        return found
-
 
 def _between(values: Tensor, spans: list[tuple[int, int]]) -> list[int]:
     """Sums of values[start:end], each but for a multiple of 2⁶⁴."""
     below = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    starts, ends = torch.tensor(spans, dtype=torch.int64).view(-1, 2).unbind(1)
+    starts, ends = torch.tensor(spans, dtype=torch.int64, device=values.device).view(-1, 2).unbind(1)
     return (below[ends] - below[starts]).tolist()
 
 
-def _short(left: bytes) -> int:
-    """Fewer than eight bytes, as the widest integers that they hold."""
-    value = 0
+def _sum_of(data: memoryview) -> int:
+    """Of bytes, but for a multiple of 2⁶⁴."""
+    whole = len(data) - len(data) % WORD
+    value, left = sum(data[:whole].cast("q")), bytes(data[whole:])
     for width in (4, 2, 1):
         if len(left) >= width:
             value += int.from_bytes(left[:width], sys.byteorder, signed=width > 1)
@@ -90,9 +80,10 @@ def stretches(flat: list[tuple[str, Tensor]]) -> list[Stretch]:
     for near in by_storage.values():
         spans = sorted((int(x.storage_offset()), int(x.storage_offset()) + x.numel(), name) for name, x in near)
         ends = [*accumulate((end for _, end, _ in spans), max)]  # one may lie within another
+        widest = max((x for _, x in near), key=lambda x: x.untyped_storage().nbytes())  # two may begin at one address
         cuts = [i for i in range(1, len(spans)) if spans[i][0] - ends[i - 1] >= ROW]
         for i, j in zip([0, *cuts], [*cuts, len(spans)], strict=True):
-            found.append(_stretch(near[0][1], spans[i:j], ends[j - 1]))
+            found.append(_stretch(widest, spans[i:j], ends[j - 1]))
     return found
 
 
@@ -132,22 +123,27 @@ class Layout:
 
     def sums(self) -> Tensor:
         """(rows of all stretches,) int64."""
-        return torch.cat([x.rows.sum(1) for x in self.stretches])
+        sums = [x.rows.sum(1) for x in self.stretches if len(x.rows)]
+        return torch.cat(sums) if sums else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def copies(self) -> Tensor:
         """(bytes of all copies,) uint8."""
         views = [view for x in self.stretches for view in x.copied]
-        return torch.cat(views) if views else torch.empty(0, dtype=torch.uint8)
+        return torch.cat(views) if views else torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def numbers(self, sums: Tensor, copies: Tensor) -> list[tuple[str, int]]:
-        """Parts of the tensors' sums; what goes in is on a CPU."""
-        by_stretch = zip(
-            self.stretches,
-            sums.split([len(x.rows) for x in self.stretches]),
-            copies.split([sum(map(Tensor.numel, x.copied)) for x in self.stretches]),
-            strict=True,
-        )
-        return [part for stretch, *held in by_stretch for part in stretch.numbers(*held)]
+        """Parts of the tensors' sums, but for multiples of 2⁶⁴; what goes in is on a CPU."""
+        data = copies.numpy().data
+        names: list[str] = []
+        spans: list[tuple[int, int]] = []
+        found: list[tuple[str, int]] = []
+        row = byte = 0  # at which a stretch begins
+        for x in self.stretches:
+            names += [place.name for place in x.places]
+            spans += [(row + place.rows[0], row + place.rows[1]) for place in x.places]
+            found += [(p.name, _sum_of(data[byte + start : byte + end])) for p in x.places for start, end in p.pieces]
+            row, byte = row + len(x.rows), byte + sum(map(Tensor.numel, x.copied))
+        return [*zip(names, _between(sums, spans), strict=True), *found]
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,7 @@ class BitSums:
     """Takes fingerprints of tensors that mostly stay where they are: to make views takes longer than to add them up."""
 
     def __init__(self) -> None:
-        self._seen: list[Tensor] = []
+        self._seen: list[Tensor] | None = None  # None: the next call needs new views
         self._places: list[int] = []
         self._sharded = False
         self._layouts: list[Layout] = []
@@ -187,7 +183,8 @@ class BitSums:
         """Of what this rank holds of each tensor. `names` is asked when the tensors are not those of the last call."""
         local = [_local(x) for x in tensors] if self._sharded else tensors
         if (
-            len(local) != len(self._seen)
+            self._seen is None
+            or len(local) != len(self._seen)
             or not all(map(is_, local, self._seen))
             or list(map(Tensor.data_ptr, local)) != self._places
         ):
@@ -200,8 +197,8 @@ class BitSums:
         local = [_local(x) for x in tensors]
         held = [(name, x, _flat(x)) for name, x in zip(names, local, strict=True) if x.numel()]
         copied = any(flat.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for _, x, flat in held)
-        self._seen = [] if copied else local  # of copies the next call needs new ones
-        self._places = list(map(Tensor.data_ptr, self._seen))
+        self._seen = None if copied else local
+        self._places = list(map(Tensor.data_ptr, local))
         self._layouts = [
             Layout(stretches([(name, flat) for name, x, flat in held if x.device == device]))
             for device in dict.fromkeys(x.device for _, x, _ in held)

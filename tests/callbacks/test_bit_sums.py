@@ -70,6 +70,7 @@ STRIDED = {
     "one column": lambda x: x.view(4, 6)[:, 1],
     "off by one": lambda x: x[1:],
     "a scalar": lambda x: x[3],
+    "one of a column": lambda x: x[::24],
 }
 
 
@@ -157,6 +158,25 @@ def test_what_overlaps_counts_for_both(row: int, monkeypatch: pytest.MonkeyPatch
 def test_a_name_that_several_tensors_have_counts_all_of_them() -> None:
     found = BitSums()([torch.ones(1), torch.ones(1), torch.ones(3)], lambda: ["x", "x", "y"]).numbers()
     assert found == {"x": 2 * by_hand(torch.ones(1)), "y": by_hand(torch.ones(3))}
+
+
+def test_storages_at_one_address_may_differ_in_size() -> None:
+    room = torch.arange(10_000, dtype=torch.uint8).numpy()
+    part, whole = torch.from_numpy(room[:5000]), torch.from_numpy(room)
+    assert numbers(part, whole) == {"0": by_hand(part), "1": by_hand(whole)}
+
+
+def test_another_default_device_changes_nothing() -> None:
+    tensors = [torch.randn(1000), torch.randn(3)]
+    with torch.device("meta"):
+        found = numbers(*tensors)
+    assert found == {"0": by_hand(tensors[0]), "1": by_hand(tensors[1])}
+
+
+def test_nothing_has_no_sums_whatever_came_before() -> None:
+    sums = BitSums()
+    assert sums([torch.randn(4, 6)[:, ::2]], lambda: ["copied"]).numbers()
+    assert sums([], list).numbers() == {}
 
 
 def test_a_fingerprint_keeps_what_it_has_seen() -> None:
