@@ -1,6 +1,8 @@
 """The benchmarks run and write what they promise; what they measure is not judged here."""
 
 import json
+import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import faults, soak
+from benchmarks.safeguards import standard_error
 from launching import SMALL_MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +61,14 @@ def test_decode(tmp_path: Path) -> None:
     rows, _ = run("decode", tmp_path, "--positions", "10", "300", "--tokens", "4")
     assert [row["position"] for row in rows] == [10, 300]
     assert rows[0]["state_bytes"] == rows[1]["state_bytes"] > 0
+
+
+def test_the_standard_error_of_a_median() -> None:
+    draw = random.Random(1)
+    normal = [draw.gauss(0.01, 0.02) for _ in range(400)]
+    assert standard_error(normal) == pytest.approx(math.sqrt(math.pi / 2) * 0.02 / math.sqrt(400), rel=0.25)
+    assert standard_error(normal) == standard_error(normal)
+    assert standard_error([0.01]) == 0
 
 
 def test_safeguards(tmp_path: Path) -> None:

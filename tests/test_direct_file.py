@@ -10,7 +10,7 @@ import torch
 
 from atlas_lm import direct_file
 from atlas_lm.direct_file import BLOCK, CHUNK, DirectFile
-from tests.launching import files_no_larger_than
+from launching import files_no_larger_than
 
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 
