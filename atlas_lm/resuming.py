@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 
-from atlas_lm.checkpoint import check_same_model, read_checkpoint
+from atlas_lm.checkpoint import check_same_model, read_checkpoint, steps_recorded
 from atlas_lm.config import TrainConfig
 from atlas_lm.runs import (
     CONFIG,
@@ -102,20 +102,12 @@ def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path |
     return path
 
 
-def steps_recorded(checkpoint: Path) -> int:
-    """Number of the first logging step that a run resumed from `checkpoint` will write."""
-    loop = read_checkpoint(checkpoint, lazily=True)["loops"]["fit_loop"]
-    total = loop["epoch_loop.batch_progress"]["total"]
-    # Lightning's own rule: where a step was not complete when it was saved, its number has not been counted up yet
-    return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (total["completed"] < total["processed"])
-
-
 def continue_records(trainer: Trainer, checkpoint: Path) -> int:
     """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost.
 
     Returns the number of the first logging step that is not recorded yet.
     """
-    step = steps_recorded(checkpoint)
+    step = steps_recorded(read_checkpoint(checkpoint, lazily=True))
     for logger in trainer.loggers:
         go_on = getattr(logger, "go_on_from", None)
         if go_on is not None:

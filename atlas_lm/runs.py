@@ -80,7 +80,7 @@ def intact_checkpoint(run: Path) -> Path:
 
 
 def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint written last of those that can be used, and one line for each newer one that cannot."""
+    """The latest checkpoint of those that can be used, and one line for each later one that cannot."""
     from atlas_lm.checkpoint import why_unusable  # imports torch, which takes seconds
 
     skipped: list[str] = []
@@ -93,20 +93,23 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run that was written last, intact or not; `last.ckpt` rather than the file it points to."""
+    """The latest checkpoint of a run, intact or not; `last.ckpt` rather than the file it points to."""
     return next(iter(checkpoints_in(run / "checkpoints")), None)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first, each once: under its link's name if it has one.
+    """The checkpoints of a folder, the latest first, each once: under its link's name if it has one.
 
-    Left out: what a rollback abandoned, and links to nowhere.
+    Ordered by how far training had come, whatever clocks and names say: time stamps do not survive a copy, clocks are
+    set back. Left out: what a rollback abandoned, and links to nowhere.
     """
+    from atlas_lm.checkpoint import position  # imports torch, which takes seconds
+
     found: dict[Path, Path] = {}
     for path in sorted(folder.glob("*.ckpt"), key=Path.is_symlink):
         if path.is_file() and not re.search(r"\.abandoned\d*$", path.resolve().name):
             found[path.resolve()] = path
-    return sorted(found.values(), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    return sorted(found.values(), key=lambda path: (position(path), path.is_symlink(), path.name), reverse=True)
 
 
 def mark_latest(run: Path, experiment: Path) -> None:
