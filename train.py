@@ -13,6 +13,7 @@ from atlas_lm.building import (
     build_trainer,
     close_run_folder,
     prepare_process,
+    result_of_sweep,
     run_folder,
     second_look,
     settle_in,
@@ -31,6 +32,9 @@ ROOT = Path(__file__).parent
 def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
     config = check_config(cfg)
+    done = result_of_sweep(cfg)
+    if done is not None:
+        return done
     with preemptible(), run_folder(cfg, ROOT) as goes_on:
         report = fit(cfg, config, goes_on)
     close_run_folder(cfg, report)

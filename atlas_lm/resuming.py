@@ -1,11 +1,10 @@
 """Going on with a run where it ended: in its folder, from its newest intact checkpoint, behind its last record."""
 
 import fcntl
-import json
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from atlas_lm.checkpoint import check_same_model, read_checkpoint, steps_recorde
 from atlas_lm.config import TrainConfig
 from atlas_lm.runs import (
     CONFIG,
-    FINISHED,
+    has_ended_well,
     newest_checkpoint,
     newest_intact,
+    overrides_of,
     resolve_checkpoint,
     resolve_run,
+    runs_in,
 )
 
 log = logging.getLogger(__name__)
@@ -61,20 +62,31 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
 
 def unfinished_run(experiment: Path) -> Path | None:
     """The newest run of an experiment, if it has not ended well. Starts without a checkpoint do not count."""
-    folders = [f for f in experiment.iterdir() if not f.is_symlink()] if experiment.is_dir() else []
-    runs = sorted((folder for folder in folders if (folder / CONFIG).is_file()), reverse=True)
-    newest = next((run for run in runs if newest_checkpoint(run) is not None), None)
-    return None if newest is None or _has_ended_well(newest) else newest
+    newest = next((run for run in runs_in(experiment) if newest_checkpoint(run) is not None), None)
+    return None if newest is None or has_ended_well(newest) else newest
 
 
-def _has_ended_well(run: Path) -> bool:
-    try:
-        return json.loads((run / REPORT).read_text(encoding="utf-8"))["status"] in FINISHED
-    except (OSError, ValueError, KeyError, TypeError):  # still running, killed, or half a file
-        return False
+def sweep_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str]) -> str:
+    """Where a run of a sweep writes, below `outputs`: with `auto` the folder of the newest run that was started with
+    the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it."""
+    experiment = Path(outputs) / name
+    if resume == AUTO:
+        wanted = started_with(overrides)
+        for run in runs_in(experiment):
+            before = overrides_of(run)
+            same = before is not None and started_with(before) == wanted
+            if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
+                return f"{name}/{run.name}"
+    return f"{name}/{new}"
+
+
+def started_with(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run that say what is trained, in any order: `resume` only says from where."""
+    return sorted(override for override in map(str, overrides) if not override.startswith("resume="))
 
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
 
 
 def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path | None:

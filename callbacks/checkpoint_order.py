@@ -5,6 +5,7 @@ Time stamps do not tell: they do not survive a copy, and clocks are set back.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,7 +16,7 @@ Position = tuple[int, int]  # logging steps, which never go back, and optimizer 
 def position_now(trainer: Trainer) -> Position:
     """The position that a checkpoint written at this moment has."""
     loop = trainer.fit_loop.epoch_loop
-    total = loop.batch_progress.total
+    total: Any = loop.batch_progress.total
     return _position(loop._batches_that_stepped, total.completed, total.processed, trainer.global_step)
 
 
