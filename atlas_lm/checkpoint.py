@@ -228,14 +228,18 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], without: tuple[st
 
 
 def check_same_model(path: Path, module: LightningModule) -> None:
-    """CheckpointError naming the fields in which the checkpoint's model differs from `module`'s."""
+    """CheckpointError naming the fields in which the checkpoint's model, or the kind of its optimizer, differs from
+    `module`'s."""
     saved, wanted = read_checkpoint(path, lazily=True).get(MODEL[0], {}), module.hparams
     found = differences(dict(saved.get(MODEL[1], {})), dict(wanted.get(MODEL[1], {})))
     if saved.get("vocab_size") != wanted.get("vocab_size"):
         found.append(f"a vocabulary of {wanted.get('vocab_size')} but {saved.get('vocab_size')} in the checkpoint")
+    before, now = (dict(settings.get("optim", {})).get("name") for settings in (saved, wanted))
+    if before != now:  # its moments mean nothing to another one
+        found.append(f"optim.name={now} but {before} in the checkpoint")
     if found:
         raise CheckpointError(
-            f"{str(path)!r} is of another model: {'; '.join(found)}: "
+            f"{str(path)!r} is of another model or optimizer: {'; '.join(found)}: "
             "set these back to resume, or use init_from= to start a new run from its weights"
         )
 

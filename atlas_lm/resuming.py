@@ -111,7 +111,24 @@ def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path |
     else:
         path = resolve_checkpoint(config.resume, config.paths.outputs)
     check_same_model(path, module)
+    check_accumulation(path, config.trainer.get("accumulate_grad_batches") or 1)
     return path
+
+
+def check_accumulation(path: Path, accumulated: int) -> None:
+    """ValueError if the first optimizer step of the resumed run would take fewer than `accumulated` batches.
+
+    Lightning counts windows from the beginning of an epoch, so a checkpoint has to lie between two of them.
+    """
+    progress = read_checkpoint(path, lazily=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    batches = progress["current"]["ready"]
+    if batches % accumulated and not progress["is_last_batch"]:
+        fits = [n for n in range(1, batches + 1) if batches % n == 0]
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={accumulated} cannot be resumed from {str(path)!r}, which was written "
+            f"after {batches} batches of an epoch, in the middle of {accumulated}: choose one of "
+            f"{', '.join(map(str, fits[-8:]))}, or another checkpoint"
+        )
 
 
 def continue_records(trainer: Trainer, checkpoint: Path) -> int:
