@@ -2,12 +2,9 @@
 
 import fcntl
 import logging
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -30,7 +27,6 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
 LOCK, REPORT = ".lock", "report.json"
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
 
 
 def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
@@ -160,24 +156,6 @@ def locked(run: Path) -> Iterator[None]:
                 f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
             ) from None
         yield
-
-
-@contextmanager
-def preemptible(code: int = REQUEUE) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(code)
-
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
-        yield
-        return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def keep_aside(path: Path, text: str) -> None:
