@@ -18,6 +18,7 @@ from hierarchy_cases import (
 
 from atlas_lm.block import FUSIONS
 from atlas_lm.config import ModelConfig
+from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop, cpu_norm
 from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.model import AtlasLM
 
@@ -197,6 +198,30 @@ def test_model_is_causal(changes, T):
             moved = (model(other).logits - truth).abs()
             assert moved[:, :t].sum() <= EXACT
             assert moved[:, t].max() > 1e-6
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request, monkeypatch):
+    """Both ways through the model on a CPU; a GPU takes the second."""
+    if request.param == "torch":
+        for module in (cpu_attention, cpu_convolution, cpu_features, cpu_loop):
+            monkeypatch.setattr(module, "can_run", lambda *_: False)
+        monkeypatch.setattr(cpu_norm, "_can_run", lambda *_: False)
+    else:
+        assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
+
+
+@every_model
+@pytest.mark.parametrize("sizes", [{}, {"global_chunk": 96, "shard": 192, "local_chunks": [16, 7]}], ids=str)
+def test_float32_model_is_bitwise_causal(changes, sizes, path):
+    """A later token leaves not even its rounding behind, in its own block of the projection or another."""
+    model, tokens = build_model(torch.float32, **(sizes | changes)), make_tokens(150)
+    with torch.inference_mode():
+        truth = model(tokens).logits
+        for t in (6, 24, 63, 64, 100, 149):
+            other = tokens.clone()
+            other[:, t] = (other[:, t] + 1) % VOCABULARY
+            assert torch.equal(model(other).logits[:, :t], truth[:, :t])
 
 
 @every_model
