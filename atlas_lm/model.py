@@ -119,11 +119,15 @@ class AtlasLM(nn.Module):
         """(B, T) token ids → logits (B, T, V) of the next tokens.
 
         Without a state: training and evaluation, local memories start anew at each shard. With one: streaming, no
-        resets but at document starts where `reset_at_document` asks for them.
+        resets but at document starts where `reset_at_document` asks for them. ValueError for a state of another model
+        or batch; one of another precision is cast.
         """
         restart = document_start_BT if self.config.reset_at_document else None
         if self.config.reset_at_document and restart is None:
             restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        layers = len(self.blocks)
+        if state is not None and len(state) != layers:
+            raise ValueError(f"the state has {len(state)} layers, the model {layers}; start from its initial_state")
         x = self.embed(tokens_BT) * self.config.dim**0.5
         gates, after = [], []
         for i, block in enumerate(self.blocks):

@@ -21,7 +21,7 @@ from atlas_lm.memory import coefficients as fold
 from atlas_lm.memory import loop
 from atlas_lm.memory.coefficients import Steps
 from atlas_lm.memory.network import Weights
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, make_tail, map_tokens
+from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, fit_state, make_tail, map_tokens
 
 
 def scan(
@@ -30,8 +30,9 @@ def scan(
     """Read with every query while learning every token: (B, H, T, D) outputs and the state after the last token.
 
     `initial` is W_init (H, rows, columns) per layer. The calls may cut the tokens anywhere:
-    outputs and state are those of one long call.
+    outputs and state are those of one long call. ValueError for a state of another memory or batch.
     """
+    state = fit_state(rule, state, initial, tokens)
     row = append(rule, state, tokens)
     length = row.k.size(2) - rule.halo
     filled = length % rule.chunk
@@ -41,7 +42,7 @@ def scan(
     y_BHTD, after = _run(rule, before, initial, q_BHTD, phi_q_BHTF, row, state.filled, complete)
     halves = (z.unflatten(0, q_BHTD.shape[:2]).chunk(2, dim=-2) for z in after)
     change, momentum = zip(*halves, strict=True)
-    return y_BHTD, MemoryState(change, momentum, tail, filled)
+    return y_BHTD, MemoryState(change, momentum, tail, filled, rule)
 
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:

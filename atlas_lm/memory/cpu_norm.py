@@ -10,9 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from atlas_lm.memory import compiled
+from atlas_lm.memory.compiled import WIDE, Field, Function, once_differentiable, plain
 
-_TENSORS: tuple[compiled.Field, ...] = ("x", "weight", "y", "scales", "dy", "dx", "dweight")
-_Arguments = compiled.structure(("B", "H", "T", "D", "block"), ("epsilon",), _TENSORS)
+_norm = Function(
+    "norm",
+    ("B", "H", "T", "D", "block"),
+    ("epsilon",),
+    (
+        Field("x", ("B", "H", "T", "D"), WIDE),
+        Field("weight", ("D",), WIDE),
+        Field("y", ("B", "T", "H*D"), WIDE),
+        Field("scales", ("B", "H", "T"), WIDE),
+        Field("dy", ("B", "T", "H*D"), WIDE),
+        Field("dx", ("B", "H", "T", "D"), WIDE),
+        Field("dweight", ("rows", "D"), WIDE),
+    ),
+)
 
 BLOCK = 256  # tokens of a piece of work
 
@@ -43,14 +56,14 @@ def _epsilon(norm: nn.RMSNorm, x: Tensor) -> float:
 
 
 def _can_run(x: Tensor, weight: Tensor) -> bool:
-    known = x.dtype == weight.dtype and (x.dtype, x.dtype) in compiled.KINDS
-    return x.device.type == "cpu" and known and compiled.library() is not None
+    known = x.device.type == "cpu" and x.dtype == weight.dtype and (x.dtype, x.dtype) in compiled.KINDS
+    return known and x.numel() > 0 and compiled.library() is not None
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
+        x, weight = plain(x), plain(weight)
         B, H, T, D = x.shape
         y, scales = x.new_empty(B, T, H * D), x.new_empty(B, H, T)
         _call(epsilon, {"x": x, "weight": weight, "y": y, "scales": scales})
@@ -59,11 +72,12 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, scales = ctx.saved_tensors
         B, _, T, D = x.shape
         dx, dweight = torch.empty_like(x), x.new_empty(B * -(-T // BLOCK), D)
-        tensors = {"x": x, "weight": weight, "scales": scales, "dy": dy.contiguous(), "dx": dx, "dweight": dweight}
+        tensors = {"x": x, "weight": weight, "scales": scales, "dy": plain(dy), "dx": dx, "dweight": dweight}
         _call(ctx.epsilon, tensors)
         return dx, dweight.sum(0), None
 
@@ -71,6 +85,5 @@ class _Norm(torch.autograd.Function):
 def _call(epsilon: float, tensors: dict[str, Any]) -> None:
     x = tensors["x"]
     B, H, T, D = x.shape
-    arguments = _Arguments(B=B, H=H, T=T, D=D, block=BLOCK, epsilon=epsilon)
-    compiled.point(arguments, _TENSORS, tensors)
-    compiled.call("norm_" + compiled.KINDS[x.dtype, x.dtype], arguments, 4 * x.numel())
+    sizes = {"B": B, "H": H, "T": T, "D": D, "block": BLOCK, "rows": B * -(-T // BLOCK)}
+    _norm((x.dtype, x.dtype), sizes, tensors, 4 * x.numel(), epsilon=epsilon)

@@ -23,7 +23,7 @@ from atlas_lm.memory.features import Features, build_features
 from atlas_lm.memory.network import Network, Weights, build_network
 from atlas_lm.memory.newton_schulz import STEPS
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
-from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, check_rule, initial_state
+from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, check_rule, fit, initial_state
 
 
 class MemorySpec(NamedTuple):
@@ -178,6 +178,12 @@ class Hierarchy(nn.Module):
         local = tuple(start(memory) for memory in self._local())
         return HierarchyState(start(self.global_memory), local, persistent_state(self.persistent_keys, batch))
 
+    def _fit(self, given: ProjectionState, k_BHTD: Tensor) -> ProjectionState:
+        sizes = dict(zip(("batch", "heads"), k_BHTD.shape[:2], strict=True))
+        wide, D = torch.promote_types(k_BHTD.dtype, torch.float32), k_BHTD.size(-1)
+        M = fit("sum of keys", given.M, sizes | {"channels": D, "channels again": D}, k_BHTD, wide)
+        return ProjectionState(M, fit("sum of squares", given.n, sizes, k_BHTD, wide))
+
     def forward(
         self,
         x_BTM: Tensor,
@@ -191,8 +197,16 @@ class Hierarchy(nn.Module):
 
         Without a state the local memories start anew at each shard; with one nothing is reset and a new one comes back.
         `restart_BT` (bool) marks document starts: there every memory starts anew.
+        ValueError for a state of another hierarchy or batch, and where there are no tokens.
         """
         B, H, T, _ = q_BHTD.shape
+        if T < 1:
+            raise ValueError(f"a memory needs at least 1 token, got {T}")
+        if state is not None and len(state.local_memories) != len(self.local_memories):
+            raise ValueError(
+                f"the state has {len(state.local_memories)} local memories, this model {len(self.local_memories)}; "
+                "start from initial_state of this model"
+            )
         phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
         tokens = Tokens(k_BHTD, phi_k, v_BHTD, self.global_memory.open(x_BTM), restart)
@@ -211,7 +225,9 @@ class Hierarchy(nn.Module):
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
         restart = None if restart is None else shards.fold(restart)
         persistent = persistent_state(self.persistent_keys, q.size(0))
-        q, projection = project(q, k, persistent if state is None else state.projection, persistent, restart)
+        q, projection = project(
+            q, k, persistent if state is None else self._fit(state.projection, k), persistent, restart
+        )
         phi_q = self.features(q)
         local_states = []
         for n, memory in enumerate(self._local()):

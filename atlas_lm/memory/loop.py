@@ -17,8 +17,9 @@ from torch import Tensor
 
 from atlas_lm.memory import coefficients, cpu_loop
 from atlas_lm.memory.chunk_gradient import gradients
-from atlas_lm.memory.chunk_step import STATES, Chunks, Inputs, Plan, check_backward, learn_and_read, update
+from atlas_lm.memory.chunk_step import STATES, Chunks, Inputs, Plan, check_records, learn_and_read, update
 from atlas_lm.memory.coefficients import Decays
+from atlas_lm.memory.compiled import once_differentiable
 from atlas_lm.memory.network import Weights
 
 
@@ -97,12 +98,12 @@ class _Loop(torch.autograd.Function):
         return (torch.stack(outputs, dim=1).flatten(1, 2), *states)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
         plan, layers, records, stride = ctx.plan, ctx.layers, ctx.records, ctx.stride
-        check_backward(gone=records[0] is None)
-        count = layers + len(Inputs._fields)
-        x = Inputs(*ctx.saved_tensors[layers:count])
-        kept = ctx.saved_tensors[count:]
+        check_records(gone=records[0] is None)
+        saved, count = ctx.saved_tensors, layers + len(Inputs._fields)  # read once: see cpu_loop.py
+        x, kept = Inputs(*saved[layers:count]), saved[count:]
         K, C = x.phi.size(1), x.phi_q.size(2)
         dy = dy.to(plan.operands).unflatten(1, (K, C))
         dstates = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
