@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import cpu_attention
-from atlas_lm.memory.state import fit
+from atlas_lm.memory.state import all_finite, fit
 
 
 class AttentionState(NamedTuple):
@@ -44,7 +44,21 @@ def window_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tens
     """Each token attends to itself and the `window` − 1 before it: (B, H, T, D).
 
     k and v hold T + window − 1 tokens, the cache first. Works on blocks of one window: no T×T mask.
+    A key or value that is not finite makes NaN of the tokens that see it, and of no others.
     """
+    y_BHTD = _in_blocks(q_BHTD, k_BHTD, v_BHTD, valid, window)
+    if all_finite(y_BHTD):
+        return y_BHTD
+    # a mask leaves 0 · NaN in the products: without these tokens, then NaN where they are seen
+    bad_BHS = ~(k_BHTD.isfinite() & v_BHTD.isfinite()).all(-1)
+    k_BHTD, v_BHTD = (x.masked_fill(bad_BHS.unsqueeze(-1), 0.0) for x in (k_BHTD, v_BHTD))
+    count = bad_BHS.cumsum(-1)
+    seen_BHT = count[..., window - 1 :] > nnf.pad(count, (1, 0))[..., : q_BHTD.size(2)]
+    y_BHTD = _in_blocks(q_BHTD, k_BHTD, v_BHTD, valid, window)
+    return y_BHTD + torch.where(seen_BHT, torch.nan, 0.0).unsqueeze(-1).to(y_BHTD.dtype)
+
+
+def _in_blocks(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tensor, window: int) -> Tensor:
     T = q_BHTD.size(2)
     C = min(window, T)
     K = -(-T // C)

@@ -21,7 +21,7 @@ from atlas_lm.memory import coefficients as fold
 from atlas_lm.memory import loop
 from atlas_lm.memory.coefficients import Steps
 from atlas_lm.memory.network import Weights
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, fit_state, make_tail, map_tokens
+from atlas_lm.memory.state import MemoryState, Rule, Tokens, all_finite, append, fit_state, make_tail, map_tokens
 
 
 def scan(
@@ -55,6 +55,23 @@ def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor,
 
 
 def _run(
+    rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
+    filled: int, complete: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """`_run_all`, where a token that is not finite reaches no earlier token of its row."""
+    y_BHTD, after = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, row, filled, complete)
+    if all_finite(y_BHTD):
+        return y_BHTD, after
+    parts = (row.k, row.phi, row.v, torch.stack(row.gates, -1))
+    bad_BHN = ~torch.stack([x.isfinite().all(-1) for x in parts]).all(0)
+    clean = map_tokens(lambda x: x.masked_fill(bad_BHN.unsqueeze(-1) if x.dim() == 4 else bad_BHN, 0), row)
+    clean = clean._replace(restart=row.restart)
+    early_BHT = (bad_BHN.cumsum(-1) == 0)[:, :, rule.halo + filled :].unsqueeze(-1)
+    without, _ = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, clean, filled, complete)
+    return torch.where(early_BHT, without, y_BHTD), after
+
+
+def _run_all(
     rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
     filled: int, complete: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip

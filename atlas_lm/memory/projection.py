@@ -72,10 +72,15 @@ def _all_blocks(q_BHTD: Tensor, k_BHTD: Tensor, state: ProjectionState) -> tuple
     # of the blocks before alone: a block's own keys, added and taken away again, would leave their rounding behind
     before = state.M.unsqueeze(2) + nnf.pad(gram[:, :, :-1].cumsum(dim=2), (0, 0, 0, 0, 1, 0))
     scores = (q @ k.mT).tril()
-    projected = q @ before.to(q.dtype) + scores @ k
+    projected = q @ before.to(q.dtype) + scores @ _finite(k)
     y = nnf.normalize(projected.to(q_BHTD.dtype), dim=-1).flatten(2, 3)[:, :, :T]
     n = state.n + k_BHTD.square().sum(dim=(-2, -1))
     return y, ProjectionState(before[:, :, -1] + gram[:, :, -1], n)
+
+
+def _finite(k: Tensor) -> Tensor:
+    """Keys for a masked product, where 0 · NaN would reach earlier tokens. Later ones have the key's NaN as score."""
+    return k.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _block(
@@ -94,10 +99,10 @@ def _block(
         torch.where(last[..., None, None], persistent.M, state.M), torch.where(last, persistent.n, state.n)
     )
     weight_BHC = (segment == segment[..., -1:]).to(k_BHCD)
-    scores = (q_BHCD @ k_BHCD.mT) * seen
+    scores = (q_BHCD @ k_BHCD.mT).masked_fill(~seen, 0.0)
     squares_BHC = k_BHCD.square().sum(-1)
-    n_BHC = n_BHC + (seen.to(squares_BHC) @ squares_BHC.unsqueeze(-1)).squeeze(-1)
-    projected = (carried + scores @ k_BHCD) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
+    n_BHC = n_BHC + torch.where(seen, squares_BHC.unsqueeze(-2), 0.0).sum(-1)
+    projected = (carried + scores @ _finite(k_BHCD)) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
     kept = k_BHCD * weight_BHC.unsqueeze(-1)
     state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
     return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state

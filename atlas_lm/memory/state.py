@@ -109,6 +109,11 @@ def map_tokens(f, *tokens: Tokens) -> Tokens:
     return Tokens(k, phi, v, gates, restart)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether to trust masked products: a mask that is multiplied with leaves 0 · NaN."""
+    return x.device.type == "meta" or bool(x.isfinite().all())
+
+
 def fit(name: str, x: Tensor, sizes: dict[str, int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of a state in the precision of this call: `dtype`, or that of `like`, whose device it must be on.
 

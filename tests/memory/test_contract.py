@@ -301,3 +301,41 @@ def test_the_gate_depends_on_the_memory_alone_and_zero_takes_it_out(fusion):
         fused, gate = layer(attended, remembered)
     assert (gate == 0).all()
     assert torch.equal(fused, attended if fusion == "convex" else torch.zeros_like(attended))
+
+
+# What is not finite.
+
+
+@every_model
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["qkv", "attention values", "memory values", "stream"])
+def test_what_is_not_finite_reaches_no_earlier_token(changes, where, value, path):
+    """Bitwise: 0 · NaN in a masked product is NaN."""
+    model, tokens = build_model(torch.float32, **changes), make_tokens(100)
+    block = model.blocks[0]
+    if where == "memory values" and block.memory is None:
+        pytest.skip("no memory")
+    t = 40
+
+    def spoil(module, inputs, output):
+        if output.size(1) <= t:
+            return output
+        channels = slice(None) if where in ("qkv", "stream") else slice(output.size(-1) * 2 // 3, None)
+        output = output.clone()
+        output[1, t, channels] = value
+        return output
+
+    def forward():
+        if where == "stream":
+            return model(tokens, model.initial_state(2)).logits
+        return model(tokens).logits
+
+    projection = block.memory.qkv if where == "memory values" else block.attention.qkv
+    with torch.inference_mode():
+        truth = forward()
+        hook = (block.norm if where in ("qkv", "stream") else projection).register_forward_hook(spoil)
+        logits = forward()
+        hook.remove()
+    assert torch.equal(logits[0], truth[0])
+    assert torch.equal(logits[1, :t], truth[1, :t])
+    assert not logits[1, t:].isfinite().all()
