@@ -90,7 +90,12 @@ class Function:
             ]
 
         self.name, self.sizes, self.fields, self._arguments = name, tuple(sizes), tuple(fields), Arguments
-        self._shapes = functools.lru_cache(maxsize=256)(self._find_shapes)
+        terms = {term for field in fields for shape in (field.shape, *field.more) for term in shape}
+        factors = {term: [part for part in term.split("*") if not part.isdigit()] for term in terms}
+        self._named = sorted({name for parts in factors.values() for name in parts})
+        constants = {term: math.prod(int(part) for part in term.split("*") if part.isdigit()) for term in terms}
+        self._products = {term: (constants[term], factors[term]) for term in terms if factors[term] != [term]}
+        self._shapes = functools.lru_cache(maxsize=4096)(self._find_shapes)  # decoding comes back to few of them
 
     def __call__(
         self,
@@ -131,7 +136,7 @@ class Function:
 
     def _address(self, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Compiled code knows neither shapes nor dtypes: it would read and write past another tensor's end."""
-        if x.shape != shape or x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous() or x.is_neg():
+        if x.shape != shape or x.dtype != dtype or not x.is_cpu or not x.is_contiguous() or x.is_neg():
             raise ValueError(
                 f"{self.name}: {name} must be a contiguous CPU tensor {shape} of {dtype}, got {tuple(x.shape)} of "
                 f"{x.dtype} on {x.device}, strides {x.stride()}; check the sizes of what the call was given"
@@ -143,17 +148,16 @@ class Function:
 
     def _find_shapes(self, sizes: tuple[tuple[str, int], ...]) -> list[list[tuple[int, ...]]]:
         known = dict(sizes)
-
-        def size(term: str) -> int:
-            factors = [int(f) if f.isdigit() else known[f] for f in term.split("*")]
-            if min(factors) < 1 and term not in _MAY_BE_EMPTY:
-                raise ValueError(f"{self.name}: a size must be at least 1, got {term}={math.prod(factors)}")
-            return math.prod(factors)
-
+        for name in self._named:
+            if known[name] < 1 and name not in _MAY_BE_EMPTY:
+                raise ValueError(f"{self.name}: a size must be at least 1, got {name}={known[name]}")
+        for term, (number, names) in self._products.items():
+            known[term] = math.prod([known[name] for name in names], start=number)
         found = []
         for field in self.fields:
             shapes = (field.shape, *field.more)
-            found.append([tuple(map(size, s)) for s in shapes[: known[field.used] if field.used else len(shapes)]])
+            count = known[field.used] if field.used else len(shapes)
+            found.append([tuple([known[term] for term in shape]) for shape in shapes[:count]])
         return found
 
 
