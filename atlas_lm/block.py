@@ -13,6 +13,7 @@ from torch.nn import functional as nnf
 from atlas_lm.attention import AttentionState, SlidingWindowAttention
 from atlas_lm.memory import cpu_convolution
 from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
+from atlas_lm.memory.features import unit
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 from atlas_lm.memory.state import fit
 
@@ -117,7 +118,7 @@ class MemoryBranch(nn.Module):
             return q, k, v, self.conv.next_tail(qkv, tail)
         qkv, tail = self.conv(qkv, tail)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
-        q, k = (nnf.normalize(y, dim=-1).to(v.dtype) for y in (q, k))
+        q, k = (unit(y).to(v.dtype) for y in (q, k))
         return q, k, v, tail
 
 
@@ -184,9 +185,14 @@ class Fusion(nn.Module):
         self.kind = kind
         if kind == "normalised_product":
             self.norm = RMSNorm(width)
-            self.weight = nn.Parameter(torch.ones(width))
+            self.weight = nn.Parameter(torch.empty(width))
+            self.reset_parameters()
         else:
             self.gate = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        if self.kind == "normalised_product":
+            nn.init.ones_(self.weight)
 
     def forward(self, attended: Tensor, remembered: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, T, H·D) → the fused output and the gate."""

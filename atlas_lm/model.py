@@ -102,6 +102,7 @@ class AtlasLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """What this module owns and scales; after `to_empty` call `initialise` instead, which begins with the parts."""
         nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
         # tied embeddings: the stream starts as the token's own embedding, whose logit would be √dim
         nn.init.constant_(self.norm.weight, 2 * self.config.dim**-0.5)
@@ -109,6 +110,19 @@ class AtlasLM(nn.Module):
             assert isinstance(block, Block)
             for linear in (block.out, block.ffn.down):
                 linear.weight.mul_((2 * self.config.layers) ** -0.5)
+
+    def initialise(self) -> None:
+        """Every parameter and buffer as a new model has them, for one that was built on device meta.
+
+        Parts come before what they are part of, which scales what they drew; in another order every tensor gets
+        values too, but not these.
+        """
+
+        def reset(part: nn.Module) -> None:
+            if callable(again := getattr(part, "reset_parameters", None)):
+                again()
+
+        self.apply(reset)
 
     def initial_state(self, batch: int) -> State:
         """The state of `batch` streams that have seen nothing. Its size does not grow with what they will see."""

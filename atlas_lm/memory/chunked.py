@@ -21,7 +21,17 @@ from atlas_lm.memory import coefficients as fold
 from atlas_lm.memory import loop
 from atlas_lm.memory.coefficients import Steps
 from atlas_lm.memory.network import Weights
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, all_finite, append, fit_state, make_tail, map_tokens
+from atlas_lm.memory.state import (
+    MemoryState,
+    Rule,
+    Tokens,
+    all_finite,
+    append,
+    fit_state,
+    make_tail,
+    map_tokens,
+    without_autocast,
+)
 
 
 def scan(
@@ -84,7 +94,7 @@ def _run_all(
     blocks = _blocks(rule, row, count)
     phi_q_BHKCF = _queries(rule, phi_q_BHTF, filled, count)
     keeps = fold.segments(rule, blocks)
-    with torch.autocast(q_BHTD.device.type, enabled=False):  # products of gates stay wide
+    with without_autocast(q_BHTD):  # products of gates stay wide
         steps = fold.steps(rule, blocks, keeps)
         gates = fold.decays(rule, blocks, keeps)
     token = rule.read == "token" and rule.update == "gradient"
@@ -135,6 +145,8 @@ def _on(rule: Rule, steps: Steps) -> Tensor:
 def _precisions(like: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of the operands of matrix products, and of everything else: autocast narrows the first alone."""
     device, wide = like.device.type, torch.promote_types(like.dtype, torch.float32)
+    if like.is_meta:
+        return wide, wide
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wide, wide
 
 

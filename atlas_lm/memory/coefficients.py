@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.state import Rule, Tokens
+from atlas_lm.memory.state import Rule, Tokens, without_autocast
 
 
 class Segments(NamedTuple):
@@ -69,7 +69,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dproducts: Tensor) -> Tensor:
         (products,) = ctx.saved_tensors
-        with torch.autocast(products.device.type, enabled=False):  # products of gates stay wide
+        with without_autocast(products):  # products of gates stay wide
             through = (products.mT @ dproducts.tril(-1))[..., 1:, :]  # Σ_t P[t, r] dP[t, s]
         return nnf.pad((through * products[..., :-1, :]).sum(-1), (1, 0))
 

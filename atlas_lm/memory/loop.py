@@ -21,6 +21,7 @@ from atlas_lm.memory.chunk_step import STATES, Chunks, Inputs, Plan, check_recor
 from atlas_lm.memory.coefficients import Decays
 from atlas_lm.memory.compiled import once_differentiable
 from atlas_lm.memory.network import Weights
+from atlas_lm.memory.state import without_autocast
 
 
 def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
@@ -42,7 +43,7 @@ def _inputs(plan: Plan, initial: Weights, chunks: Chunks) -> Inputs:
     low, wide = chunks.phi.dtype, chunks.decay.dtype
     scores = at = over = None
     if chunks.token_eta is not None:
-        with torch.autocast(chunks.phi.device.type, enabled=False):  # products of gates stay wide
+        with without_autocast(chunks.phi):  # products of gates stay wide
             gates = Decays(chunks.token_eta, chunks.intake, chunks.retain, chunks.carry)
             reads = coefficients.reads(gates, chunks.gamma, plan.context, chunks.same)
             at, over = torch.stack([reads.weights, -reads.momentum], dim=-2), reads.gradients
@@ -79,7 +80,7 @@ class _Loop(torch.autograd.Function):
         K = x.phi.size(1)
         stride = -(-K // STATES)
         outputs, records, kept = [], [], []
-        with torch.autocast(x.phi.device.type, enabled=False):
+        with without_autocast(x.phi):
             for n in range(K):
                 if n % stride == 0:
                     kept += states
@@ -109,7 +110,7 @@ class _Loop(torch.autograd.Function):
         dstates = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
         dinitial = None if x.initial_out is None else torch.zeros_like(x.initial_out)
         chunks: list[dict[str, Tensor]] = [{} for _ in range(K)]
-        with torch.autocast(x.phi.device.type, enabled=False):
+        with without_autocast(x.phi):
             for start in range((K - 1) // stride * stride, -1, -stride):
                 first = start // stride * layers
                 states = [list(kept[first : first + layers])]

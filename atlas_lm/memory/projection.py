@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.features import unit
+
 BLOCK = 64  # tokens at a time: the result does not depend on it
 
 
@@ -73,7 +75,7 @@ def _all_blocks(q_BHTD: Tensor, k_BHTD: Tensor, state: ProjectionState) -> tuple
     before = state.M.unsqueeze(2) + nnf.pad(gram[:, :, :-1].cumsum(dim=2), (0, 0, 0, 0, 1, 0))
     scores = (q @ k.mT).tril()
     projected = q @ before.to(q.dtype) + scores @ _finite(k)
-    y = nnf.normalize(projected.to(q_BHTD.dtype), dim=-1).flatten(2, 3)[:, :, :T]
+    y = unit(projected.to(q_BHTD.dtype)).flatten(2, 3)[:, :, :T]
     n = state.n + k_BHTD.square().sum(dim=(-2, -1))
     return y, ProjectionState(before[:, :, -1] + gram[:, :, -1], n)
 
@@ -105,4 +107,4 @@ def _block(
     projected = (carried + scores @ _finite(k_BHCD)) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
     kept = k_BHCD * weight_BHC.unsqueeze(-1)
     state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
-    return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state
+    return unit(projected.to(q_BHCD.dtype)), state

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,11 @@ def map_tokens(f, *tokens: Tokens) -> Tokens:
     restart = None if first.restart is None else f(*(t.restart for t in tokens))
     k, phi, v = (f(*(getattr(t, name) for t in tokens)) for name in ("k", "phi", "v"))
     return Tokens(k, phi, v, gates, restart)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """No autocast on the device of a tensor; device meta knows none."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def all_finite(x: Tensor) -> bool:

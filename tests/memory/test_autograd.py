@@ -13,6 +13,7 @@ from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_featur
 from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
 from atlas_lm.memory.features import Sketch
 from atlas_lm.memory.hierarchy import MemorySpec
+from atlas_lm.memory.newton_schulz import newton_schulz
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -117,3 +118,21 @@ def test_batched_gradients_are_refused_or_right(name):
     except (RuntimeError, ValueError):
         return
     torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("changes", [{}, {"update": "newton_schulz"}, {"reset_at_document": True}], ids=str)
+@pytest.mark.parametrize("T", [48, 60])  # 60 leaves the last shard of 24 padded
+def test_float16_gradients_are_finite_where_a_shard_is_padded(T, changes, path):
+    model, tokens = build_model(torch.float32, **changes).half(), make_tokens(T)
+    loss = nn.functional.cross_entropy(model(tokens).logits.float().flatten(0, 1), tokens.flatten())
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if not p.grad.isfinite().all()] == []
+
+
+def test_newton_schulz_keeps_a_zero_matrix_in_float16():
+    x = torch.zeros(2, 4, 6, dtype=torch.float16, requires_grad=True)
+    y = newton_schulz(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert (y == 0).all()
+    assert y.dtype == torch.float16
+    assert not gradient.isnan().any()
