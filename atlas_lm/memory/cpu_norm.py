@@ -31,9 +31,10 @@ BLOCK = 256  # tokens of a piece of work
 
 
 class RMSNorm(nn.RMSNorm):
-    """As PyTorch's, of (…, D)."""
+    """As PyTorch's, of (…, D). ValueError for another D."""
 
     def forward(self, x: Tensor) -> Tensor:
+        _check(self, x)
         if x.dim() == 3 and _can_run(x, self.weight):
             return _compiled(x.unsqueeze(1), self.weight, _epsilon(self, x))
         return super().forward(x)
@@ -41,9 +42,16 @@ class RMSNorm(nn.RMSNorm):
 
 def normalised_heads(norm: nn.RMSNorm, x_BHTD: Tensor) -> Tensor:
     """Every head normalised, then all side by side: (B, H, T, D) → (B, T, H·D)."""
+    _check(norm, x_BHTD)
     if _can_run(x_BHTD, norm.weight):
         return _compiled(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
     return norm(x_BHTD).transpose(1, 2).flatten(2)
+
+
+def _check(norm: nn.RMSNorm, x: Tensor) -> None:
+    if x.dim() < 1 or x.shape[-1:] != norm.weight.shape:
+        shapes = f"{tuple(x.shape)} for a norm of {tuple(norm.weight.shape)}"
+        raise ValueError(f"the last axis must be as wide as the norm's weight, got {shapes}")
 
 
 @torch.compiler.disable  # it calls into a library with addresses

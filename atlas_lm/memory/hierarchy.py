@@ -165,8 +165,12 @@ class Hierarchy(nn.Module):
             raise ValueError(
                 f"the model has {len(self.local_memories)} local memories, got {len(chunks)} sizes: {list(chunks)}"
             )
-        for memory, chunk in zip(self._local(), chunks, strict=True):
-            memory.rule = check_rule(memory.rule._replace(chunk=int(chunk)))
+        wrong = [chunk for chunk in chunks if isinstance(chunk, bool) or chunk != int(chunk)]
+        if wrong:
+            raise ValueError(f"a chunk size must be a whole number of tokens, got {wrong[0]!r}")
+        rules = [check_rule(m.rule._replace(chunk=int(c))) for m, c in zip(self._local(), chunks, strict=True)]
+        for memory, rule in zip(self._local(), rules, strict=True):  # all of them or none
+            memory.rule = rule
 
     def initial_state(self, batch: int, restart: bool = False) -> HierarchyState:
         """A stream that has seen nothing. `restart`: its calls will mark document starts."""
@@ -199,9 +203,15 @@ class Hierarchy(nn.Module):
         `restart_BT` (bool) marks document starts: there every memory starts anew.
         ValueError for a state of another hierarchy or batch, and where there are no tokens.
         """
-        B, H, T, _ = q_BHTD.shape
-        if T < 1:
-            raise ValueError(f"a memory needs at least 1 token, got {T}")
+        if q_BHTD.dim() != 4 or q_BHTD.size(2) < 1 or not q_BHTD.shape == k_BHTD.shape == v_BHTD.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHTD, v_BHTD))
+            raise ValueError(f"q, k and v must be (batch, heads, T, channels) with T at least 1, got {shapes}")
+        B, H, T, D = q_BHTD.shape
+        if (self.spec.heads, self.spec.head_dim) != (H, D) or x_BTM.shape != (B, T, self.spec.dim):
+            raise ValueError(
+                f"the memory has {self.spec.heads} heads of {self.spec.head_dim} channels and gates of "
+                f"{self.spec.dim}, got q {tuple(q_BHTD.shape)} and x {tuple(x_BTM.shape)}"
+            )
         if state is not None and len(state.local_memories) != len(self.local_memories):
             raise ValueError(
                 f"the state has {len(state.local_memories)} local memories, this model {len(self.local_memories)}; "
