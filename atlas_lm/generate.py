@@ -15,6 +15,7 @@ from atlas_lm.checkpoint import build_module, read_checkpoint
 from atlas_lm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from atlas_lm.model import AtlasLM, State
 from atlas_lm.options import call, parse
+from atlas_lm.parsing import read_config
 from atlas_lm.runs import resolve_checkpoint, resolve_run
 
 
@@ -106,7 +107,7 @@ def tokenizer_of(run: Path) -> Tokenizer:
     """The tokenizer that a run was trained with, from its resolved config; bytes where it names none."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.load(run / "config.yaml")
+    config = read_config(run / "config.yaml")
     spec = OmegaConf.select(config, "data.source.tokenizer")
     path = OmegaConf.select(config, "data.source.path")
     if spec is None and path is not None and (Path(path) / "tokenizer.json").exists():

@@ -46,7 +46,7 @@ def finished_runs(experiment: Path) -> list[Path]:
             continue
         try:
             ended = json.loads(report.read_bytes())
-        except ValueError:  # a broken report tells of no good end
+        except (OSError, ValueError, RecursionError):  # a broken report tells of no good end
             continue
         if isinstance(ended, dict) and ended.get("status") in FINISHED:
             found.append(folder)

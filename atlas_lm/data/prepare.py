@@ -13,7 +13,6 @@ The same command after a kill goes on where it stopped, and the result has the s
 """
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
@@ -31,7 +30,8 @@ from atlas_lm.data.source import SPLITS, Document
 from atlas_lm.data.stdlib import StdlibSource
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
-from atlas_lm.data.tokens import FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
+from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
+from atlas_lm.parsing import read_json
 
 SOURCES: dict[str, Callable[..., PackedSource]] = {
     "stdlib": StdlibSource,
@@ -153,7 +153,7 @@ def _part(folder: Path, number: int, block: list[Document], tokenizer: Tokenizer
         digest.update(f"{document.split} {len(document.raw)}\n".encode() + document.raw)
     manifest = folder / f"part-{number:05d}.json"
     if manifest.exists():
-        part = json.loads(manifest.read_bytes())
+        part = _read_part(manifest)
         if part["block"] != digest.hexdigest():
             raise ValueError(f"the corpus changed since {str(folder)!r} was begun: delete the folder and run again")
         for entry in part["splits"].values():
@@ -169,6 +169,20 @@ def _part(folder: Path, number: int, block: list[Document], tokenizer: Tokenizer
         splits[split] = _write_split(folder / f"{split}-{number:05d}", packer)
     write_durably(manifest, canonical({"block": digest.hexdigest(), "splits": splits}))
     return splits
+
+
+def _read_part(manifest: Path) -> dict[str, Any]:
+    """The manifest of a part that an interrupted run has finished. ValueError naming it: it is damaged."""
+    try:
+        part = read_json(manifest)
+        entries = [part["splits"][split] for split in SPLITS]
+        files = [file for entry in entries for kind in ("token", "raw", "length") for file in entry[f"{kind}_files"]]
+        if isinstance(part["block"], str) and all({"file", "size", "blake2b"} <= set(file) for file in files):
+            return part
+        reason = "entries are missing"
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{str(manifest)!r} is damaged ({reason}): {AGAIN}")
 
 
 def _write_split(stem: Path, packer: Packer) -> SplitEntry:

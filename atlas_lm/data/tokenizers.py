@@ -82,10 +82,11 @@ class JsonTokenizer:
     def __init__(self, path: str | Path, separator: str | None = None) -> None:
         if not Path(path).is_file():
             raise ValueError(f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json")
+        self._path = str(path)
         try:
-            self._tokenizer = hf_tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{str(path)!r} is not a tokenizer.json ({error}): write it again") from error
+            self._tokenizer = hf_tokenizers.Tokenizer.from_file(self._path)
+        except BaseException as error:
+            raise ValueError(f"{self._path!r} is not a tokenizer.json ({_reason(error)}): write it again") from error
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not a separator
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -115,7 +116,13 @@ class JsonTokenizer:
     def encode_batch(self, names: Sequence[str], raws: Sequence[bytes]) -> list[Encoded]:
         """Encode documents in parallel. ValueError names the document that is no UTF-8."""
         texts = [_utf8(name, raw) for name, raw in zip(names, raws, strict=True)]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:
+            raise ValueError(
+                f"the tokenizer {self._path!r} cannot encode {names[0]}{' and what follows' * (len(names) > 1)} "
+                f"({_reason(error)}): use tokenizer=bytes, or one with an unknown token or byte fallback"
+            ) from error
         return [
             self._with_bytes(name, text, encoding.ids, encoding.offsets)
             for name, text, encoding in zip(names, texts, encodings, strict=True)
@@ -134,7 +141,13 @@ class JsonTokenizer:
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of the ids, special tokens left out. ValueError for ids outside the vocabulary."""
-        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist())
+        values = _checked(ids, self.vocab_size).tolist()
+        try:
+            return self._tokenizer.decode(values)
+        except BaseException as error:
+            raise ValueError(
+                f"the tokenizer {self._path!r} cannot decode ({_reason(error)}): write it again"
+            ) from error
 
     def fingerprint(self) -> str:
         """Hash of the tokenizer's JSON and of the separator."""
@@ -177,6 +190,17 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> hf_tokenizers.Tokenize
             f"vocab_size={vocab_size}: this corpus yields only {tokenizer.get_vocab_size()} tokens, lower vocab_size"
         )
     return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    """What the tokenizers library says is wrong, on one line. Anything that is no error of it is raised again.
+
+    The library raises bare Exceptions; where it panics, on a vocabulary that contradicts itself, it raises a
+    PanicException, which is not even an Exception.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _utf8(name: str, raw: bytes) -> str:

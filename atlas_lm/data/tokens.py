@@ -19,6 +19,7 @@ import numpy as np
 from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
 from atlas_lm.data.source import SPLITS, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
+from atlas_lm.parsing import read_json
 
 FORMAT = "atlas-lm tokens 1"
 AGAIN = "delete the folder and run atlas_lm.data.prepare again"
@@ -141,7 +142,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no token shards in {str(folder)!r}: write them with python -m atlas_lm.data.prepare")
     try:
-        index = json.loads(path.read_bytes())
+        index = read_json(path)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}): {AGAIN}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +17,7 @@ from atlas_lm.checkpoint import build_module, read_checkpoint
 from atlas_lm.checks import check_targets
 from atlas_lm.config import ModelConfig
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.parsing import read_config, read_json
 from atlas_lm.runs import CONFIG, intact_checkpoint
 
 BATCH = 4  # validation sequences at a time
@@ -36,10 +36,7 @@ class Evidence:
     @cached_property
     def config(self) -> DictConfig:
         """The run's resolved configuration."""
-        config = OmegaConf.load(self.run / CONFIG)
-        if not isinstance(config, DictConfig):
-            raise ValueError(f"{self.run / CONFIG} is no configuration of a run: choose another run")
-        return config
+        return read_config(self.run / CONFIG)
 
     @cached_property
     def model_config(self) -> ModelConfig:
@@ -74,7 +71,7 @@ class Evidence:
         if not path.is_file():
             raise ValueError("the run has no report.json: it still runs, or was killed")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except ValueError as error:
             raise ValueError(f"report.json is broken ({error})") from None
         if not isinstance(found, dict):
