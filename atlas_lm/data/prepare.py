@@ -13,17 +13,17 @@ The same command after a kill goes on where it stopped, and the result has the s
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from atlas_lm.data.arguments import parse_arguments, unknown_keys
 from atlas_lm.data.hf import HuggingFaceSource
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
 from atlas_lm.data.source import SPLITS, Document
@@ -31,7 +31,10 @@ from atlas_lm.data.stdlib import StdlibSource
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
+from atlas_lm.options import HELP, attempt
 from atlas_lm.parsing import read_json
+
+MAX_VOCABULARY = 1 << 31
 
 SOURCES: dict[str, Callable[..., PackedSource]] = {
     "stdlib": StdlibSource,
@@ -57,8 +60,10 @@ def prepare(
         raise ValueError(
             f"tokenizer={tokenizer} with vocab_size={vocab_size}: bpe needs a vocab_size, no other has one"
         )
-    if not block_mb > 0:
+    if not 0 < block_mb < math.inf:
         raise ValueError(f"block_mb={block_mb} must be above 0; 64 is usual")
+    if vocab_size is not None and vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"vocab_size={vocab_size} is above {MAX_VOCABULARY}: 4096 to 65536 are usual")
     documents = _source(source, options).documents
     folder = Path(out)
     settings = {
@@ -68,8 +73,9 @@ def prepare(
     if not _begin(folder, settings):
         return folder
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    ) as progress:
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:  # fmt: skip
         reading = progress.add_task("reading", total=None)
         total = 0
         for document in documents():
@@ -90,8 +96,8 @@ def _source(name: str, options: dict[str, Any]) -> PackedSource:
     if name not in SOURCES:
         raise ValueError(f"source={name} is unknown: use one of {', '.join(SOURCES)}")
     known = set(inspect.signature(SOURCES[name]).parameters) - {"tokenizer"}
-    if unknown := set(options) - known:
-        raise ValueError(f"source={name} has no {', '.join(sorted(unknown))}: it knows {', '.join(sorted(known))}")
+    if set(options) - known:
+        raise ValueError(unknown_keys(name, options, known))
     try:
         return SOURCES[name](**options)
     except TypeError as error:
@@ -242,27 +248,20 @@ def _remove_leftovers(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: key=value arguments. 0 when the shards are written, 1 with a one-line message when not."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        for word in words:
-            if "=" not in word:
-                raise ValueError(f"{word!r} is not key=value, e.g. source=stdlib out=shards/stdlib")
-        try:
-            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ValueError(f"cannot read the arguments ({str(error).splitlines()[0]})") from error
-        for key in ("source", "out"):
-            if not isinstance(given.get(key), str):
-                raise ValueError(f"{key}= is missing, e.g. source=stdlib out=shards/stdlib")
-        folder = prepare(**given)
-        for split, entry in read_index(folder)["splits"].items():
-            print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    ending = attempt(lambda: _command(words))
+    if isinstance(ending, str):
+        print(ending, file=sys.stderr)
         return 1
-    return 0
+    return ending
+
+
+def _command(words: Sequence[str]) -> None:
+    if not words or words[0] in HELP:
+        print(__doc__)
+        return
+    folder = prepare(**parse_arguments(words, prepare, SOURCES))
+    for split, entry in read_index(folder)["splits"].items():
+        print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
 
 
 if __name__ == "__main__":

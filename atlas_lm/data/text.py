@@ -68,9 +68,13 @@ def find_files(patterns: str | Sequence[str], key: str) -> list[Path]:
     """The files that paths and globs name, each once, sorted. ValueError: nothing matches, or a suffix is unknown."""
     found: set[Path] = set()
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
+        if not isinstance(pattern, str):
+            raise ValueError(f"{key}: {pattern!r} is no path: put quotes around it, {key}=['{pattern}']")
         # A name that exists is taken as it is, even if it holds a [ or a *.
         matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
         matched = [Path(match) for match in matches if Path(match).is_file()]
+        if not matched and Path(pattern).is_dir():
+            raise ValueError(f"{key}: {pattern!r} is a folder: name its files, e.g. {pattern.rstrip('/')}/**/*.txt")
         if not matched:
             raise ValueError(f"{key}: nothing matches {pattern!r} (seen from {Path.cwd()}): correct the path")
         found.update(matched)

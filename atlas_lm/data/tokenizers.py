@@ -80,6 +80,8 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: str | Path, separator: str | None = None) -> None:
+        if Path(path).is_dir():
+            raise ValueError(f"{str(path)!r} is a folder: give the tokenizer.json in it")
         if not Path(path).is_file():
             raise ValueError(f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json")
         self._path = str(path)
