@@ -5,6 +5,7 @@ python -m atlas_lm.generate run=stage1 prompt="def "
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atlas_lm.checkpoint import build_module, read_checkpoint
+from atlas_lm.data.losses import count_losses
 from atlas_lm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from atlas_lm.model import AtlasLM, State
 from atlas_lm.options import call, parse
@@ -115,6 +117,15 @@ def tokenizer_of(run: Path) -> Tokenizer:
     return ByteTokenizer() if spec is None else load_tokenizer(str(spec))
 
 
+def warn_of_losses(tokenizer: Tokenizer, prompt: str) -> None:
+    """Say on stderr what the model does not get to see of a prompt."""
+    raw = prompt.encode()
+    losses = count_losses(raw, tokenizer.encode_batch(["the prompt"], [raw])[0].lost)
+    if losses.unknown:
+        what = f"{losses.unknown} of {losses.characters} characters of the prompt, such as {losses.examples!r}"
+        print(f"warning: the tokenizer does not know {what}: the model does not see them", file=sys.stderr)
+
+
 def main(arguments: list[str]) -> None:
     """Print the prompt and its continuation. ValueError: bad arguments, or a run that was not trained on text."""
     options = parse(Options, arguments, "python -m atlas_lm.generate")
@@ -126,6 +137,7 @@ def main(arguments: list[str]) -> None:
             f"run {str(run)!r} has a vocabulary of {model.embed.num_embeddings}, its tokenizer {tokenizer.vocab_size}: "
             "it was not trained on text, or its tokenizer has changed since; choose another run"
         )
+    warn_of_losses(tokenizer, options.prompt)
     o = options
     text = continue_text(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed)
     print(options.prompt + text)

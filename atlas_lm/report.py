@@ -98,7 +98,7 @@ def added(logged: dict[str, float], *names: str) -> int | None:
     return sum(counts) if counts else None
 
 
-def held_out_text(dm: TokenDataModule, val_loss: float | None) -> dict[str, float]:
+def held_out_text(dm: TokenDataModule, val_loss: float | None) -> dict[str, float | None]:
     """Bits per byte of the model, gzip and xz on the very bytes that validation scored; {} where there is no text."""
     raw = dm.held_out_bytes()
     if not raw or val_loss is None:
@@ -106,6 +106,8 @@ def held_out_text(dm: TokenDataModule, val_loss: float | None) -> dict[str, floa
     return {
         "val_bits_per_byte": bits_per_byte(val_loss, dm.validation_tokens, len(raw)),
         "val_bytes": len(raw),
+        "lost_characters": dm.lost_characters(),
+        "lost_characters_train": dm.lost_characters("train"),
         **compressed_bits_per_byte(raw),
     }
 
@@ -158,7 +160,9 @@ def quality(report: Report) -> str:
             f"{abs(bits / other - 1):.1%} {'below' if bits < other else 'ABOVE'} {name} ({other:.3f})"
             for name, other in (("gzip -9", gzip_bits), ("xz -9e", xz_bits))
         )
-        return f"{bits:.3f} bits per byte on held-out text, {against}"
+        lost = report.get("lost_characters") or 0.0
+        without = f" without the {lost:.2%} of its characters that the tokenizer loses" if lost else ""
+        return f"{bits:.3f} bits per byte on held-out text{without}, {against}"
     accuracy, chance = report.get("recall_accuracy"), report.get("recall_chance")
     if accuracy is not None:
         return f"recall {accuracy:.3f}" + (f", chance {chance:.3f}" if chance is not None else "")

@@ -132,6 +132,12 @@ class TokenDataModule(lightning.LightningDataModule):
         """Raw bytes per token over the whole split, whatever its cap."""
         return self.source.bytes_per_token(split)
 
+    def lost_characters(self, split: Split = "validation") -> float | None:
+        """Share of the split's characters that the tokenizer does not give back; None where that is not known."""
+        losses = getattr(self.source, "losses", None)
+        found = None if losses is None else losses(split)
+        return None if found is None else found.share
+
     def held_out_indices(self, split: Split) -> Sequence[int]:
         """The sequences that the dataloader of a held-out split runs through, ascending.
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from atlas_lm.data.losses import KEPT, Losses, check_losses, count_losses
 from atlas_lm.data.source import Document, Sample, SequenceDataset, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -32,7 +33,7 @@ class Array(Protocol):
 class HeldOutBytes:
     """The raw text of a held-out split, and which part of it each token stands for."""
 
-    raw: bytes  # documents without separators
+    raw: bytes  # documents without separators, and without the characters that no token stands for
     ends: np.ndarray  # (n + 1,) int64; token t of the stream stands for raw[ends[t] : ends[t + 1]]
 
 
@@ -45,6 +46,7 @@ class TokenStream:
     n_bytes: int
     fingerprint: str
     held_out: HeldOutBytes | None = None  # kept for validation and test
+    losses: Losses | None = None  # of the tokenizer; None: not known
 
 
 class PackedDataset(SequenceDataset):
@@ -136,6 +138,7 @@ class PackedSource:
         streams: dict[Split, TokenStream] = {split: packer.stream() for split, packer in packers.items()}
         if not any(len(stream.tokens) for stream in streams.values()):
             raise ValueError(f"{type(self).__name__} found no text: every document is empty, or there is none")
+        check_losses({split: stream.losses for split, stream in streams.items() if stream.losses})
         self._streams = streams
 
     def dataset(self, split: Split, seq_len: int | None) -> PackedDataset:
@@ -149,9 +152,17 @@ class PackedSource:
         stream = self._streams[split]
         return stream.n_bytes / len(stream.tokens) if len(stream.tokens) else math.nan
 
+    def losses(self, split: Split) -> Losses | None:
+        """What the tokenizer loses of a split."""
+        self.setup()
+        return self._streams[split].losses
+
 
 class Packer:
-    """Encodes the documents of one split and joins them to a stream."""
+    """Encodes the documents of one split and joins them to a stream.
+
+    What no token stands for is no part of the raw text and of the byte counts; `losses` has how much that is.
+    """
 
     def __init__(self, tokenizer: Tokenizer, keep_raw: bool) -> None:
         self._tokenizer = tokenizer
@@ -160,6 +171,7 @@ class Packer:
         self._waiting: list[Document] = []
         self._waiting_bytes = 0
         self._n_bytes = 0
+        self._losses = Losses()
         self._raw: list[bytes] = []
         self._tokens: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
@@ -174,14 +186,16 @@ class Packer:
     def _encode(self) -> None:
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         encoded = self._tokenizer.encode_batch([d.name for d in waiting], [d.raw for d in waiting])
-        for document, (ids, n_bytes) in zip(waiting, encoded, strict=True):
+        for document, (ids, n_bytes, lost) in zip(waiting, encoded, strict=True):
+            self._losses += count_losses(document.raw, lost)
             if not len(ids):
                 continue
-            self._n_bytes += len(document.raw)
+            raw, n_bytes = (document.raw, n_bytes) if lost is None else _said(document.raw, n_bytes, lost)
+            self._n_bytes += len(raw)
             self._tokens.append(np.append(ids, self._tokenizer.separator_id).astype(self._dtype))
             if self._keep_raw:
-                self._raw.append(document.raw)
-                tail = len(document.raw) - int(n_bytes.sum())  # bytes after the last token count for the separator
+                self._raw.append(raw)
+                tail = len(raw) - int(n_bytes.sum())  # bytes after the last token count for the separator
                 self._lengths.append(np.append(n_bytes, tail).astype(np.uint32))
 
     def arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, int]:
@@ -192,12 +206,24 @@ class Packer:
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype=np.uint32)
         return tokens, b"".join(self._raw), lengths, self._n_bytes
 
+    @property
+    def losses(self) -> Losses:
+        """What the tokenizer has lost of the documents; complete after `arrays`."""
+        return self._losses
+
     def stream(self) -> TokenStream:
         """Everything added so far."""
         tokens, raw, lengths, n_bytes = self.arrays()
         held_out = HeldOutBytes(raw, byte_ends(lengths)) if self._keep_raw else None
         digest = blake2b(tokens.tobytes(), digest_size=16, key=self._tokenizer.fingerprint().encode()).hexdigest()
-        return TokenStream(tokens, self._tokenizer.separator_id, n_bytes, digest, held_out)
+        return TokenStream(tokens, self._tokenizer.separator_id, n_bytes, digest, held_out, self._losses)
+
+
+def _said(raw: bytes, n_bytes: np.ndarray, lost: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """The bytes of a document that tokens stand for, and how many of them each token does."""
+    kept = lost == KEPT
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(kept)])[np.cumsum(n_bytes)]
+    return np.frombuffer(raw, dtype=np.uint8)[kept].tobytes(), np.diff(ends, prepend=0)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

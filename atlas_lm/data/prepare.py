@@ -16,6 +16,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from atlas_lm.data.arguments import parse_arguments, unknown_keys
 from atlas_lm.data.hf import HuggingFaceSource
+from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
 from atlas_lm.data.source import SPLITS, Document
 from atlas_lm.data.stdlib import StdlibSource
@@ -208,6 +210,7 @@ def _write_split(stem: Path, packer: Packer) -> SplitEntry:
         "token_files": files["tokens"],
         "raw_files": files["raw"],
         "length_files": files["lengths"],
+        "losses": asdict(packer.losses),
     }
 
 
@@ -217,6 +220,8 @@ def _finish(
     """Write index.json, the sign that everything is there, and remove what only an interrupted run needs."""
     if not any(part[split]["tokens"] for part in parts for split in SPLITS):
         raise ValueError("the corpus is empty: there is no document, or all of them are empty")
+    splits = {split: _joined([part[split] for part in parts]) for split in SPLITS}
+    check_losses({split: Losses(**entry["losses"]) for split, entry in splits.items() if "losses" in entry})
     index: dict[str, Any] = {
         "format": FORMAT,
         "settings": settings,
@@ -224,20 +229,23 @@ def _finish(
         "tokenizer_json": isinstance(tokenizer, JsonTokenizer),
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer.vocab_size).__name__,
-        "splits": {split: _joined([part[split] for part in parts]) for split in SPLITS},
+        "splits": splits,
     }
     write_durably(folder / "index.json", canonical({**index, "checksum": checksum(canonical(index))}))
     _remove_leftovers(folder)
 
 
 def _joined(entries: Sequence[SplitEntry]) -> SplitEntry:
-    return {
+    joined: SplitEntry = {
         "tokens": sum(entry["tokens"] for entry in entries),
         "bytes": sum(entry["bytes"] for entry in entries),
         "token_files": [file for entry in entries for file in entry["token_files"]],
         "raw_files": [file for entry in entries for file in entry["raw_files"]],
         "length_files": [file for entry in entries for file in entry["length_files"]],
     }
+    if all("losses" in entry for entry in entries):  # a part may be of an older version
+        joined["losses"] = asdict(sum((Losses(**entry["losses"]) for entry in entries), Losses()))
+    return joined
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import tokenizers as hf_tokenizers
 
+from atlas_lm.data.losses import fate_of, unknown_id
+
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # looked for in this order
 
 
@@ -20,6 +22,8 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray  # (n,) int64, never the separator
     n_bytes: np.ndarray  # (n,) int64, raw bytes per token; the sum is at most b (a tail without a token is left out)
+    # (b,) uint8, what becomes of the character that each byte belongs to, see losses.py; None: all come back
+    lost: np.ndarray | None = None
 
 
 @runtime_checkable
@@ -99,6 +103,8 @@ class JsonTokenizer:
                 f"{str(path)!r} has no separator token {separator or SEPARATORS}: name one of its special tokens"
             )
         self._separator_id = int(found)
+        self._unknown, self._unknown_token = unknown_id(self._tokenizer.to_str())
+        self._distinguished: dict[str, bool] = {}  # white space: whether it leaves a trace in the ids
 
     @property
     def vocab_size(self) -> int:
@@ -120,15 +126,41 @@ class JsonTokenizer:
         texts = [_utf8(name, raw) for name, raw in zip(names, raws, strict=True)]
         try:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            decoded = self._tokenizer.decode_batch([encoding.ids for encoding in encodings])
         except BaseException as error:
             raise ValueError(
                 f"the tokenizer {self._path!r} cannot encode {names[0]}{' and what follows' * (len(names) > 1)} "
                 f"({_reason(error)}): use tokenizer=bytes, or one with an unknown token or byte fallback"
             ) from error
+        decodes = self._tokenizer.decoder is not None  # without one the tokens are joined by spaces, whatever was there
         return [
-            self._with_bytes(name, text, encoding.ids, encoding.offsets)
-            for name, text, encoding in zip(names, texts, encodings, strict=True)
+            self._with_bytes(name, text, encoding.ids, encoding.offsets)._replace(
+                lost=None if back == text and decodes else self._lost(text, encoding.ids, encoding.offsets)
+            )
+            for name, text, encoding, back in zip(names, texts, encodings, decoded, strict=True)
         ]
+
+    def _lost(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> np.ndarray | None:
+        """(bytes of the text,) uint8, the fate of each byte's character; None where all of them come back."""
+        known = [(i, span) for i, span in zip(ids, offsets, strict=True) if not self._is_unknown(i, text, span)]
+        normalizer = self._tokenizer.normalizer
+        back = self._tokenizer.decode([i for i, _ in known], skip_special_tokens=False)
+        back += text if normalizer is None else normalizer.normalize_str(text)
+        fate = fate_of(text, back, [span for _, span in known], lambda at: self._distinguishes(text, at))
+        return np.repeat(fate, np.diff(_byte_offsets(text))) if fate.any() else None
+
+    def _is_unknown(self, token: int, text: str, span: tuple[int, int]) -> bool:
+        return token == self._unknown and text[slice(*span)] != self._unknown_token
+
+    def _distinguishes(self, text: str, at: int) -> bool:
+        """Whether the white space text[at] leaves a trace: the ids differ when there is twice as much of it."""
+        space = text[at]
+        if space not in self._distinguished:
+            once = text[max(at - 16, 0) : at + 16]
+            twice = text[max(at - 16, 0) : at] + space + text[at : at + 16]
+            one, two = self._tokenizer.encode_batch([once, twice], add_special_tokens=False)
+            self._distinguished[space] = one.ids != two.ids
+        return self._distinguished[space]
 
     def _with_bytes(self, name: str, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
         tokens = np.asarray(ids, dtype=np.int64)
