@@ -74,6 +74,11 @@ class TokenDataModule(lightning.LightningDataModule):
         return self.source.tokenizer
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer; "none" where the tokens are no text."""
+        return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
+
+    @property
     def seq_len(self) -> int:
         """Tokens per sequence, T."""
         return self._dataset("train").seq_len

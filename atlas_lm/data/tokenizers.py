@@ -87,7 +87,10 @@ class JsonTokenizer:
         if Path(path).is_dir():
             raise ValueError(f"{str(path)!r} is a folder: give the tokenizer.json in it")
         if not Path(path).is_file():
-            raise ValueError(f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json")
+            raise ValueError(
+                f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json"
+                " (a run keeps its own in its folder)"
+            )
         self._path = str(path)
         try:
             self._tokenizer = hf_tokenizers.Tokenizer.from_file(self._path)
@@ -96,7 +99,7 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not a separator
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._separator = separator or next((s for s in SEPARATORS if self._tokenizer.token_to_id(s) is not None), "")
+        self._separator = separator or self.default_separator
         found = self._tokenizer.token_to_id(self._separator)
         if found is None:
             raise ValueError(
@@ -115,6 +118,16 @@ class JsonTokenizer:
     def separator_id(self) -> int:
         """Id of the separator token."""
         return self._separator_id
+
+    @property
+    def separator(self) -> str:
+        """The separator token."""
+        return self._separator
+
+    @property
+    def default_separator(self) -> str:
+        """The separator if none is named; "" if there is none."""
+        return next((s for s in SEPARATORS if self._tokenizer.token_to_id(s) is not None), "")
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """Token ids (n,) int64. ValueError when bytes are no UTF-8."""
@@ -188,9 +201,9 @@ class JsonTokenizer:
         text = f"{self._separator}\n{self._tokenizer.to_str()}"
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write tokenizer.json."""
-        self._tokenizer.save(str(path))
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
 
 
 def load_tokenizer(spec: str | Tokenizer) -> Tokenizer:
