@@ -52,6 +52,8 @@ def tokenizer_of(run: Path, recorded: str | None) -> Tokenizer:
 
     ValueError: the run was not trained on text, its tokenizer is lost, or is another one now.
     """
+    # Read in any case: a configuration that is broken, or from an attacker, is said and not passed over.
+    config = read_config(run / CONFIG) if (run / CONFIG).is_file() else OmegaConf.create()
     if recorded == NO_TEXT:
         raise ValueError(f"run {str(run)!r} was not trained on text: choose another run")
     if recorded == ByteTokenizer().fingerprint():
@@ -61,7 +63,7 @@ def tokenizer_of(run: Path, recorded: str | None) -> Tokenizer:
     if kept is not None:
         found: Tokenizer = kept
     else:
-        found, where = _named(run)
+        found, where = _named(config)
     if recorded is None:
         if not isinstance(found, ByteTokenizer):
             log.warning(
@@ -76,9 +78,8 @@ def tokenizer_of(run: Path, recorded: str | None) -> Tokenizer:
     return found
 
 
-def _named(run: Path) -> tuple[Tokenizer, str]:
+def _named(config: DictConfig) -> tuple[Tokenizer, str]:
     """The tokenizer that the run's configuration names, and what it is called there."""
-    config = read_config(run / CONFIG)
     spec, path = OmegaConf.select(config, "data.source.tokenizer"), OmegaConf.select(config, "data.source.path")
     if spec is None and path is not None and (Path(path) / COPY).exists():  # shards
         spec = str(Path(path) / COPY)
