@@ -47,6 +47,15 @@ class HuggingFaceSource(PackedSource):
             raise ValueError(f"max_documents={max_documents} must be at least 1, or null for all rows")
         if test_split and not validation_split:
             raise ValueError(f"test_split={test_split!r} without validation_split: name both, or neither to split rows")
+        named = [split for split in (train_split, validation_split, test_split) if split]
+        for split in named:
+            if named.count(split) > 1:
+                raise ValueError(
+                    f"train_split={train_split}, validation_split={validation_split}, test_split={test_split}: "
+                    f"{split!r} is named twice, so what is held out would be trained on: name different splits, "
+                    "or no validation_split to hold out a part by hash"
+                )
+        self.splits_are_drawn = validation_split is None
         self.path, self.name = path, name
         self.splits: dict[Split, str | None] = dict(
             zip(SPLITS, (train_split, validation_split, test_split), strict=True)

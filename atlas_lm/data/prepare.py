@@ -27,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from atlas_lm.data.arguments import parse_arguments, unknown_keys
 from atlas_lm.data.hf import HuggingFaceSource
 from atlas_lm.data.losses import Losses, check_losses
+from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
 from atlas_lm.data.source import SPLITS, Document
 from atlas_lm.data.stdlib import StdlibSource
@@ -66,7 +67,7 @@ def prepare(
         raise ValueError(f"block_mb={block_mb} must be above 0; 64 is usual")
     if vocab_size is not None and vocab_size > MAX_VOCABULARY:
         raise ValueError(f"vocab_size={vocab_size} is above {MAX_VOCABULARY}: 4096 to 65536 are usual")
-    documents = _source(source, options).documents
+    chosen_source = _source(source, options)
     folder = Path(out)
     settings = {
         "source": source, "options": options, "vocab_size": vocab_size, "block_mb": block_mb,
@@ -79,17 +80,23 @@ def prepare(
         console=Console(stderr=True),
     ) as progress:  # fmt: skip
         reading = progress.add_task("reading", total=None)
-        total = 0
-        for document in documents():
+        total, overlap = 0, Overlap(chosen_source.splits_are_drawn)
+        for document in chosen_source.documents():
             total += len(document.raw)
+            overlap.note(document.split, content_key(document.raw))
             progress.update(reading, completed=total)
         progress.update(reading, total=total)
+
+        def documents() -> Iterator[Document]:
+            return overlap.remaining(chosen_source.documents())
+
         chosen = _tokenizer(folder, tokenizer, vocab_size, documents)
         writing = progress.add_task("writing", total=total)
         parts = []
         for number, block in enumerate(_blocks(documents(), int(block_mb * 1e6))):
             parts.append(_part(folder, number, block, chosen))
             progress.advance(writing, sum(len(document.raw) for document in block))
+    overlap.report()
     _finish(folder, settings, chosen, parts)
     return folder
 
@@ -224,6 +231,7 @@ def _finish(
     check_losses({split: Losses(**entry["losses"]) for split, entry in splits.items() if "losses" in entry})
     index: dict[str, Any] = {
         "format": FORMAT,
+        "splits_compared": True,
         "settings": settings,
         "tokenizer": tokenizer.fingerprint(),
         "tokenizer_json": isinstance(tokenizer, JsonTokenizer),

@@ -1,13 +1,18 @@
 """Text files as a corpus: .txt, .md, .jsonl and .parquet, also compressed (.gz, .zst)."""
 
 import glob
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from atlas_lm.data.packed import PackedSource, cut
 from atlas_lm.data.reading import READABLE, read_documents, suffix_of
 from atlas_lm.data.source import Document, Split, check_fractions, split_of
 from atlas_lm.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class TextSource(PackedSource):
@@ -15,7 +20,8 @@ class TextSource(PackedSource):
 
     A .txt or .md file is one document, a .jsonl line and a .parquet row are one each, taken from the field
     `text_field`. Documents of `files` go to a split by the hash of their content, so that equal documents never lie on
-    both sides; with `validation_files` all of `files` is training text, and the test split is `test_files` or absent.
+    both sides; with `validation_files` the rest of `files` is training text, and the test split is `test_files` or
+    absent.
     `document_bytes` cuts longer documents at newlines first, which lets a single large file be split.
 
     ValueError: no match, unknown suffix, broken line or missing field (with file and line number), empty corpus.
@@ -44,9 +50,25 @@ class TextSource(PackedSource):
             self.held_out["validation"] = find_files(validation_files, "validation_files")
         if test_files:
             self.held_out["test"] = find_files(test_files, "test_files")
+        self._keep_apart()
+        self.splits_are_drawn = not self.held_out
         self.text_field = text_field
         self.fractions = (validation_fraction, test_fraction)
         self.document_bytes = document_bytes
+
+    def _keep_apart(self) -> None:
+        """No file in two splits: training does without those that are held out, validation without test's."""
+        lists = [("files", self.files), *((f"{split}_files", paths) for split, paths in self.held_out.items())]
+        for i, (key, paths) in enumerate(lists):
+            others = {_identity(path) for _, later in lists[i + 1 :] for path in later}
+            shared = [path for path in paths if _identity(path) in others]
+            if len(shared) == len(paths):
+                names = " or ".join(name for name, _ in lists[i + 1 :])
+                raise ValueError(f"{key}: all {len(paths)} files are in {names} too: name different files")
+            if shared:
+                _say("%s: %d of %d files, such as %s, are held out, and left out here",
+                     key, len(shared), len(paths), shared[0])  # fmt: skip
+                paths[:] = [path for path in paths if _identity(path) not in others]
 
     def documents(self) -> Iterator[Document]:
         """All documents, files in the order of their paths; empty ones included."""
@@ -65,7 +87,10 @@ class TextSource(PackedSource):
 
 
 def find_files(patterns: str | Sequence[str], key: str) -> list[Path]:
-    """The files that paths and globs name, each once, sorted. ValueError: nothing matches, or a suffix is unknown."""
+    """The files that paths and globs name, sorted, each once whatever names and links lead to it.
+
+    ValueError: nothing matches, or a suffix is unknown.
+    """
     found: set[Path] = set()
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
         if not isinstance(pattern, str):
@@ -83,4 +108,20 @@ def find_files(patterns: str | Sequence[str], key: str) -> list[Path]:
     for path in found:
         if suffix_of(path) not in READABLE:
             raise ValueError(f"{key}: cannot read {str(path)!r}: use {', '.join(READABLE)}, these also as .gz or .zst")
-    return sorted(found)
+    once = {_identity(path): path for path in sorted(found, reverse=True)}  # the first of its names
+    if len(once) < len(found):
+        again = next(path for path in sorted(found) if once[_identity(path)] != path)
+        _say("%s: %d of %d names, such as %s, lead to a file that another one names: it is read once",
+             key, len(found) - len(once), len(found), again)  # fmt: skip
+    return sorted(once.values())
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What a file is, whatever it is called."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+@rank_zero_only
+def _say(message: str, *values: object) -> None:
+    log.warning(f"warning: {message}", *values)

@@ -18,6 +18,7 @@ import numpy as np
 
 from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
+from atlas_lm.data.shard_overlap import compare_splits
 from atlas_lm.data.source import SPLITS, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
 from atlas_lm.parsing import read_json
@@ -111,7 +112,7 @@ class TokensSource:
         if not self._streams:
             streams: dict[Split, TokenStream] = {split: self._stream(split) for split in SPLITS}
             check_losses({split: stream.losses for split, stream in streams.items() if stream.losses})
-            self._streams = streams
+            self._streams = streams if self._index.get("splits_compared") else compare_splits(streams)
 
     def dataset(self, split: Split, seq_len: int | None) -> PackedDataset:
         """Sequences of `seq_len` tokens. ValueError when the split is empty or shorter than one of them."""
@@ -120,8 +121,9 @@ class TokensSource:
 
     def bytes_per_token(self, split: Split) -> float:
         """Raw bytes per token of the whole split, separators counted as tokens."""
-        entry = self._index["splits"][split]
-        return entry["bytes"] / entry["tokens"] if entry["tokens"] else math.nan
+        self.setup()
+        stream = self._streams[split]
+        return stream.n_bytes / len(stream.tokens) if len(stream.tokens) else math.nan
 
     def losses(self, split: Split) -> Losses | None:
         """What the tokenizer has lost of a split; None where an older version wrote the shards."""
