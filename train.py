@@ -49,7 +49,7 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
     checkpoint = starting_point(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
 
-    held_out = f"{cfg.data}, {cfg.trainer}, {config.precision}"
+    held_out = f"{dm.held_out_fingerprint}, {cfg.data}, {cfg.trainer}, {config.precision}"
     recorder = RunRecorder(held_out, partial(settle_in, cfg, ROOT) if goes_on else None)
     trainer = build_trainer(cfg, recorder)
     recorded = continue_records(trainer, checkpoint) if checkpoint else 0

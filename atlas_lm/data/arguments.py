@@ -11,13 +11,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from atlas_lm.checks import fits, in_words
 from atlas_lm.config import nearest
+from atlas_lm.data.hf import HuggingFaceSource
+from atlas_lm.data.packed import PackedSource
+from atlas_lm.data.stdlib import StdlibSource
+from atlas_lm.data.text import TextSource
 
 EXAMPLE = "source=stdlib out=shards/stdlib"
 
 
-def parse_arguments(
-    words: Sequence[str], function: Callable[..., Any], sources: dict[str, Callable[..., Any]]
-) -> dict[str, Any]:
+SOURCES: dict[str, Callable[..., PackedSource]] = {
+    "stdlib": StdlibSource,
+    "text": TextSource,
+    "hf": HuggingFaceSource,
+}
+
+
+def parse_arguments(words: Sequence[str], function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments of `function`, and those of the source that `source=` names, from YAML values.
 
     A value that YAML takes for a number is text where only text is wanted: out=2024 is a folder.
@@ -42,9 +51,8 @@ def parse_arguments(
         if raw.get(key, "") in ("", "null", "~") or key in missing:
             raise ValueError(f"{key}= is missing, e.g. {EXAMPLE}")
     kinds = _kinds(function)
-    name = raw["source"] if isinstance(values["source"], int | float) else values["source"]
-    if name in sources if isinstance(name, str) else False:
-        kinds = {**_kinds(sources[name]), **kinds}
+    if raw["source"] in SOURCES:
+        kinds = {**_kinds(SOURCES[raw["source"]]), **kinds}
     return {key: _checked(key, value, raw.get(key), kinds, given) for key, value in values.items()}
 
 
@@ -72,8 +80,16 @@ def _checked(key: str, value: Any, raw: str | None, kinds: dict[str, Any], given
     return value
 
 
-def unknown_keys(name: str, options: dict[str, Any], known: set[str]) -> str:
-    """What to say of keys that a source does not have."""
+def build_source(name: str, options: dict[str, Any]) -> PackedSource:
+    """The source of that name. ValueError: it is unknown, has no such option, or refuses it."""
+    if name not in SOURCES:
+        raise ValueError(f"source={name} is unknown: use one of {', '.join(SOURCES)}")
+    known = set(inspect.signature(SOURCES[name]).parameters) - {"tokenizer"}
     unknown = sorted(set(options) - known)
-    close = nearest(unknown[0], known) if len(unknown) == 1 else ""
-    return f"source={name} has no {', '.join(unknown)}{close}: it knows {', '.join(sorted(known))}"
+    if unknown:
+        close = nearest(unknown[0], known) if len(unknown) == 1 else ""
+        raise ValueError(f"source={name} has no {', '.join(unknown)}{close}: it knows {', '.join(sorted(known))}")
+    try:
+        return SOURCES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"source={name}: {error}; it knows {', '.join(sorted(known))}") from error

@@ -1,15 +1,27 @@
 """One DataModule for every source: batches, shuffling, exact resume, and the bytes behind bits per byte."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import lightning
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from atlas_lm.data.resume import EpochSampler, ResumableLoader
 from atlas_lm.data.source import Sample, SequenceDataset, Source, Split
 from atlas_lm.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def _warn_of_validation() -> None:
+    log.warning(
+        "warning: the validation text is not that of the checkpointed run: losses from here on cannot be compared with "
+        "those before; restore the files, or start a new run from its weights"
+    )
 
 
 class TokenDataModule(lightning.LightningDataModule):
@@ -82,6 +94,22 @@ class TokenDataModule(lightning.LightningDataModule):
     def seq_len(self) -> int:
         """Tokens per sequence, T."""
         return self._dataset("train").seq_len
+
+    # A checkpoint knows the text that its losses were measured on
+
+    def state_dict(self) -> dict[str, Any]:
+        """What validation measures, by content."""
+        return {"validation": self.held_out_fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say so when the validation text is another one now; resuming with another training text is refused."""
+        if state_dict.get("validation") not in (None, self.held_out_fingerprint):
+            _warn_of_validation()
+
+    @property
+    def held_out_fingerprint(self) -> str:
+        """Hash of the validation text and tokenizer: two runs validate on the same only if theirs are equal."""
+        return self._dataset("validation").fingerprint()
 
     # Data
 

@@ -1,5 +1,6 @@
 """A Hugging Face dataset as a corpus, by name or from disk."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -9,6 +10,8 @@ from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.reading import text_bytes
 from atlas_lm.data.source import SPLITS, Document, Split, check_fractions, split_of
 from atlas_lm.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class HuggingFaceSource(PackedSource):
@@ -82,6 +85,7 @@ class HuggingFaceSource(PackedSource):
         rows = iter(self._loaded(split))
         for number in count():
             if self.max_documents is not None and number >= self.max_documents:
+                log.info("%s [%s]: max_documents=%d rows are read, the rest is not", self.path, split, number)
                 return
             try:
                 row = next(rows)

@@ -17,7 +17,7 @@ import torch
 
 from atlas_lm.data.losses import KEPT, Losses, check_losses, count_losses, total_losses
 from atlas_lm.data.overlap import Overlap, content_key
-from atlas_lm.data.source import Document, Sample, SequenceDataset, Split
+from atlas_lm.data.source import Document, EmptyDocuments, Sample, SequenceDataset, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 20  # documents are encoded in groups of about this many bytes
@@ -139,8 +139,11 @@ class PackedSource:
             "validation": Packer(self._tokenizer, keep_raw=True),
             "test": Packer(self._tokenizer, keep_raw=True),
         }
+        empty = EmptyDocuments()
         for document in self.documents():
             packers[document.split].add(document)
+            empty.note(document)
+        empty.report()
         overlap = Overlap(self.splits_are_drawn)
         for split, packer in packers.items():
             for packed in packer.documents():

@@ -10,40 +10,31 @@
     block_mb     raw text per shard of a split, MB (default 64); a block is what a killed run has to repeat
 
 The same command after a kill goes on where it stopped, and the result has the same bytes as an uninterrupted run.
+After it has finished, the same command reads the corpus again, and says whether it still is the one in the shards.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from atlas_lm.data.arguments import parse_arguments, unknown_keys
-from atlas_lm.data.hf import HuggingFaceSource
+from atlas_lm.data.arguments import build_source, parse_arguments
 from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
-from atlas_lm.data.source import SPLITS, Document
-from atlas_lm.data.stdlib import StdlibSource
-from atlas_lm.data.text import TextSource
+from atlas_lm.data.source import SPLITS, Document, EmptyDocuments
 from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
 from atlas_lm.options import HELP, attempt
 from atlas_lm.parsing import read_json
 
 MAX_VOCABULARY = 1 << 31
-
-SOURCES: dict[str, Callable[..., PackedSource]] = {
-    "stdlib": StdlibSource,
-    "text": TextSource,
-    "hf": HuggingFaceSource,
-}
 
 
 def prepare(
@@ -67,50 +58,59 @@ def prepare(
         raise ValueError(f"block_mb={block_mb} must be above 0; 64 is usual")
     if vocab_size is not None and vocab_size > MAX_VOCABULARY:
         raise ValueError(f"vocab_size={vocab_size} is above {MAX_VOCABULARY}: 4096 to 65536 are usual")
-    chosen_source = _source(source, options)
+    chosen_source = build_source(source, options)
     folder = Path(out)
     settings = {
         "source": source, "options": options, "vocab_size": vocab_size, "block_mb": block_mb,
         "tokenizer": "bpe" if tokenizer == "bpe" else load_tokenizer(tokenizer).fingerprint(),
     }  # fmt: skip
-    if not _begin(folder, settings):
-        return folder
+    unfinished = _begin(folder, settings)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as progress:  # fmt: skip
-        reading = progress.add_task("reading", total=None)
-        total, overlap = 0, Overlap(chosen_source.splits_are_drawn)
-        for document in chosen_source.documents():
-            total += len(document.raw)
-            overlap.note(document.split, content_key(document.raw))
-            progress.update(reading, completed=total)
-        progress.update(reading, total=total)
+        read = _read(chosen_source, progress)
+        if not unfinished:
+            if read_index(folder).get("corpus", read.digest) != read.digest:
+                raise ValueError(
+                    f"the corpus changed since {str(folder)!r} was written: choose another out=, or {AGAIN}"
+                )
+            return folder
 
         def documents() -> Iterator[Document]:
-            return overlap.remaining(chosen_source.documents())
+            return read.overlap.remaining(chosen_source.documents())
 
         chosen = _tokenizer(folder, tokenizer, vocab_size, documents)
-        writing = progress.add_task("writing", total=total)
+        writing = progress.add_task("writing", total=read.n_bytes)
         parts = []
         for number, block in enumerate(_blocks(documents(), int(block_mb * 1e6))):
             parts.append(_part(folder, number, block, chosen))
             progress.advance(writing, sum(len(document.raw) for document in block))
-    overlap.report()
-    _finish(folder, settings, chosen, parts)
+    read.overlap.report()
+    _finish(folder, {**settings, "corpus": read.digest}, chosen, parts)
     return folder
 
 
-def _source(name: str, options: dict[str, Any]) -> PackedSource:
-    if name not in SOURCES:
-        raise ValueError(f"source={name} is unknown: use one of {', '.join(SOURCES)}")
-    known = set(inspect.signature(SOURCES[name]).parameters) - {"tokenizer"}
-    if set(options) - known:
-        raise ValueError(unknown_keys(name, options, known))
-    try:
-        return SOURCES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"source={name}: {error}; it knows {', '.join(sorted(known))}") from error
+class _Read(NamedTuple):
+    """What one pass over a corpus finds."""
+
+    n_bytes: int
+    overlap: Overlap
+    digest: str  # of all documents and their splits
+
+
+def _read(source: PackedSource, progress: Progress) -> _Read:
+    task, digest = progress.add_task("reading", total=None), blake2b(digest_size=16)
+    n_bytes, overlap, empty = 0, Overlap(source.splits_are_drawn), EmptyDocuments()
+    for document in source.documents():
+        n_bytes += len(document.raw)
+        overlap.note(document.split, content_key(document.raw))
+        empty.note(document)
+        digest.update(f"{document.split} {len(document.raw)}\n".encode() + document.raw)
+        progress.update(task, completed=n_bytes)
+    progress.update(task, total=n_bytes)
+    empty.report()
+    return _Read(n_bytes, overlap, digest.hexdigest())
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> bool:
@@ -227,12 +227,14 @@ def _finish(
     """Write index.json, the sign that everything is there, and remove what only an interrupted run needs."""
     if not any(part[split]["tokens"] for part in parts for split in SPLITS):
         raise ValueError("the corpus is empty: there is no document, or all of them are empty")
+    corpus = settings.pop("corpus")
     splits = {split: _joined([part[split] for part in parts]) for split in SPLITS}
     check_losses({split: Losses(**entry["losses"]) for split, entry in splits.items() if "losses" in entry})
     index: dict[str, Any] = {
         "format": FORMAT,
         "splits_compared": True,
         "settings": settings,
+        "corpus": corpus,
         "tokenizer": tokenizer.fingerprint(),
         "tokenizer_json": isinstance(tokenizer, JsonTokenizer),
         "vocab_size": tokenizer.vocab_size,
@@ -275,7 +277,7 @@ def _command(words: Sequence[str]) -> None:
     if not words or words[0] in HELP:
         print(__doc__)
         return
-    folder = prepare(**parse_arguments(words, prepare, SOURCES))
+    folder = prepare(**parse_arguments(words, prepare))
     for split, entry in read_index(folder)["splits"].items():
         print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
 
