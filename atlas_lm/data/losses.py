@@ -120,7 +120,7 @@ def check_losses(losses: dict[str, Losses]) -> None:
     for split, found in losses.items():
         if found.unknown_share > MOST_UNKNOWN:
             raise ValueError(
-                f"the tokenizer does not know {found.unknown_share:.1%} of the characters of the {split} split"
+                f"{found.unknown_share:.1%} of the characters of the {split} split are unknown to the tokenizer"
                 f"{_such_as(found)}: it was made for another text; use tokenizer=bytes, a byte-level one "
                 "(prepare with tokenizer=bpe writes one), or one trained on this text"
             )
