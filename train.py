@@ -1,10 +1,17 @@
 """Train a model: python train.py +experiment=stage1. Every setting is in conf/, documented in atlas_lm/config.py."""
 
+from atlas_lm import preemption
+
+if __name__ == "__main__":
+    preemption.exit_when_preempted()  # before the imports below, which take seconds
+
 import sys
 from functools import partial
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -13,6 +20,7 @@ from atlas_lm.building import (
     build_trainer,
     close_run_folder,
     prepare_process,
+    result_of_sweep,
     run_folder,
     second_look,
     settle_in,
@@ -23,7 +31,7 @@ from atlas_lm.config import TrainConfig
 from atlas_lm.module import AtlasModule
 from atlas_lm.recorder import RunRecorder
 from atlas_lm.report import Report, judge
-from atlas_lm.resuming import continue_records, preemptible
+from atlas_lm.resuming import continue_records
 from atlas_lm.run_tokenizer import keep_tokenizer
 
 ROOT = Path(__file__).parent
@@ -32,9 +40,14 @@ ROOT = Path(__file__).parent
 def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
     config = check_config(cfg)
-    with preemptible(), run_folder(cfg, ROOT) as goes_on:
+    done = result_of_sweep(cfg)
+    if done is not None:
+        return done
+    with preemption.preemptible(), run_folder(cfg, ROOT) as goes_on:
         report = fit(cfg, config, goes_on)
     close_run_folder(cfg, report)
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        preemption.ignore_when_done()
     return report
 
 
@@ -60,8 +73,9 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
             recorder.skip_training()
         if recorder.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)
-    except Exception as error:
-        recorder.error = error  # Lightning tells its callbacks of the first one; a safeguard may have found its cause
+    except BaseException as error:
+        if isinstance(error, Exception) or recorder.error is None:
+            recorder.error = error  # Lightning gives callbacks the first one; a safeguard may have found its cause
         raise
     finally:
         if recorder.has_begun or not goes_on:  # a resume that is refused leaves the run as it was

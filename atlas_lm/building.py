@@ -22,16 +22,19 @@ from atlas_lm.checkpoint import MODEL, CheckpointError, differences, load_weight
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
-from atlas_lm.resuming import checkpoint_to_resume, keep_aside, locked, withdraw_report
+from atlas_lm.report import Report
+from atlas_lm.resuming import AUTO, checkpoint_to_resume, keep_aside, locked, withdraw_report
 from atlas_lm.run_tokenizer import another_tokenizer
 from atlas_lm.runs import (
     CONFIG,
     FINISHED,
     finished_runs,
+    has_ended_well,
     mark_latest,
     newest_intact,
     resolve_checkpoint,
     write_atomically,
+    write_identity,
 )
 
 log = logging.getLogger(__name__)
@@ -195,8 +198,26 @@ def run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
             raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
         if not goes_on:
             write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
-            write_atomically(run / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+            write_identity(run, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+            write_atomically(run / CONFIG, configuration(cfg))
         yield goes_on
+
+
+def configuration(cfg: DictConfig) -> str:
+    """What a run folder holds of its configuration. `resume` is left out: it says how this process came to the run."""
+    return OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True)
+
+
+def result_of_sweep(cfg: DictConfig) -> Report | None:
+    """The report of a run that a sweep which is resumed has finished before; None: there is something to train."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra is None or hydra.mode != RunMode.MULTIRUN or cfg.resume != AUTO:
+        return None
+    run = Path(cfg.paths.run)
+    if not has_ended_well(run):
+        return None
+    log.info("resume=auto: %s is finished and stays as it is; without resume=auto it is trained again", run)
+    return json.loads((run / "report.json").read_bytes())
 
 
 @rank_zero_only
@@ -212,7 +233,7 @@ def settle_in(cfg: DictConfig, root: Path) -> None:
         text = json.dumps(now, indent=2) + "\n"
         keep_aside(run / "environment.json", text)
         write_atomically(run / "environment.json", text)
-    text = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True)
+    text = configuration(cfg)
     keep_aside(run / CONFIG, text)
     write_atomically(run / CONFIG, text)
     withdraw_report(run)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 with _without_crc():
                     torch.save(checkpoint, file)  # type: ignore[arg-type]  # write and flush are all that it needs
                 checksum = file.finish()
-            manifest.record(folder, target.name, temporary, checksum, checkpoint.get("global_step"))
+            manifest.record(folder, target.name, temporary, checksum, position_in(checkpoint))
             os.replace(temporary, target)
             manifest.sync_folder(folder)
         except OSError as error:
@@ -135,7 +136,7 @@ def why_unusable(path: Path) -> str | None:
 
 
 def newest_usable(folder: Path, besides: Path | None = None) -> Path | None:
-    """The checkpoint of a folder that was written last of those that can be used; never `besides` or a link to it."""
+    """The latest checkpoint of a folder of those that can be used; never `besides` or a link to it."""
     for path in checkpoints_in(folder):
         if (besides is None or path.resolve() != besides.resolve()) and why_unusable(path) is None:
             return path
@@ -145,6 +146,39 @@ def newest_usable(folder: Path, besides: Path | None = None) -> Path | None:
 def _remedy(path: Path) -> str:
     other = newest_usable(path.parent, besides=path)
     return f"use {other}" if other else "copy it again or use another"
+
+
+def position(path: Path) -> manifest.Position:
+    """How far training had come when a checkpoint was written; of two of one run the later one has the greater one.
+
+    The manifest knows it, or else the file itself. A file that nothing is known of counts as the latest, so that
+    whoever takes an earlier one says why.
+    """
+    known = manifest.versions(path.resolve())
+    if len(known) == 1 and "logged_steps" in known[0]:
+        return manifest.position_of(known[0])
+    try:
+        return position_in(_read(path, "cpu", lazily=True))
+    except (CheckpointError, OSError):
+        return manifest.position_of(known[0]) if known else (math.inf, 0)
+
+
+def position_in(checkpoint: dict[str, Any]) -> manifest.Position:
+    """(logging steps, optimizer steps): the first never goes back, the second does at a rollback."""
+    step = checkpoint.get("global_step")
+    step = step if isinstance(step, int) else 0
+    try:
+        return steps_recorded(checkpoint), step
+    except (KeyError, TypeError, AttributeError):  # of another program, or of weights alone
+        return step, step
+
+
+def steps_recorded(checkpoint: dict[str, Any]) -> int:
+    """Number of the first logging step that a run resumed from `checkpoint` will write. KeyError: it is of no run."""
+    loop = checkpoint["loops"]["fit_loop"]
+    total = loop["epoch_loop.batch_progress"]["total"]
+    # Lightning's own rule: where a step was not complete when it was saved, its number has not been counted up yet
+    return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (total["completed"] < total["processed"])
 
 
 def _read(path: Path, map_location: Any, lazily: bool) -> dict[str, Any]:
@@ -195,7 +229,8 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], without: tuple[st
 
 
 def check_same_model(path: Path, module: LightningModule) -> None:
-    """CheckpointError naming the fields in which the checkpoint's model differs from `module`'s."""
+    """CheckpointError naming the fields in which the checkpoint's model, or the kind of its optimizer, differs from
+    `module`'s."""
     saved, wanted = read_checkpoint(path, lazily=True).get(MODEL[0], {}), module.hparams
     found = differences(dict(saved.get(MODEL[1], {})), dict(wanted.get(MODEL[1], {})))
     if saved.get("vocab_size") != wanted.get("vocab_size"):
@@ -203,9 +238,12 @@ def check_same_model(path: Path, module: LightningModule) -> None:
     tokenizer = another_tokenizer(saved, wanted, path)
     if tokenizer:
         found.append(tokenizer)
+    before, now = (dict(settings.get("optim", {})).get("name") for settings in (saved, wanted))
+    if before != now:  # its moments mean nothing to another one
+        found.append(f"optim.name={now} but {before} in the checkpoint")
     if found:
         raise CheckpointError(
-            f"{str(path)!r} is of another model: {'; '.join(found)}: "
+            f"{str(path)!r} is of another model or optimizer: {'; '.join(found)}: "
             "set these back to resume, or use init_from= to start a new run from its weights"
         )
 

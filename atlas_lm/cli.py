@@ -6,6 +6,7 @@ keeps its traceback, as does all of it with HYDRA_FULL_ERROR=1.
 
 import errno
 import functools
+import inspect
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from atlas_lm.checks import find_target
 from atlas_lm.config import nearest
 
 ROOT = Path(__file__).parents[1]
@@ -161,12 +163,24 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     where = error.full_key or error.key
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         node = error.parent_node
+        if isinstance(node, DictConfig) and _takes(node, str(error.key)):
+            return f"{where} has no value in conf/ that could be replaced: +{where}=<value> adds it"
         known = [str(key) for key in node if key != "hydra"] if isinstance(node, DictConfig) else []
         options = f"; there are {', '.join(known)}" if known else ""
         return f"{where} is no setting{nearest(str(error.key), known)}{options}"
     if isinstance(error, MissingMandatoryValue):
         return f"{where} is required: give {where}=<value>"
     return f"{where}: {str(error).splitlines()[0]}: correct the value"
+
+
+def _takes(node: DictConfig, key: str) -> bool:
+    """Whether what the node names by `_target_` has a parameter of that name."""
+    if not isinstance(node.get("_target_"), str):
+        return False
+    try:
+        return key in inspect.signature(find_target(node["_target_"], "")).parameters
+    except (ValueError, TypeError):  # it names nothing, or what shows no signature
+        return False
 
 
 def _hydra(error: HydraException) -> str | None:

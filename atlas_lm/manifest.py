@@ -1,6 +1,9 @@
 """What the checkpoints of a folder looked like when they were written: `manifest.json` beside them.
 
-{"files": {"step-0000200.ckpt": {"size": bytes, "sha256": …, "global_step": …, "written": Unix seconds}}, "checksum": …}
+{"files": {"step-0000200.ckpt": {"size": bytes, "sha256": …, "logged_steps": …, "global_step": …, "written": Unix
+seconds}}, "checksum": …}
+
+`logged_steps` and `global_step` are the checkpoint's position, which orders them; `written` is for people alone.
 
 An entry is there before its file is. While a file is being replaced, `previous` holds what it was before, so that what
 lies there is known whenever the process dies. `checksum` is the manifest's own: a damaged one accuses no checkpoint.
@@ -16,6 +19,10 @@ from typing import Any
 from atlas_lm.runs import write_atomically
 
 MANIFEST = "manifest.json"
+
+Position = tuple[
+    float, int
+]  # logging steps, which never go back, and optimizer steps of a checkpoint: what orders them
 
 
 def verify(path: str | Path) -> str | None:
@@ -40,7 +47,13 @@ def versions(path: Path) -> list[dict[str, Any]]:
     return _flat(read(path.parent).get(path.name))
 
 
-def record(folder: Path, name: str, content: Path, checksum: str, step: Any) -> None:
+def position_of(entry: dict[str, Any]) -> Position:
+    """The position in an entry; entries of older versions hold the optimizer step alone."""
+    step = entry.get("global_step") or 0
+    return entry.get("logged_steps", step), step
+
+
+def record(folder: Path, name: str, content: Path, checksum: str, position: Position) -> None:
     """Enter the file that is about to be renamed from `content` to `name`, beside what has that name now. Durable.
 
     Entries of files that are gone are dropped.
@@ -49,7 +62,8 @@ def record(folder: Path, name: str, content: Path, checksum: str, step: Any) -> 
     entry = {
         "size": content.stat().st_size,
         "sha256": checksum,
-        "global_step": step if isinstance(step, int) else None,
+        "logged_steps": position[0],
+        "global_step": position[1],
         "written": round(time.time(), 3),
     }
     before = [old for old in _flat(entries.get(name)) if old["sha256"] != entry["sha256"]]

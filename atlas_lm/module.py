@@ -25,7 +25,7 @@ from atlas_lm.config import ModelConfig, OptimConfig
 from atlas_lm.generate import continue_text
 from atlas_lm.model import AtlasLM, Output
 from atlas_lm.needles import losses_with_and_without_memory, write_and_read
-from atlas_lm.optim import build_optimizer, build_schedule
+from atlas_lm.optim import apply_settings, build_optimizer, build_schedule
 from atlas_lm.side_by_side import side_by_side
 
 UNSCORED = -100
@@ -291,6 +291,10 @@ class AtlasModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Chunk sizes change while training goes on; who uses the weights wants those of the end."""
         checkpoint["local_chunks"] = list(self.local_chunks)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed run trains with the optimizer's settings that it is given, not with those of its checkpoint."""
+        apply_settings(checkpoint, build_optimizer(self.model, self.optim_config), self.optim_config)
 
     def configure_model(self) -> None:
         """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""

@@ -118,3 +118,25 @@ def learning_rate_factor(step: int, config: OptimConfig) -> float:
 
 def build_schedule(optimizer: Optimizer, config: OptimConfig) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+
+
+def apply_settings(checkpoint: dict[str, Any], optimizer: Optimizer, config: OptimConfig) -> None:
+    """Let a checkpoint's optimizer and schedule go on with the settings of now, in place; its moments and steps stay.
+
+    Lightning would restore learning rates, decay and all other settings of a group as they were saved. `optimizer` is a
+    new one of the same model and kind. ValueError: the checkpoint's has other groups.
+    """
+    states, schedules = checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", [])
+    for state, schedule in zip(states, schedules, strict=True):
+        saved, wanted = state["param_groups"], optimizer.param_groups
+        if len(saved) != len(wanted):
+            raise ValueError(
+                f"the checkpoint's optimizer has {len(saved)} groups of parameters and this one {len(wanted)}: it was "
+                "written by another version of atlas-lm; start a new run from its weights with init_from="
+            )
+        factor = learning_rate_factor(schedule["last_epoch"], config)
+        schedule["base_lrs"] = [group["lr"] for group in wanted]
+        schedule["_last_lr"] = [peak * factor for peak in schedule["base_lrs"]]
+        for group, settings, rate in zip(saved, wanted, schedule["_last_lr"], strict=True):
+            group.update({name: value for name, value in settings.items() if name != "params"})
+            group.update(initial_lr=settings["lr"], lr=rate)

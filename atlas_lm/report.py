@@ -42,14 +42,14 @@ def judge(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
     """Measure, write and print the report of a run that has ended, in whatever way; on rank zero."""
     report = build(run, trainer, module, dm, recorder)
     if trainer.is_global_zero:
-        try:
+        show(report)
+        try:  # last: a run that is ended by a signal before this has no verdict, and gets one when it is resumed
             write_atomically(run / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
             write_atomically(run / "report.md", markdown(report))
         except OSError as error:
             if recorder.error is None:
                 raise
             log.warning("the report could not be written: %s", error)  # the run's own error matters more
-        show(report)
     return report
 
 

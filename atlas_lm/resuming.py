@@ -1,35 +1,32 @@
 """Going on with a run where it ended: in its folder, from its newest intact checkpoint, behind its last record."""
 
 import fcntl
-import json
 import logging
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 
-from atlas_lm.checkpoint import check_same_model, read_checkpoint
+from atlas_lm.checkpoint import check_same_model, read_checkpoint, steps_recorded
 from atlas_lm.config import TrainConfig
 from atlas_lm.runs import (
     CONFIG,
-    FINISHED,
+    has_ended_well,
     newest_checkpoint,
     newest_intact,
+    overrides_of,
     resolve_checkpoint,
     resolve_run,
+    runs_in,
 )
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
 LOCK, REPORT = ".lock", "report.json"
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
 
 
 def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
@@ -61,20 +58,31 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
 
 def unfinished_run(experiment: Path) -> Path | None:
     """The newest run of an experiment, if it has not ended well. Starts without a checkpoint do not count."""
-    folders = [f for f in experiment.iterdir() if not f.is_symlink()] if experiment.is_dir() else []
-    runs = sorted((folder for folder in folders if (folder / CONFIG).is_file()), reverse=True)
-    newest = next((run for run in runs if newest_checkpoint(run) is not None), None)
-    return None if newest is None or _has_ended_well(newest) else newest
+    newest = next((run for run in runs_in(experiment) if newest_checkpoint(run) is not None), None)
+    return None if newest is None or has_ended_well(newest) else newest
 
 
-def _has_ended_well(run: Path) -> bool:
-    try:
-        return json.loads((run / REPORT).read_text(encoding="utf-8"))["status"] in FINISHED
-    except (OSError, ValueError, KeyError, TypeError):  # still running, killed, or half a file
-        return False
+def sweep_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str]) -> str:
+    """Where a run of a sweep writes, below `outputs`: with `auto` the folder of the newest run that was started with
+    the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it."""
+    experiment = Path(outputs) / name
+    if resume == AUTO:
+        wanted = started_with(overrides)
+        for run in runs_in(experiment):
+            before = overrides_of(run)
+            same = before is not None and started_with(before) == wanted
+            if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
+                return f"{name}/{run.name}"
+    return f"{name}/{new}"
+
+
+def started_with(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run that say what is trained, in any order: `resume` only says from where."""
+    return sorted(override for override in map(str, overrides) if not override.startswith("resume="))
 
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
 
 
 def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path | None:
@@ -99,15 +107,24 @@ def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path |
     else:
         path = resolve_checkpoint(config.resume, config.paths.outputs)
     check_same_model(path, module)
+    check_accumulation(path, config.trainer.get("accumulate_grad_batches") or 1)
     return path
 
 
-def steps_recorded(checkpoint: Path) -> int:
-    """Number of the first logging step that a run resumed from `checkpoint` will write."""
-    loop = read_checkpoint(checkpoint, lazily=True)["loops"]["fit_loop"]
-    total = loop["epoch_loop.batch_progress"]["total"]
-    # Lightning's own rule: where a step was not complete when it was saved, its number has not been counted up yet
-    return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (total["completed"] < total["processed"])
+def check_accumulation(path: Path, accumulated: int) -> None:
+    """ValueError if the first optimizer step of the resumed run would take fewer than `accumulated` batches.
+
+    Lightning counts windows from the beginning of an epoch, so a checkpoint has to lie between two of them.
+    """
+    progress = read_checkpoint(path, lazily=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    batches = progress["current"]["ready"]
+    if batches % accumulated and not progress["is_last_batch"]:
+        fits = [n for n in range(1, batches + 1) if batches % n == 0]
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={accumulated} cannot be resumed from {str(path)!r}, which was written "
+            f"after {batches} batches of an epoch, in the middle of {accumulated}: choose one of "
+            f"{', '.join(map(str, fits[-8:]))}, or another checkpoint"
+        )
 
 
 def continue_records(trainer: Trainer, checkpoint: Path) -> int:
@@ -115,7 +132,7 @@ def continue_records(trainer: Trainer, checkpoint: Path) -> int:
 
     Returns the number of the first logging step that is not recorded yet.
     """
-    step = steps_recorded(checkpoint)
+    step = steps_recorded(read_checkpoint(checkpoint, lazily=True))
     for logger in trainer.loggers:
         go_on = getattr(logger, "go_on_from", None)
         if go_on is not None:
@@ -139,24 +156,6 @@ def locked(run: Path) -> Iterator[None]:
                 f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
             ) from None
         yield
-
-
-@contextmanager
-def preemptible(code: int = REQUEUE) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(code)
-
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
-        yield
-        return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def keep_aside(path: Path, text: str) -> None:

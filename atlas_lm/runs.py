@@ -1,16 +1,26 @@
-"""Run folders: `outputs/<experiment>/<timestamp>/`, and `outputs/<experiment>/latest` for the newest finished one."""
+"""Run folders: `outputs/<experiment>/<timestamp>/`, and `outputs/<experiment>/latest` for the newest finished one.
 
+The time stamp is a name for people. Runs of an experiment are ordered by the number that each got when it began: clocks
+differ between machines, time zones and containers, and go back.
+"""
+
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from atlas_lm.config import nearest
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # its presence makes a folder a run folder
+IDENTITY = "run.json"  # {"number": which run of its experiment it is, "overrides": what it was started with}
 LATEST = "latest"
 FINISHED = ("finished", "stopped early")  # what a report calls a run that ended well
 
@@ -28,29 +38,85 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
     if (experiment / LATEST / CONFIG).is_file():
         return (experiment / LATEST).resolve()
     if experiment.is_dir():
-        unfinished = sorted(folder for folder in experiment.iterdir() if (folder / CONFIG).is_file())
+        unfinished = runs_in(experiment)
         if unfinished:
-            raise ValueError(f"{str(experiment)!r} has no finished run; give the path of one, e.g. {unfinished[-1]}")
+            raise ValueError(f"{str(experiment)!r} has no finished run; give the path of one, e.g. {unfinished[0]}")
         raise ValueError(f"{str(experiment)!r} is no run folder (no {CONFIG} in it): give one, or an experiment's name")
     known = sorted(f.name for f in Path(outputs).iterdir() if f.is_dir()) if Path(outputs).is_dir() else []
     has = f"{str(outputs)!r} has {', '.join(known)}" if known else f"{str(outputs)!r} has no runs yet: train one first"
     raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")
 
 
+def runs_in(experiment: Path) -> list[Path]:
+    """The run folders of an experiment, the newest first.
+
+    A copy of a run has its number: of two with the same one the newer is that which was trained further. Runs of older
+    versions have none; they are the oldest, ordered by name.
+    """
+    folders = [f for f in experiment.iterdir() if not f.is_symlink()] if experiment.is_dir() else []
+    numbers = {folder: number_of(folder) for folder in folders if (folder / CONFIG).is_file()}
+    shared = {number for number, count in Counter(numbers.values()).items() if number and count > 1}
+
+    def key(run: Path) -> tuple[Any, ...]:
+        return numbers[run], _trained(run) if numbers[run] in shared else (), run.name
+
+    return sorted(numbers, key=key, reverse=True)
+
+
+def _trained(run: Path) -> tuple[float, int]:
+    from atlas_lm.checkpoint import position  # imports torch, which takes seconds
+
+    newest = newest_checkpoint(run)
+    return (-1, 0) if newest is None else position(newest)
+
+
+def number_of(run: Path) -> int:
+    """Which run of its experiment it is, from 1 on; 0 where that is not known."""
+    number = _read_json(run / IDENTITY).get("number")
+    return number if isinstance(number, int) else 0
+
+
+def overrides_of(run: Path) -> list[str] | None:
+    """The command line's overrides that a run was started with; None where they are not known."""
+    return _read_json(run / IDENTITY).get("overrides")
+
+
+def write_identity(run: Path, overrides: Sequence[str]) -> None:
+    """Give a run that begins its number, one above those of all runs beside it, however many begin at once."""
+    with _alone_in(run.parent):
+        number = 1 + max((number_of(other) for other in runs_in(run.parent)), default=0)
+        write_atomically(run / IDENTITY, json.dumps({"number": number, "overrides": list(overrides)}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it here too, where its filesystem has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def has_ended_well(run: Path) -> bool:
+    """Whether its report says so. One that is still running or was killed has none."""
+    return _read_json(run / "report.json").get("status") in FINISHED
+
+
 def finished_runs(experiment: Path) -> list[Path]:
     """The runs of an experiment that ended well, the newest first."""
-    found = []
-    for folder in sorted(experiment.iterdir(), reverse=True) if experiment.is_dir() else []:
-        report = folder / "report.json"
-        if folder.is_symlink() or not report.is_file():
-            continue
-        try:
-            ended = json.loads(report.read_bytes())
-        except (OSError, ValueError, RecursionError):  # a broken report tells of no good end
-            continue
-        if isinstance(ended, dict) and ended.get("status") in FINISHED:
-            found.append(folder)
-    return found
+    return [run for run in runs_in(experiment) if has_ended_well(run)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no file, or no whole one."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
@@ -80,7 +146,7 @@ def intact_checkpoint(run: Path) -> Path:
 
 
 def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint written last of those that can be used, and one line for each newer one that cannot."""
+    """The latest checkpoint of those that can be used, and one line for each later one that cannot."""
     from atlas_lm.checkpoint import why_unusable  # imports torch, which takes seconds
 
     skipped: list[str] = []
@@ -93,20 +159,24 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run that was written last, intact or not; `last.ckpt` rather than the file it points to."""
+    """The latest checkpoint of a run, intact or not; `last.ckpt` rather than the file it points to."""
     return next(iter(checkpoints_in(run / "checkpoints")), None)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first, each once: under its link's name if it has one.
+    """The checkpoints of a folder, the latest first, each once: under its link's name if it has one.
 
-    Left out: what a rollback abandoned, and links to nowhere.
+    Ordered by how far training had come, whatever clocks and names say: time stamps do not survive a copy, clocks are
+    set back. Left out: what a rollback abandoned, and links to nowhere.
     """
+    from atlas_lm.checkpoint import position  # imports torch, which takes seconds
+
     found: dict[Path, Path] = {}
     for path in sorted(folder.glob("*.ckpt"), key=Path.is_symlink):
         if path.is_file() and not re.search(r"\.abandoned\d*$", path.resolve().name):
             found[path.resolve()] = path
-    return sorted(found.values(), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    by_name = sorted(found.values(), key=lambda path: path.name)  # those of one position hold the same
+    return sorted(by_name, key=position, reverse=True)
 
 
 def mark_latest(run: Path, experiment: Path) -> None:

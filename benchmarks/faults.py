@@ -33,6 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atlas_lm.checkpoint import CheckpointError, read_checkpoint
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.runs import checkpoints_in
 from benchmarks import measuring
 from benchmarks.injection import STRUCK
 
@@ -280,10 +281,8 @@ def resume(run: Run) -> dict[str, Any]:
 
 def scenario_damaged(run: Run, damage: Callable[[Path], None]) -> dict[str, Any]:
     code = run.launch()
-    newest = max(run.checkpoints(), key=lambda path: path.stat().st_mtime_ns)
-    before = newest.stat()
+    newest = checkpoints_in(run.run / "checkpoints")[0]
     damage(newest)
-    os.utime(newest, ns=(before.st_atime_ns, before.st_mtime_ns))
     at = len(read_rows(run.run / "metrics.jsonl"))
     again = run.launch("resume=auto")
     began = [line for line in run.output().splitlines() if "the records go on at step" in line]

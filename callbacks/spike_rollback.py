@@ -15,7 +15,6 @@ Source:   SPEC C2, C3. A failsafe, not the first defence.
 
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -26,6 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from callbacks.checkpoint_order import Position, by_step, position, position_now
 from callbacks.demands import unsettled
 from callbacks.probing import begins, held_out_batch, is_logging_step, record, record_start, undisturbed
 from callbacks.ranks import any_rank, mean_over_ranks
@@ -55,7 +55,7 @@ class Kept(NamedTuple):
 
     snapshot: Snapshot
     path: Path | None  # None: of the state that a sharded run starts from
-    written: int  # when, ns; until the step is complete the file is not there yet
+    position: Position  # of the file; until the step is complete it is not there yet
     ema: float | None
 
 
@@ -283,7 +283,7 @@ class SpikeRollback(Checkpoint):
         """Take a snapshot of this step; the file follows when the step is complete."""
         path = self._path(trainer)
         self.ring = [kept for kept in self.ring if kept.path != path or path is None]
-        self.ring.append(Kept(take(trainer, pl_module), path, time.time_ns(), self.ema))
+        self.ring.append(Kept(take(trainer, pl_module), path, position_now(trainer), self.ema))
         self.ring, self._unwritten = self.ring[-self.keep_last :], True
 
     def _path(self, trainer: Trainer) -> Path | None:
@@ -296,18 +296,19 @@ class SpikeRollback(Checkpoint):
     def _write_newest(self, trainer: Trainer) -> None:
         """The file behind the newest snapshot, which is the run as it is now; and the oldest file goes."""
         self._unwritten = False
-        path, written = self._path(trainer), time.time_ns()
+        path = self._path(trainer)
         if path is not None:
             trainer.save_checkpoint(path, weights_only=False)
-            written = trainer.strategy.broadcast(path.stat().st_mtime_ns if path.exists() else written)
-        self.ring[-1] = self.ring[-1]._replace(path=path, written=written)
+        self.ring[-1] = self.ring[-1]._replace(path=path, position=position_now(trainer))
         self._remove_oldest(trainer)
 
-    @rank_zero_only  # others would look at files that are just being removed
+    @rank_zero_only  # others would list files that are just being removed
     def _remove_oldest(self, trainer: Trainer) -> None:
-        files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("snapshot-*.ckpt")]
-        for _, file in sorted(files)[: -self.keep_last]:  # also those of a process that was killed
-            trainer.strategy.remove_checkpoint(file)
+        """Those that are no snapshot of this process go first: a process that was killed left them."""
+        ring = {kept.path for kept in self.ring}
+        others = [path for path in by_step(self.folder, "snapshot") if path not in ring]
+        for path in others[: max(0, len(others) + len(ring) - self.keep_last)]:
+            trainer.strategy.remove_checkpoint(path)
 
     def _roll_back(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Return to the second most recent snapshot: the most recent may hold what led to the spike already."""
@@ -344,7 +345,12 @@ class SpikeRollback(Checkpoint):
         folders = {self.folder, *(Path(folder) for folder in others if folder)}
         for folder in folders:
             for path in folder.glob("*.ckpt"):
-                if path != kept.path and not path.is_symlink() and path.stat().st_mtime_ns > kept.written:
+                if path == kept.path or path.is_symlink():
+                    continue
+                written = position(path)
+                if written is None:
+                    log.warning("%s does not say at which step it was written: it may hold what was rolled back", path)
+                elif written > kept.position:
                     path.rename(path.with_name(f"{path.name}{ABANDONED}{self.rollbacks + 1}"))
             for path in folder.glob("*.ckpt"):
                 if path.is_symlink() and not path.exists():

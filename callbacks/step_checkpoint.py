@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.checkpoint_order import by_step
 from callbacks.ranks import any_rank
 from callbacks.step_border import open_borders, save
 
@@ -75,11 +76,11 @@ class StepCheckpoint(Checkpoint):
         self._link(path)
         self._remove_oldest(trainer, path)
 
-    @rank_zero_only  # others would look at files that are just being removed
+    @rank_zero_only  # others would list files that are just being removed
     def _remove_oldest(self, trainer: Trainer, newest: Path) -> None:
         """Also those of a process that was killed."""
-        found = [(other.stat().st_mtime_ns, other) for other in newest.parent.glob("step-*.ckpt") if other != newest]
-        for _, old in sorted(found, reverse=True)[self.keep - 1 :]:
+        others = [path for path in by_step(newest.parent, "step") if path != newest]
+        for old in others[: max(0, len(others) - (self.keep - 1))]:
             trainer.strategy.remove_checkpoint(old)
 
     @rank_zero_only

@@ -50,6 +50,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["+modle.dim=64"], ["modle", "did you mean 'model'"]),
         (["optim.learning_rate=1"], ["optim.learning_rate", "there are name, lr"]),
         (["trainer.max_stepz=1"], ["trainer.max_stepz", "did you mean 'max_steps'"]),
+        (["trainer.benchmark=true"], ["trainer.benchmark", "+trainer.benchmark=<value> adds it"]),
+        (["callbacks.checkpoint.kep=1"], ["callbacks.checkpoint.kep", "did you mean 'keep'"]),
         (["+trainer.max_stepz=1"], ["trainer.max_stepz", "Trainer", "did you mean 'max_steps'"]),
         (["data.source.tokeniser=bytes"], ["data.source.tokeniser", "did you mean 'tokenizer'"]),
         (["+data.batchsize=1"], ["data.batchsize", "TokenDataModule", "did you mean 'batch_size'"]),

@@ -37,7 +37,7 @@ def test_what_is_recorded(tmp_path: Path) -> None:
     began = time.time()
     path = save(tmp_path / "a.ckpt", 7)
     entry = manifest.read(tmp_path)["a.ckpt"]
-    assert sorted(entry) == ["global_step", "sha256", "size", "written"]
+    assert sorted(entry) == ["global_step", "logged_steps", "sha256", "size", "written"]
     assert entry["size"] == path.stat().st_size
     assert entry["global_step"] == 7
     assert began - 1 <= entry["written"] <= time.time() + 1
@@ -56,12 +56,11 @@ def test_one_bit(tmp_path: Path, where: float, caplog: pytest.LogCaptureFixture)
 
 
 def test_the_remedy_is_the_newest_other_that_is_intact(tmp_path: Path) -> None:
-    paths = [save(tmp_path / f"{name}.ckpt", 1) for name in "abcd"]
+    paths = [save(tmp_path / f"{name}.ckpt", step) for step, name in enumerate("abcd")]
     for age, path in enumerate(paths):
-        os.utime(path, (1000 + age, 1000 + age))
+        os.utime(path, (9000 - age, 9000 - age))
     (tmp_path / "last.ckpt").symlink_to("d.ckpt")
     flip(paths[3])
-    os.utime(paths[3], (2000, 2000))
     (tmp_path / "e.ckpt").write_bytes(b"no checkpoint, and none that is known")
     flip(paths[0])
     assert newest_usable(tmp_path) == paths[2]

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 import train
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.resuming import keep_aside, locked, run_folder, unfinished_run
+from atlas_lm.resuming import keep_aside, locked, run_folder, sweep_folder, unfinished_run
+from atlas_lm.runs import runs_in, write_identity
 from callbacks.random_state import set_states, states
-from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, only_run, report_of, small_run, write_corpus
+from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, small_run, write_corpus
 
 pytestmark = [
     pytest.mark.usefixtures("in_tmp"),
@@ -268,6 +270,7 @@ def test_folders(in_tmp: Path) -> None:
         folder = in_tmp / "outputs" / "x" / name
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "config.yaml").write_text("name: x\n")
+        write_identity(folder, [])
         if checkpoint:
             torch.save({"state_dict": {}}, folder / "checkpoints" / "a.ckpt")
         if status:
@@ -278,7 +281,7 @@ def test_folders(in_tmp: Path) -> None:
     new = str(experiment / "new")
     assert run_folder(None, outputs, "x", "new") == new
     assert run_folder("auto", outputs, "x", "new") == new, "there is no run at all"
-    first = run("1", None)
+    first = run("9", None)  # names tell no order: clocks differ
     assert run_folder("auto", outputs, "x", "new") == str(first)
     assert run_folder("auto", outputs, "y", "new") == str(in_tmp / "outputs" / "y" / "new")
     for status in ("interrupted", "failed"):
@@ -291,12 +294,11 @@ def test_folders(in_tmp: Path) -> None:
     assert run_folder(str(second), outputs, "x", "new") == str(second.resolve())
     assert run_folder(str(second / "checkpoints" / "a.ckpt"), outputs, "x", "new") == str(second)
     assert run_folder(str(second), outputs, "other", "new") == str(in_tmp / "outputs" / "other" / "new")
-    time.sleep(0.01)
     (second / "checkpoints" / "b.ckpt").write_text("half")
     assert run_folder(str(second / "checkpoints" / "a.ckpt"), outputs, "x", "new") == str(second), (
         "the newest intact one"
     )
-    torch.save({"state_dict": {}}, second / "checkpoints" / "b.ckpt")
+    torch.save({"state_dict": {}, "global_step": 1}, second / "checkpoints" / "b.ckpt")
     assert run_folder(str(second / "checkpoints" / "a.ckpt"), outputs, "x", "new") == new, (
         "an older one: a run of its own"
     )
@@ -305,6 +307,75 @@ def test_folders(in_tmp: Path) -> None:
     (second / "report.json").unlink()
     assert unfinished_run(experiment) == second, "a start that was refused hides no run"
     assert run_folder("nonsense", outputs, "x", "new") == new
+
+
+def test_folders_of_a_sweep(in_tmp: Path) -> None:
+    def run(name: str, overrides: list[str], status: str | None = None, checkpoint: bool = True) -> Path:
+        folder = in_tmp / "outputs" / "x" / name
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.yaml").write_text("name: x\n")
+        write_identity(folder, overrides)
+        if checkpoint:
+            torch.save({"state_dict": {}}, folder / "checkpoints" / "a.ckpt")
+        if status:
+            (folder / "report.json").write_text(json.dumps({"status": status}))
+        return folder
+
+    def folder(resume: str | None, *overrides: str) -> str:
+        return sweep_folder(resume, str(in_tmp / "outputs"), "x", "new", overrides)
+
+    run("a", ["name=x", "optim.lr=1"], "finished")
+    run("b", ["name=x", "optim.lr=2"], "interrupted")
+    run("c", ["name=x", "optim.lr=3"], checkpoint=False)
+    assert folder(None, "name=x", "optim.lr=1") == "x/new"
+    assert folder("auto", "optim.lr=1", "resume=auto", "name=x") == "x/a"
+    assert folder("auto", "optim.lr=2", "resume=auto", "name=x") == "x/b"
+    assert folder("auto", "optim.lr=3", "resume=auto", "name=x") == "x/new", "it has nothing to resume"
+    assert folder("auto", "optim.lr=4", "resume=auto", "name=x") == "x/new"
+    run("0", ["name=x", "optim.lr=1", "resume=auto"], "failed")
+    assert folder("auto", "optim.lr=1", "resume=auto", "name=x") == "x/0", "the newest counts"
+
+
+def test_a_sweep_that_was_preempted_goes_on_where_it_was(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write_corpus(in_tmp / "corpus")
+
+    def sweep(*overrides: str) -> int:
+        small = [*SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, "callbacks=basic"]
+        return launch("-m", "data=text", corpus, *small, "name=sw", "optim.lr=1e-3,2e-3,3e-3", *overrides)
+
+    def state(run: Path) -> tuple[bytes, ...]:
+        return tuple((run / name).read_bytes() for name in ("metrics.jsonl", "report.json", "checkpoints/last.ckpt"))
+
+    with monkeypatch.context() as patched:
+        die_at(4 + 2, patched, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert sweep() == 75
+    first, second = reversed(runs_in(in_tmp / "outputs" / "sw"))
+    before = state(first)
+    assert report_of(second)["status"] == "interrupted"
+    assert sweep("resume=auto") == 0
+    runs = [*reversed(runs_in(in_tmp / "outputs" / "sw"))]
+    assert runs[:2] == [first, second]
+    assert len(runs) == 3
+    assert state(first) == before, "what is finished stays"
+    assert [report_of(run)["status"] for run in runs] == ["finished"] * 3
+    assert [row["step"] for row in read_rows(second / "metrics.jsonl")] == [*range(4)]
+    assert [OmegaConf.load(run / "config.yaml").optim.lr for run in runs] == [1e-3, 2e-3, 3e-3]
+    after = [state(run) for run in runs]
+    assert sweep("resume=auto") == 0, "nothing is left to do"
+    assert [state(run) for run in runs_in(in_tmp / "outputs" / "sw")][::-1] == after
+
+
+def test_the_same_command_under_a_scheduler_changes_no_configuration(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for batch, code in ((2, 75), (2, 75), (99, 0)):
+        with monkeypatch.context() as patched:
+            die_at(batch, patched, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert small_run(in_tmp, "name=x", "callbacks=basic", "optim.total_steps=6", "resume=auto") == code
+    run = only_run(in_tmp / "outputs")
+    assert report_of(run)["status"] == "finished"
+    assert not [*run.glob("*.1.*")], "nothing has changed, nothing is kept aside"
+    assert "differs" not in (run / "train.log").read_text()
 
 
 def test_an_older_checkpoint_begins_a_run_of_its_own(in_tmp: Path) -> None:

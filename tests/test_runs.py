@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,13 @@ from atlas_lm.runs import (
     mark_latest,
     newest_checkpoint,
     newest_intact,
+    number_of,
+    overrides_of,
     resolve_checkpoint,
     resolve_run,
+    runs_in,
     write_atomically,
+    write_identity,
 )
 
 
@@ -27,7 +33,7 @@ def make_run(outputs: Path, experiment: str, stamp: str, checkpoints: tuple[str,
     for age, name in enumerate(checkpoints):
         path = run / "checkpoints" / name
         AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(99)}, "global_step": age}, path)
-        os.utime(path, (1000 + age, 1000 + age))
+        os.utime(path, (9000 - age, 9000 - age))  # as a copy or a clock that was set back leaves them
     return run
 
 
@@ -66,7 +72,7 @@ def test_what_is_no_run_is_an_error_that_helps(tmp_path: Path) -> None:
 
 def test_checkpoints_of_a_run(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", "2024", ("step=2.ckpt", "step=1.ckpt"))
-    assert resolve_checkpoint(run).name == "step=1.ckpt", "the one written last, whatever its name"
+    assert resolve_checkpoint(run).name == "step=1.ckpt", "the one of the latest step, whatever its name and time stamp"
     (run / "checkpoints" / "last.ckpt").symlink_to("step=1.ckpt")
     assert resolve_checkpoint(run).name == "last.ckpt"
     (run / "checkpoints" / "gone.ckpt").symlink_to("deleted.ckpt")
@@ -79,11 +85,10 @@ def test_checkpoints_of_a_run(tmp_path: Path) -> None:
 
 
 def damage(path: Path) -> None:
-    """One bit, at the same age."""
-    age, raw = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    """One bit."""
+    raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
-    os.utime(path, ns=(age, age))
 
 
 def test_the_newest_intact_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,7 +99,6 @@ def test_the_newest_intact_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureF
     assert newest_intact(run) == (last, [])
     damage(fourth)
     third.write_bytes(b"")
-    os.utime(third, (1002, 1002))
     found, skipped = newest_intact(run)
     assert found == second
     assert len(skipped) == 2, "a file and the link to it are one"
@@ -136,6 +140,40 @@ def test_what_a_rollback_abandoned_is_never_taken(tmp_path: Path) -> None:
     assert newest_intact(run) == (folder / "1.ckpt", [])
     assert newest_checkpoint(run) == folder / "1.ckpt"
     assert resolve_checkpoint(folder / "2.ckpt.abandoned1") == folder / "2.ckpt.abandoned1", "unless it is named"
+
+
+def test_runs_are_ordered_by_the_number_that_they_began_with(tmp_path: Path) -> None:
+    """Named by clocks in three time zones."""
+    runs = [make_run(tmp_path, "a", stamp, ("1.ckpt",)) for stamp in ("2026-03-01_09-00", "2026-03-01_01-00", "2025")]
+    for run in runs:
+        write_identity(run, ["+experiment=stage1"])
+        (run / "report.json").write_text('{"status": "finished"}')
+    assert [number_of(run) for run in runs] == [1, 2, 3]
+    assert overrides_of(runs[0]) == ["+experiment=stage1"]
+    older = make_run(tmp_path, "a", "2027", ("1.ckpt",))  # of a version that gave no numbers
+    oldest = make_run(tmp_path, "a", "2026", ("1.ckpt",))
+    assert runs_in(tmp_path / "a") == [*reversed(runs), older, oldest]
+    assert finished_runs(tmp_path / "a") == [*reversed(runs)]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert [run.name for run in runs_in(tmp_path / "b")] == [run.name for run in runs_in(tmp_path / "a")]
+
+
+def test_of_a_run_and_its_copy_the_newer_is_the_one_that_was_trained_further(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", "z", ("1.ckpt",))
+    write_identity(run, [])
+    shutil.copytree(run, tmp_path / "a" / "copy")
+    content = {"state_dict": {"w": torch.ones(99)}, "global_step": 7}
+    AtomicCheckpointIO().save_checkpoint(content, tmp_path / "a" / "copy" / "checkpoints" / "2.ckpt")
+    assert [run.name for run in runs_in(tmp_path / "a")] == ["copy", "z"]
+    shutil.rmtree(run / "checkpoints")
+    assert [run.name for run in runs_in(tmp_path / "a")] == ["copy", "z"]
+
+
+def test_runs_that_begin_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "a", str(i)) for i in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda run: write_identity(run, []), runs))
+    assert sorted(number_of(run) for run in runs) == [*range(1, 13)]
 
 
 @pytest.mark.parametrize("report", ["{broken", "[]", "{}", '{"status": ["finished"]}', "\udcff"])

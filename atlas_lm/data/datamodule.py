@@ -9,9 +9,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from atlas_lm.data.resume import EpochSampler, ResumableLoader
+from atlas_lm.data.resume import EpochSampler, ResumableLoader, SteadyLoader
 from atlas_lm.data.source import Sample, SequenceDataset, Source, Split
 from atlas_lm.data.tokenizers import Tokenizer
+from atlas_lm.preemption import outlive_signals
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class TokenDataModule(lightning.LightningDataModule):
             batch_size=self.batch_size,
             sampler=EpochSampler(dataset, ranks, rank, self.seed),
             num_workers=self.num_workers,
+            worker_init_fn=outlive_signals,
             drop_last=True,
             pin_memory=self._pin_memory(),
         )
@@ -194,11 +196,12 @@ class TokenDataModule(lightning.LightningDataModule):
     def _held_out_loader(self, split: Split) -> DataLoader[Sample]:
         ranks, rank = self._ranks()
         chosen: Subset[Any] = Subset(self._dataset(split), self.held_out_indices(split))
-        return DataLoader(
+        return SteadyLoader(
             chosen,
             batch_size=self.val_batch_size,
             sampler=DistributedSampler(chosen, ranks, rank, shuffle=False),
             num_workers=self.num_workers,
+            worker_init_fn=outlive_signals,
             pin_memory=self._pin_memory(),
         )
 

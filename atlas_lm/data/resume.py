@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
 from atlas_lm.data.source import Sample, SequenceDataset
+from atlas_lm.preemption import signals_held
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -42,7 +43,15 @@ class EpochSampler(DistributedSampler[int]):
         return iter(mine[skip:].tolist())
 
 
-class ResumableLoader(DataLoader[Sample]):
+class SteadyLoader(DataLoader[Sample]):
+    """A DataLoader whose workers are started with signals held, so that none dies before it can outlive them."""
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
+
+
+class ResumableLoader(SteadyLoader):
     """A DataLoader over an `EpochSampler` with `state_dict` and `load_state_dict`, which Lightning calls by itself.
 
     Each `iter()` is a new epoch: the one after the last, or the one set with `sampler.set_epoch` (as Lightning does).

@@ -1,6 +1,7 @@
 """SpikeRollback: the oracle of `rollback_cases.py` on one process and two ranks, the judgement, the files."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from toys import Line
 from two_ranks import run_on_two_ranks, shared_folder
 
 from atlas_lm.checkpoint import read_checkpoint
+from atlas_lm.runs import checkpoints_in
 from callbacks.spike_rollback import SpikeRollback, TrainingUnstable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*GPU available.*")
@@ -125,11 +127,20 @@ def test_the_fourth_spike_stops_with_the_last_good_checkpoint(tmp_path: Path) ->
     good = Path(found["raised"].split("checkpoint is ")[1].split(";")[0])
     state = read_checkpoint(good)
     assert all(bool(tensor.isfinite().all()) for tensor in state["state_dict"].values())
-    newest = max((p for p in tmp_path.glob("*.ckpt")), key=lambda p: p.stat().st_mtime_ns)
+    newest = checkpoints_in(tmp_path)[0]
     assert read_checkpoint(newest)["global_step"] <= state["global_step"], "the newest is none of the spoiled ones"
 
 
-def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path) -> None:
+def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = SpikeRollback._abandon
+
+    def with_other_time_stamps(self: SpikeRollback, trainer: Any, kept: Any) -> None:
+        """As if the clock had gone backwards all the time."""
+        for path in tmp_path.glob("*.ckpt"):
+            os.utime(path, ns=(0, 2**62 - path.lstat().st_mtime_ns), follow_symlinks=False)
+        mark(self, trainer, kept)
+
+    monkeypatch.setattr(SpikeRollback, "_abandon", with_other_time_stamps)
     found = train([*range(60)], 24, bad=(14,), folder=tmp_path)["facts"]
     assert found["rollbacks"] == 1
     snapshots = [name for name in found["files"] if name.startswith("snapshot") and name.endswith(".ckpt")]

@@ -1,5 +1,7 @@
 """StepCheckpoint keeps the newest, the last step included."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,37 @@ def test_what_a_killed_process_left_is_cleared_away(fit: Any, line: Any, tmp_pat
         (folder / f"step-000000{step}.ckpt").write_text("left")
     fit(line(), StepCheckpoint(str(folder), every_n_steps=4, keep=2))
     assert names(folder) == ["last.ckpt", "step-0000004.ckpt", "step-0000008.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
+def test_a_clock_that_was_set_back_costs_no_new_checkpoint(fit: Any, line: Any, tmp_path: Path) -> None:
+    """Files of the process before have time stamps from an hour ahead."""
+    folder = tmp_path / "c"
+
+    def safeguards() -> list[Any]:
+        return [
+            StepCheckpoint(str(folder), every_n_steps=2, keep=2),
+            SpikeRollback(str(folder), every_n_steps=2, keep_last=3, watch="training_loss", threshold=1e9),
+        ]
+
+    fit(line(), *safeguards(), max_steps=8)
+    for path in folder.glob("*.ckpt"):
+        os.utime(path, (time.time() + 3600,) * 2, follow_symlinks=False)
+    second = safeguards()
+    fit(line(), *second, max_steps=16, ckpt_path=folder / "step-0000008.ckpt")
+    steps = [f"step-00000{step}.ckpt" for step in (14, 16)]
+    snapshots = [f"snapshot-00000{step}.ckpt" for step in (12, 14, 16)]
+    assert [name for name in names(folder) if name.endswith(".ckpt")] == ["last.ckpt", *snapshots, *steps]
+    assert [kept.path.name for kept in second[1].ring if kept.path is not None] == snapshots
+
+
+def test_files_that_only_look_like_ours_stay(fit: Any, line: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for name in ("step-best.ckpt", "step-0000001-copy.ckpt"):
+        (folder / name).write_text("somebody's")
+    fit(line(), StepCheckpoint(str(folder), every_n_steps=2, keep=1))
+    assert names(folder) == ["last.ckpt", "step-0000001-copy.ckpt", "step-0000008.ckpt", "step-best.ckpt"]
 
 
 def test_without_links_there_are_checkpoints_all_the_same(

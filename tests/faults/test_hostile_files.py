@@ -242,7 +242,7 @@ def test_a_checkpoint_from_elsewhere_runs_nothing(
         other.unlink()
     PAYLOADS[name](content, path)
     if known:
-        manifest.record(path.parent, path.name, path, manifest.sha256(path), 4)
+        manifest.record(path.parent, path.name, path, manifest.sha256(path), (4, 4))
     data = ["data=text", f"data.source.files=['{run.parent}/corpus/*.txt']", "callbacks=basic"]
     (run.parent / "corpus").mkdir()
     for i in range(60):

@@ -1,0 +1,80 @@
+"""Signals that ask a process to end soon: SIGTERM and SIGUSR1, as schedulers send them before they preempt a job.
+
+The process ends with an exit code that asks for it to be started again, wherever it is: while Python still imports,
+before training and after it here, in training by `callbacks.interrupt`. Imports the standard library alone, so that
+`train.py` can call `exit_when_preempted` before the imports that take seconds.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+TO_A_GROUP = {*SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}  # what terminals and schedulers send to groups
+
+
+def exit_when_preempted() -> None:
+    """From now on a signal ends this process at once: there is nothing yet that could be lost."""
+    for number in SIGNALS:
+        signal.signal(number, _exit_at_once)
+
+
+def ignore_when_done() -> None:
+    """The verdict is written: asking to be started again now would train everything again."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _exit_at_once:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _exit_at_once(number: int, frame: Any) -> None:
+    sys.stdout.flush()
+    os._exit(REQUEUE)  # an exception in the middle of an import may be swallowed there
+
+
+@contextmanager
+def preemptible(code: int = REQUEUE) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(code)
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals wait while this is open; processes that are started here begin with them held, see `outlive_signals`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_A_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_signals(worker: int) -> None:
+    """A loader worker (`worker_init_fn`) works on until the process that it works for ends it, or has ended.
+
+    A signal to the whole process group is meant for that process, which needs its workers to finish the step.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, TO_A_GROUP)
+    threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    while True:
+        sent = signal.sigwaitinfo({signal.SIGTERM})
+        if sent.si_pid == os.getppid():
+            os._exit(0)

@@ -1,0 +1,12 @@
+"""The tests are the same wherever they run: what a scheduler or a launcher has set is meant for other processes."""
+
+import os
+
+# Before anything imports Lightning, which reads the rank when it is imported.
+_PREFIXES = ("SLURM_", "SRUN_", "PMI", "OMPI_", "TORCHELASTIC_", "LSB_", "JSM_", "PL_", "HYDRA_", "ATLAS_LM_")
+_NAMES = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK", "ROLE_RANK",
+    "MASTER_ADDR", "MASTER_PORT", "TZ",
+}  # fmt: skip
+for _name in [name for name in os.environ if name in _NAMES or name.startswith(_PREFIXES)]:
+    del os.environ[_name]
