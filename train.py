@@ -32,6 +32,7 @@ from atlas_lm.module import AtlasModule
 from atlas_lm.recorder import RunRecorder
 from atlas_lm.report import Report, judge
 from atlas_lm.resuming import continue_records
+from atlas_lm.run_tokenizer import keep_tokenizer
 
 ROOT = Path(__file__).parent
 
@@ -57,10 +58,11 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
     second_look(config, dm)
     bytes_per_token = dm.validation_bytes / dm.validation_tokens if dm.validation_bytes else None
-    module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token)
+    module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token, dm.tokenizer_fingerprint)
     checkpoint = starting_point(config, module)
+    keep_tokenizer(Path(config.paths.run), dm.tokenizer)
 
-    held_out = f"{cfg.data}, {cfg.trainer}, {config.precision}"
+    held_out = f"{dm.held_out_fingerprint}, {cfg.data}, {cfg.trainer}, {config.precision}"
     recorder = RunRecorder(held_out, partial(settle_in, cfg, ROOT) if goes_on else None)
     trainer = build_trainer(cfg, recorder)
     recorded = continue_records(trainer, checkpoint) if checkpoint else 0

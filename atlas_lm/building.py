@@ -24,6 +24,7 @@ from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
 from atlas_lm.report import Report
 from atlas_lm.resuming import AUTO, checkpoint_to_resume, keep_aside, locked, withdraw_report
+from atlas_lm.run_tokenizer import another_tokenizer
 from atlas_lm.runs import (
     CONFIG,
     FINISHED,
@@ -177,7 +178,8 @@ def _unlike(checkpoint: Path, module: LightningModule) -> list[str]:
     ):
         if then != now:
             different.append(f"a {what} of {now} but {then} in the checkpoint")
-    return different
+    tokenizer = another_tokenizer(saved, module.hparams, checkpoint)
+    return [*different, tokenizer] if tokenizer else different
 
 
 @contextmanager

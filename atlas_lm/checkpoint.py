@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from atlas_lm import manifest
 from atlas_lm.config import nearest
 from atlas_lm.direct_file import DirectFile
+from atlas_lm.run_tokenizer import another_tokenizer
 from atlas_lm.runs import checkpoints_in
 
 log = logging.getLogger(__name__)
@@ -234,6 +235,9 @@ def check_same_model(path: Path, module: LightningModule) -> None:
     found = differences(dict(saved.get(MODEL[1], {})), dict(wanted.get(MODEL[1], {})))
     if saved.get("vocab_size") != wanted.get("vocab_size"):
         found.append(f"a vocabulary of {wanted.get('vocab_size')} but {saved.get('vocab_size')} in the checkpoint")
+    tokenizer = another_tokenizer(saved, wanted, path)
+    if tokenizer:
+        found.append(tokenizer)
     before, now = (dict(settings.get("optim", {})).get("name") for settings in (saved, wanted))
     if before != now:  # its moments mean nothing to another one
         found.append(f"optim.name={now} but {before} in the checkpoint")
@@ -245,8 +249,12 @@ def check_same_model(path: Path, module: LightningModule) -> None:
 
 
 def load_weights(module: LightningModule, path: Path) -> None:
-    """Copy a checkpoint's weights into `module`. CheckpointError if their names or shapes differ."""
-    _fill(module, read_checkpoint(path), path)
+    """Copy a checkpoint's weights into `module`. CheckpointError if names, shapes or the tokenizer differ."""
+    content = read_checkpoint(path)
+    tokenizer = another_tokenizer(content.get(MODEL[0], {}), module.hparams, path)
+    if tokenizer:
+        raise CheckpointError(f"{str(path)!r} was trained with {tokenizer}: set data.source.tokenizer back")
+    _fill(module, content, path)
 
 
 def build_module(content: dict[str, Any], path: Path, **optim: Any) -> Any:

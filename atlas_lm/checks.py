@@ -108,17 +108,17 @@ def _check_target(node: DictConfig, where: str) -> None:
         return
     for key in sorted(known & set(kinds) & set(parameters)):
         value = node[key]
-        if not _fits(value, kinds[key]):
-            wanted = " or ".join(dict.fromkeys(_words(kinds[key])))
+        if not fits(value, kinds[key]):
+            wanted = " or ".join(dict.fromkeys(in_words(kinds[key])))
             what = f"is {value!r}" if isinstance(value, str) else f"is {value}"
             raise ValueError(f"{where}.{key} {what} and must be {wanted}: correct the value")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a parameter annotated with `kind` may take a value of the configuration; what is not understood fits."""
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):
-        return any(_fits(value, k) for k in get_args(kind))
+        return any(fits(value, k) for k in get_args(kind))
     if not isinstance(origin, type):  # Any, Literal, a type variable
         return True
     if origin in (int, float):
@@ -134,12 +134,12 @@ def _fits(value: Any, kind: Any) -> bool:
     return origin is object
 
 
-def _words(kind: Any) -> Iterator[str]:
+def in_words(kind: Any) -> Iterator[str]:
     """What to call the values that fit."""
     origin = get_origin(kind) or kind
     if origin in (Union, UnionType):
         for k in get_args(kind):
-            yield from _words(k)
+            yield from in_words(k)
         return
     known = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
     if origin in known:

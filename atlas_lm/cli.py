@@ -31,6 +31,12 @@ SHOW_ALL = "ATLAS_LM_FULL_ERROR"  # what HYDRA_FULL_ERROR was before `run` took 
 REMEDIES = {
     errno.ENOENT: "correct the path",
     errno.EACCES: "change its permissions or use another path",
+    errno.EPERM: "change its permissions or use another path",
+    errno.EROFS: "use another path, nothing can be written there",
+    errno.EEXIST: "a file of that name is in the way, use another path",
+    errno.ENOTDIR: "a file lies where a folder is wanted, use another path",
+    errno.EISDIR: "a folder lies where a file is wanted, use another path",
+    errno.ENAMETOOLONG: "use a shorter name",
     errno.ENOSPC: "free space on that disk",
     errno.EDQUOT: "free space within your quota",
 }

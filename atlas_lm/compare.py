@@ -6,7 +6,6 @@ Prints a table of all runs found; writes it to compare.md and draws the finished
 from __future__ import annotations
 
 import glob
-import json
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from atlas_lm.config import nearest
 from atlas_lm.options import call, parse
+from atlas_lm.parsing import read_config, read_json
 from atlas_lm.pictures import new_figure, save
 from atlas_lm.runs import CONFIG, write_atomically
 
@@ -105,7 +105,7 @@ def _available(folder: Path) -> str:
 
 def read_run(folder: Path) -> Run:
     """One run from its config.yaml and, once it has ended, its report.json. ValueError: one of them is broken."""
-    config = OmegaConf.load(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     chunks = OmegaConf.select(config, "model.local_chunks", default=[])
     memory = OmegaConf.select(config, "model.memory", default="atlas")
     report = _report(folder / "report.json")
@@ -126,7 +126,7 @@ def _report(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is broken ({error}): delete it to see the run as unfinished") from None
     if not isinstance(report, dict):

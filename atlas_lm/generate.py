@@ -5,6 +5,7 @@ python -m atlas_lm.generate run=stage1 prompt="def "
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from atlas_lm.checkpoint import build_module, read_checkpoint
-from atlas_lm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from atlas_lm.data.losses import count_losses
+from atlas_lm.data.tokenizers import Tokenizer
 from atlas_lm.model import AtlasLM, State
 from atlas_lm.options import call, parse
+from atlas_lm.run_tokenizer import ARGUMENT, tokenizer_of
 from atlas_lm.runs import resolve_checkpoint, resolve_run
 
 
@@ -102,16 +105,13 @@ def load(path: Path) -> AtlasLM:
     return module.model.eval()
 
 
-def tokenizer_of(run: Path) -> Tokenizer:
-    """The tokenizer that a run was trained with, from its resolved config; bytes where it names none."""
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.load(run / "config.yaml")
-    spec = OmegaConf.select(config, "data.source.tokenizer")
-    path = OmegaConf.select(config, "data.source.path")
-    if spec is None and path is not None and (Path(path) / "tokenizer.json").exists():
-        spec = str(Path(path) / "tokenizer.json")
-    return ByteTokenizer() if spec is None else load_tokenizer(str(spec))
+def warn_of_losses(tokenizer: Tokenizer, prompt: str) -> None:
+    """Say on stderr what the model does not get to see of a prompt."""
+    raw = prompt.encode()
+    losses = count_losses(raw, tokenizer.encode_batch(["the prompt"], [raw])[0].lost)
+    if losses.unknown:
+        what = f"{losses.unknown} of {losses.characters} characters of the prompt, such as {losses.examples!r}"
+        print(f"warning: the tokenizer does not know {what}: the model does not see them", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> None:
@@ -119,12 +119,15 @@ def main(arguments: list[str]) -> None:
     options = parse(Options, arguments, "python -m atlas_lm.generate")
     checkpoint = resolve_checkpoint(options.run, options.outputs)
     run = checkpoint.parent.parent if Path(options.run).is_file() else resolve_run(options.run, options.outputs)
-    model, tokenizer = load(checkpoint), tokenizer_of(run)
+    content = read_checkpoint(checkpoint, lazily=True)
+    tokenizer = tokenizer_of(run, content.get("hyper_parameters", {}).get(ARGUMENT))
+    model = load(checkpoint)
     if tokenizer.vocab_size != model.embed.num_embeddings:
         raise ValueError(
             f"run {str(run)!r} has a vocabulary of {model.embed.num_embeddings}, its tokenizer {tokenizer.vocab_size}: "
             "it was not trained on text, or its tokenizer has changed since; choose another run"
         )
+    warn_of_losses(tokenizer, options.prompt)
     o = options
     text = continue_text(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed)
     print(options.prompt + text)

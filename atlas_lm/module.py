@@ -48,6 +48,7 @@ class AtlasModule(L.LightningModule):
     """Trains an AtlasLM on batches of `input_ids`, `targets` (B, T), −100 unscored, and `document_start`.
 
     `bytes_per_token`: of the validation text; None where the tokens are no text (recall): accuracy is logged then.
+    `tokenizer`: its fingerprint, for the checkpoints, so that nobody reads the weights with another one.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class AtlasModule(L.LightningModule):
         optim: OptimConfig | dict[str, Any],
         vocab_size: int,
         bytes_per_token: float | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         model = ModelConfig(**model) if isinstance(model, dict) else model
@@ -67,6 +69,7 @@ class AtlasModule(L.LightningModule):
                 "optim": _plain(optim),
                 "vocab_size": vocab_size,
                 "bytes_per_token": bytes_per_token,
+                "tokenizer": tokenizer,
             }
         )
         self.model_config, self.optim_config = model, optim

@@ -11,8 +11,10 @@ options = parse(Options, sys.argv[1:], "python -m atlas_lm.some_tool")
 """
 
 import ast
+import contextlib
 import inspect
 import itertools
+import os
 import re
 import sys
 import textwrap
@@ -127,12 +129,51 @@ def _documentation(options: type) -> dict[str, str]:
 
 def call(main: Callable[[list[str]], None]) -> None:
     """Run a command on the process's arguments; what the user can put right ends it with one line and exit code 1."""
+    ending = attempt(lambda: main(sys.argv[1:]))
+    if ending:
+        sys.exit(ending)
+
+
+def attempt(command: Callable[[], object]) -> int | str:
+    """What a command ends with, as `sys.exit` takes it: 0, a line that says what the user can put right, or a code.
+
+    130 at Ctrl-C. 1 without a word where a reader closes the pipe early, as `head` does: it wants no more.
+    Anything else is a bug and keeps its traceback.
+    """
     try:
-        main(sys.argv[1:])
+        try:
+            command()
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _drop_output()
+        return 1
     except Exception as error:
         from atlas_lm.cli import explain  # takes seconds to import
 
         line = explain(error)
         if line is None:
             raise
-        sys.exit(f"error: {line}")
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()
+        return f"error: {line}"
+    return 0
+
+
+def _flush() -> None:
+    """What cannot be written is found here, not while Python exits."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Send what is still to be written to nowhere: Python flushes once more at the end, and would complain."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stdout, or one that is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -13,7 +13,17 @@ import pytest
 import torch
 
 import train
-from atlas_lm.report import bits_per_byte, compressed_bits_per_byte, finite, markdown, shown, status_of, verdict
+from atlas_lm.report import (
+    LEAST_BYTES,
+    bits_per_byte,
+    compressed_bits_per_byte,
+    finite,
+    markdown,
+    quality,
+    shown,
+    status_of,
+    verdict,
+)
 from atlas_lm.runs import resolve_run
 from launching import only_run, report_of, small_run
 
@@ -62,6 +72,15 @@ def test_compressors_are_those_of_the_command_line() -> None:
 def test_verdicts(changes: dict[str, Any], words: list[str]) -> None:
     for word in words:
         assert word in verdict(report(**changes))
+
+
+def test_a_small_held_out_text_is_not_compared_with_compressors() -> None:
+    values: dict[str, Any] = {"val_bits_per_byte": 4.0, "gzip_bits_per_byte": 5.2, "xz_bits_per_byte": 9.9}
+    said = quality({**values, "val_bytes": 127})
+    assert "4.000 bits per byte" in said
+    assert "127 bytes are too few to compare with gzip and xz" in said
+    assert "below" not in said
+    assert "23.1% below gzip" in quality({**values, "val_bytes": LEAST_BYTES})
 
 
 def test_status() -> None:

@@ -1,16 +1,28 @@
 """One DataModule for every source: batches, shuffling, exact resume, and the bytes behind bits per byte."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import lightning
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from atlas_lm.data.resume import EpochSampler, ResumableLoader, SteadyLoader
 from atlas_lm.data.source import Sample, SequenceDataset, Source, Split
 from atlas_lm.data.tokenizers import Tokenizer
 from atlas_lm.preemption import outlive_signals
+
+log = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def _warn_of_validation() -> None:
+    log.warning(
+        "warning: the validation text is not that of the checkpointed run: losses from here on cannot be compared with "
+        "those before; restore the files, or start a new run from its weights"
+    )
 
 
 class TokenDataModule(lightning.LightningDataModule):
@@ -75,9 +87,30 @@ class TokenDataModule(lightning.LightningDataModule):
         return self.source.tokenizer
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer; "none" where the tokens are no text."""
+        return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
+
+    @property
     def seq_len(self) -> int:
         """Tokens per sequence, T."""
         return self._dataset("train").seq_len
+
+    # A checkpoint knows the text that its losses were measured on
+
+    def state_dict(self) -> dict[str, Any]:
+        """What validation measures, by content."""
+        return {"validation": self.held_out_fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say so when the validation text is another one now; resuming with another training text is refused."""
+        if state_dict.get("validation") not in (None, self.held_out_fingerprint):
+            _warn_of_validation()
+
+    @property
+    def held_out_fingerprint(self) -> str:
+        """Hash of the validation text and tokenizer: two runs validate on the same only if theirs are equal."""
+        return self._dataset("validation").fingerprint()
 
     # Data
 
@@ -133,6 +166,12 @@ class TokenDataModule(lightning.LightningDataModule):
     def bytes_per_token(self, split: Split = "validation") -> float | None:
         """Raw bytes per token over the whole split, whatever its cap."""
         return self.source.bytes_per_token(split)
+
+    def lost_characters(self, split: Split = "validation") -> float | None:
+        """Share of the split's characters that the tokenizer does not give back; None where that is not known."""
+        losses = getattr(self.source, "losses", None)
+        found = None if losses is None else losses(split)
+        return None if found is None else found.share
 
     def held_out_indices(self, split: Split) -> Sequence[int]:
         """The sequences that the dataloader of a held-out split runs through, ascending.

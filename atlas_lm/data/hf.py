@@ -1,14 +1,17 @@
 """A Hugging Face dataset as a corpus, by name or from disk."""
 
+import logging
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from atlas_lm.data.packed import PackedSource
+from atlas_lm.data.reading import text_bytes
 from atlas_lm.data.source import SPLITS, Document, Split, check_fractions, split_of
-from atlas_lm.data.text import text_bytes
 from atlas_lm.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class HuggingFaceSource(PackedSource):
@@ -47,6 +50,15 @@ class HuggingFaceSource(PackedSource):
             raise ValueError(f"max_documents={max_documents} must be at least 1, or null for all rows")
         if test_split and not validation_split:
             raise ValueError(f"test_split={test_split!r} without validation_split: name both, or neither to split rows")
+        named = [split for split in (train_split, validation_split, test_split) if split]
+        for split in named:
+            if named.count(split) > 1:
+                raise ValueError(
+                    f"train_split={train_split}, validation_split={validation_split}, test_split={test_split}: "
+                    f"{split!r} is named twice, so what is held out would be trained on: name different splits, "
+                    "or no validation_split to hold out a part by hash"
+                )
+        self.splits_are_drawn = validation_split is None
         self.path, self.name = path, name
         self.splits: dict[Split, str | None] = dict(
             zip(SPLITS, (train_split, validation_split, test_split), strict=True)
@@ -61,30 +73,64 @@ class HuggingFaceSource(PackedSource):
         for split, theirs in self.splits.items():
             if theirs is None:
                 continue
-            for number, row in enumerate(islice(self._rows(theirs), self.max_documents)):
+            for number, row in enumerate(self._rows(theirs)):
                 where = f"{self.path} [{theirs}] row {number}"
                 if self.text_field not in row:
                     raise ValueError(f"{where}: no column {self.text_field!r} in {sorted(row)}: set text_field")
                 raw = text_bytes(where, row[self.text_field], self.text_field)
                 yield Document(where, raw, split_of(raw, *self.fractions) if by_hash else split)
 
-    def _rows(self, split: str) -> Iterable[dict[str, Any]]:
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+        """The rows of a split, as far as they are wanted. ValueError naming the row that cannot be read."""
+        rows = iter(self._loaded(split))
+        for number in count():
+            if self.max_documents is not None and number >= self.max_documents:
+                log.info("%s [%s]: max_documents=%d rows are read, the rest is not", self.path, split, number)
+                return
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of the library, of Arrow, of a decoder, of the network
+                raise ValueError(
+                    f"cannot read row {number} of {self.path!r} [{split}] ({_reason(error)}): the data is damaged or "
+                    "out of reach, load it again"
+                ) from error
+            yield row
+
+    def _loaded(self, split: str) -> Iterable[dict[str, Any]]:
         try:
             import datasets
         except ImportError as error:
             raise ValueError("data=hf needs the datasets library: pip install 'atlas-lm[hf]'") from error
         folder = Path(self.path)
-        if (folder / "state.json").is_file():
-            return datasets.load_from_disk(self.path) if split == "train" else _no_split(self.path, split, ["train"])
-        if (folder / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(self.path)
-            return saved[split] if split in saved else _no_split(self.path, split, sorted(saved))
         try:
+            if (folder / "state.json").is_file():
+                return (
+                    datasets.load_from_disk(self.path) if split == "train" else _no_split(self.path, split, ["train"])
+                )
+            if (folder / "dataset_dict.json").is_file():
+                saved = datasets.load_from_disk(self.path)
+                return saved[split] if split in saved else _no_split(self.path, split, sorted(saved))
             return datasets.load_dataset(self.path, self.name, split=split, streaming=self.streaming)
+        except _NoSplitError:
+            raise
         except Exception as error:  # the library raises many kinds, for the network as for a misspelled name
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"cannot load {self.path!r} [{split}] ({reason}): check path, name and split") from error
+            raise ValueError(
+                f"cannot load {self.path!r} [{split}] ({_reason(error)}): check path, name and split"
+            ) from error
+
+
+class _NoSplitError(ValueError):
+    """A saved dataset has other splits."""
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what is wrong, of the cause rather than of what the library wraps around it."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _no_split(path: str, split: str, known: list[str]) -> Any:
-    raise ValueError(f"{path!r} has no split {split!r}: it has {known}")
+    raise _NoSplitError(f"{path!r} has no split {split!r}: it has {known}")

@@ -15,7 +15,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from atlas_lm.data.source import Document, Sample, SequenceDataset, Split
+from atlas_lm.data.losses import KEPT, Losses, check_losses, count_losses, total_losses
+from atlas_lm.data.overlap import Overlap, content_key
+from atlas_lm.data.source import Document, EmptyDocuments, Sample, SequenceDataset, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 20  # documents are encoded in groups of about this many bytes
@@ -32,7 +34,7 @@ class Array(Protocol):
 class HeldOutBytes:
     """The raw text of a held-out split, and which part of it each token stands for."""
 
-    raw: bytes  # documents without separators
+    raw: bytes  # documents without separators, and without the characters that no token stands for
     ends: np.ndarray  # (n + 1,) int64; token t of the stream stands for raw[ends[t] : ends[t + 1]]
 
 
@@ -45,6 +47,7 @@ class TokenStream:
     n_bytes: int
     fingerprint: str
     held_out: HeldOutBytes | None = None  # kept for validation and test
+    losses: Losses | None = None  # of the tokenizer; None: not known
 
 
 class PackedDataset(SequenceDataset):
@@ -102,7 +105,12 @@ class PackedDataset(SequenceDataset):
 
 
 class PackedSource:
-    """Base of the sources that yield documents: tokenizes them into memory, 2 bytes per token (4 above 65536 ids)."""
+    """Base of the sources that yield documents: tokenizes them into memory, 2 bytes per token (4 above 65536 ids).
+
+    Documents that occur in several splits stay in one of them, see `overlap.py`; `splits_are_drawn` says which.
+    """
+
+    splits_are_drawn = False  # by hash, rather than named by the user
 
     def __init__(self, tokenizer: str | Tokenizer = "bytes") -> None:
         self._tokenizer = load_tokenizer(tokenizer)
@@ -131,11 +139,22 @@ class PackedSource:
             "validation": Packer(self._tokenizer, keep_raw=True),
             "test": Packer(self._tokenizer, keep_raw=True),
         }
+        empty = EmptyDocuments()
         for document in self.documents():
             packers[document.split].add(document)
+            empty.note(document)
+        empty.report()
+        overlap = Overlap(self.splits_are_drawn)
+        for split, packer in packers.items():
+            for packed in packer.documents():
+                overlap.note(split, packed.key)
+        for split, packer in packers.items():
+            packer.leave_out(split, overlap)
+        overlap.report()
         streams: dict[Split, TokenStream] = {split: packer.stream() for split, packer in packers.items()}
         if not any(len(stream.tokens) for stream in streams.values()):
             raise ValueError(f"{type(self).__name__} found no text: every document is empty, or there is none")
+        check_losses({split: stream.losses for split, stream in streams.items() if stream.losses})
         self._streams = streams
 
     def dataset(self, split: Split, seq_len: int | None) -> PackedDataset:
@@ -149,9 +168,30 @@ class PackedSource:
         stream = self._streams[split]
         return stream.n_bytes / len(stream.tokens) if len(stream.tokens) else math.nan
 
+    def losses(self, split: Split) -> Losses | None:
+        """What the tokenizer loses of a split."""
+        self.setup()
+        return self._streams[split].losses
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One document in a stream: n tokens, the last of them the separator."""
+
+    name: str
+    tokens: np.ndarray  # (n,)
+    n_bytes: int  # raw bytes that tokens stand for
+    losses: Losses
+    key: bytes | None  # see overlap.py
+    raw: bytes  # n_bytes long; empty if it is not kept
+    lengths: np.ndarray | None  # (n,) uint32, raw bytes per token, likewise
+
 
 class Packer:
-    """Encodes the documents of one split and joins them to a stream."""
+    """Encodes the documents of one split and joins them to a stream.
+
+    What no token stands for is no part of the raw text and of the byte counts; `losses` has how much that is.
+    """
 
     def __init__(self, tokenizer: Tokenizer, keep_raw: bool) -> None:
         self._tokenizer = tokenizer
@@ -159,13 +199,11 @@ class Packer:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._waiting: list[Document] = []
         self._waiting_bytes = 0
-        self._n_bytes = 0
-        self._raw: list[bytes] = []
-        self._tokens: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
+        self._packed: list[Packed] = []
+        self._without_token = Losses()
 
     def add(self, document: Document) -> None:
-        """Append one document; one without a token, say an empty one, leaves no trace."""
+        """Append one document; one without a token, say an empty one, leaves no trace but in `losses`."""
         self._waiting.append(document)
         self._waiting_bytes += len(document.raw)
         if self._waiting_bytes >= BATCH_BYTES:
@@ -174,30 +212,60 @@ class Packer:
     def _encode(self) -> None:
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         encoded = self._tokenizer.encode_batch([d.name for d in waiting], [d.raw for d in waiting])
-        for document, (ids, n_bytes) in zip(waiting, encoded, strict=True):
+        for document, (ids, n_bytes, lost) in zip(waiting, encoded, strict=True):
+            losses = count_losses(document.raw, lost)
             if not len(ids):
+                self._without_token += losses
                 continue
-            self._n_bytes += len(document.raw)
-            self._tokens.append(np.append(ids, self._tokenizer.separator_id).astype(self._dtype))
-            if self._keep_raw:
-                self._raw.append(document.raw)
-                tail = len(document.raw) - int(n_bytes.sum())  # bytes after the last token count for the separator
-                self._lengths.append(np.append(n_bytes, tail).astype(np.uint32))
+            tokens = np.append(ids, self._tokenizer.separator_id).astype(self._dtype)
+            raw, n_bytes = (document.raw, n_bytes) if lost is None else _said(document.raw, n_bytes, lost)
+            tail = len(raw) - int(n_bytes.sum())  # bytes after the last token count for the separator
+            lengths = np.append(n_bytes, tail).astype(np.uint32) if self._keep_raw else None
+            kept, key = raw if self._keep_raw else b"", content_key(document.raw)
+            self._packed.append(Packed(document.name, tokens, len(raw), losses, key, kept, lengths))
+
+    def documents(self) -> list[Packed]:
+        """All documents with a token, encoded."""
+        if self._waiting:
+            self._encode()
+        return self._packed
+
+    def leave_out(self, split: Split, overlap: Overlap) -> None:
+        """Drop the documents that another split keeps."""
+        kept = []
+        for document in self.documents():
+            left_out = overlap.leaves_out(split, document.key)
+            overlap.count(split, document.name, document.n_bytes, left_out)
+            if not left_out:
+                kept.append(document)
+        self._packed = kept
 
     def arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, int]:
         """tokens (n,), raw text, bytes per token (n,) uint32, number of raw bytes; the middle two empty if not kept."""
-        if self._waiting:
-            self._encode()
-        tokens = np.concatenate(self._tokens) if self._tokens else np.zeros(0, dtype=self._dtype)
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype=np.uint32)
-        return tokens, b"".join(self._raw), lengths, self._n_bytes
+        found = self.documents()
+        tokens = np.concatenate([d.tokens for d in found]) if found else np.zeros(0, dtype=self._dtype)
+        parts = [d.lengths for d in found if d.lengths is not None]
+        lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+        return tokens, b"".join(d.raw for d in found), lengths, sum(d.n_bytes for d in found)
+
+    @property
+    def losses(self) -> Losses:
+        """What the tokenizer has lost of the documents."""
+        return total_losses([d.losses for d in self.documents()], self._without_token)
 
     def stream(self) -> TokenStream:
         """Everything added so far."""
         tokens, raw, lengths, n_bytes = self.arrays()
         held_out = HeldOutBytes(raw, byte_ends(lengths)) if self._keep_raw else None
         digest = blake2b(tokens.tobytes(), digest_size=16, key=self._tokenizer.fingerprint().encode()).hexdigest()
-        return TokenStream(tokens, self._tokenizer.separator_id, n_bytes, digest, held_out)
+        return TokenStream(tokens, self._tokenizer.separator_id, n_bytes, digest, held_out, self.losses)
+
+
+def _said(raw: bytes, n_bytes: np.ndarray, lost: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """The bytes of a document that tokens stand for, and how many of them each token does."""
+    kept = lost == KEPT
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(kept)])[np.cumsum(n_bytes)]
+    return np.frombuffer(raw, dtype=np.uint8)[kept].tobytes(), np.diff(ends, prepend=0)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

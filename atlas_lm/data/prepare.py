@@ -10,34 +10,31 @@
     block_mb     raw text per shard of a split, MB (default 64); a block is what a killed run has to repeat
 
 The same command after a kill goes on where it stopped, and the result has the same bytes as an uninterrupted run.
+After it has finished, the same command reads the corpus again, and says whether it still is the one in the shards.
 """
 
-import inspect
-import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from atlas_lm.data.hf import HuggingFaceSource
+from atlas_lm.data.arguments import build_source, parse_arguments
+from atlas_lm.data.losses import Losses, check_losses
+from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
-from atlas_lm.data.source import SPLITS, Document
-from atlas_lm.data.stdlib import StdlibSource
-from atlas_lm.data.text import TextSource
+from atlas_lm.data.source import SPLITS, Document, EmptyDocuments
 from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
-from atlas_lm.data.tokens import FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
+from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
+from atlas_lm.options import HELP, attempt
+from atlas_lm.parsing import read_json
 
-SOURCES: dict[str, Callable[..., PackedSource]] = {
-    "stdlib": StdlibSource,
-    "text": TextSource,
-    "hf": HuggingFaceSource,
-}
+MAX_VOCABULARY = 1 << 31
 
 
 def prepare(
@@ -57,45 +54,63 @@ def prepare(
         raise ValueError(
             f"tokenizer={tokenizer} with vocab_size={vocab_size}: bpe needs a vocab_size, no other has one"
         )
-    if not block_mb > 0:
+    if not 0 < block_mb < math.inf:
         raise ValueError(f"block_mb={block_mb} must be above 0; 64 is usual")
-    documents = _source(source, options).documents
+    if vocab_size is not None and vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"vocab_size={vocab_size} is above {MAX_VOCABULARY}: 4096 to 65536 are usual")
+    chosen_source = build_source(source, options)
     folder = Path(out)
     settings = {
         "source": source, "options": options, "vocab_size": vocab_size, "block_mb": block_mb,
         "tokenizer": "bpe" if tokenizer == "bpe" else load_tokenizer(tokenizer).fingerprint(),
     }  # fmt: skip
-    if not _begin(folder, settings):
-        return folder
+    unfinished = _begin(folder, settings)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    ) as progress:
-        reading = progress.add_task("reading", total=None)
-        total = 0
-        for document in documents():
-            total += len(document.raw)
-            progress.update(reading, completed=total)
-        progress.update(reading, total=total)
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:  # fmt: skip
+        read = _read(chosen_source, progress)
+        if not unfinished:
+            if read_index(folder).get("corpus", read.digest) != read.digest:
+                raise ValueError(
+                    f"the corpus changed since {str(folder)!r} was written: choose another out=, or {AGAIN}"
+                )
+            return folder
+
+        def documents() -> Iterator[Document]:
+            return read.overlap.remaining(chosen_source.documents())
+
         chosen = _tokenizer(folder, tokenizer, vocab_size, documents)
-        writing = progress.add_task("writing", total=total)
+        writing = progress.add_task("writing", total=read.n_bytes)
         parts = []
         for number, block in enumerate(_blocks(documents(), int(block_mb * 1e6))):
             parts.append(_part(folder, number, block, chosen))
             progress.advance(writing, sum(len(document.raw) for document in block))
-    _finish(folder, settings, chosen, parts)
+    read.overlap.report()
+    _finish(folder, {**settings, "corpus": read.digest}, chosen, parts)
     return folder
 
 
-def _source(name: str, options: dict[str, Any]) -> PackedSource:
-    if name not in SOURCES:
-        raise ValueError(f"source={name} is unknown: use one of {', '.join(SOURCES)}")
-    known = set(inspect.signature(SOURCES[name]).parameters) - {"tokenizer"}
-    if unknown := set(options) - known:
-        raise ValueError(f"source={name} has no {', '.join(sorted(unknown))}: it knows {', '.join(sorted(known))}")
-    try:
-        return SOURCES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"source={name}: {error}; it knows {', '.join(sorted(known))}") from error
+class _Read(NamedTuple):
+    """What one pass over a corpus finds."""
+
+    n_bytes: int
+    overlap: Overlap
+    digest: str  # of all documents and their splits
+
+
+def _read(source: PackedSource, progress: Progress) -> _Read:
+    task, digest = progress.add_task("reading", total=None), blake2b(digest_size=16)
+    n_bytes, overlap, empty = 0, Overlap(source.splits_are_drawn), EmptyDocuments()
+    for document in source.documents():
+        n_bytes += len(document.raw)
+        overlap.note(document.split, content_key(document.raw))
+        empty.note(document)
+        digest.update(f"{document.split} {len(document.raw)}\n".encode() + document.raw)
+        progress.update(task, completed=n_bytes)
+    progress.update(task, total=n_bytes)
+    empty.report()
+    return _Read(n_bytes, overlap, digest.hexdigest())
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> bool:
@@ -153,7 +168,7 @@ def _part(folder: Path, number: int, block: list[Document], tokenizer: Tokenizer
         digest.update(f"{document.split} {len(document.raw)}\n".encode() + document.raw)
     manifest = folder / f"part-{number:05d}.json"
     if manifest.exists():
-        part = json.loads(manifest.read_bytes())
+        part = _read_part(manifest)
         if part["block"] != digest.hexdigest():
             raise ValueError(f"the corpus changed since {str(folder)!r} was begun: delete the folder and run again")
         for entry in part["splits"].values():
@@ -169,6 +184,20 @@ def _part(folder: Path, number: int, block: list[Document], tokenizer: Tokenizer
         splits[split] = _write_split(folder / f"{split}-{number:05d}", packer)
     write_durably(manifest, canonical({"block": digest.hexdigest(), "splits": splits}))
     return splits
+
+
+def _read_part(manifest: Path) -> dict[str, Any]:
+    """The manifest of a part that an interrupted run has finished. ValueError naming it: it is damaged."""
+    try:
+        part = read_json(manifest)
+        entries = [part["splits"][split] for split in SPLITS]
+        files = [file for entry in entries for kind in ("token", "raw", "length") for file in entry[f"{kind}_files"]]
+        if isinstance(part["block"], str) and all({"file", "size", "blake2b"} <= set(file) for file in files):
+            return part
+        reason = "entries are missing"
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{str(manifest)!r} is damaged ({reason}): {AGAIN}")
 
 
 def _write_split(stem: Path, packer: Packer) -> SplitEntry:
@@ -188,6 +217,7 @@ def _write_split(stem: Path, packer: Packer) -> SplitEntry:
         "token_files": files["tokens"],
         "raw_files": files["raw"],
         "length_files": files["lengths"],
+        "losses": asdict(packer.losses),
     }
 
 
@@ -197,27 +227,35 @@ def _finish(
     """Write index.json, the sign that everything is there, and remove what only an interrupted run needs."""
     if not any(part[split]["tokens"] for part in parts for split in SPLITS):
         raise ValueError("the corpus is empty: there is no document, or all of them are empty")
+    corpus = settings.pop("corpus")
+    splits = {split: _joined([part[split] for part in parts]) for split in SPLITS}
+    check_losses({split: Losses(**entry["losses"]) for split, entry in splits.items() if "losses" in entry})
     index: dict[str, Any] = {
         "format": FORMAT,
+        "splits_compared": True,
         "settings": settings,
+        "corpus": corpus,
         "tokenizer": tokenizer.fingerprint(),
         "tokenizer_json": isinstance(tokenizer, JsonTokenizer),
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer.vocab_size).__name__,
-        "splits": {split: _joined([part[split] for part in parts]) for split in SPLITS},
+        "splits": splits,
     }
     write_durably(folder / "index.json", canonical({**index, "checksum": checksum(canonical(index))}))
     _remove_leftovers(folder)
 
 
 def _joined(entries: Sequence[SplitEntry]) -> SplitEntry:
-    return {
+    joined: SplitEntry = {
         "tokens": sum(entry["tokens"] for entry in entries),
         "bytes": sum(entry["bytes"] for entry in entries),
         "token_files": [file for entry in entries for file in entry["token_files"]],
         "raw_files": [file for entry in entries for file in entry["raw_files"]],
         "length_files": [file for entry in entries for file in entry["length_files"]],
     }
+    if all("losses" in entry for entry in entries):  # a part may be of an older version
+        joined["losses"] = asdict(sum((Losses(**entry["losses"]) for entry in entries), Losses()))
+    return joined
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -228,27 +266,20 @@ def _remove_leftovers(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: key=value arguments. 0 when the shards are written, 1 with a one-line message when not."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        for word in words:
-            if "=" not in word:
-                raise ValueError(f"{word!r} is not key=value, e.g. source=stdlib out=shards/stdlib")
-        try:
-            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ValueError(f"cannot read the arguments ({str(error).splitlines()[0]})") from error
-        for key in ("source", "out"):
-            if not isinstance(given.get(key), str):
-                raise ValueError(f"{key}= is missing, e.g. source=stdlib out=shards/stdlib")
-        folder = prepare(**given)
-        for split, entry in read_index(folder)["splits"].items():
-            print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    ending = attempt(lambda: _command(words))
+    if isinstance(ending, str):
+        print(ending, file=sys.stderr)
         return 1
-    return 0
+    return ending
+
+
+def _command(words: Sequence[str]) -> None:
+    if not words or words[0] in HELP:
+        print(__doc__)
+        return
+    folder = prepare(**parse_arguments(words, prepare))
+    for split, entry in read_index(folder)["splits"].items():
+        print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
 
 
 if __name__ == "__main__":

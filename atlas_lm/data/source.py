@@ -4,15 +4,20 @@ Two ways to be a source: implement `Source` (as `recall.py` and `tokens.py` do),
 rest from `packed.PackedSource` (as `stdlib.py`, `text.py` and `hf.py` do; these can also be written to shards).
 """
 
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol, runtime_checkable
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from atlas_lm.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -72,6 +77,29 @@ class Document:
     name: str  # for error messages: a path, or path:line
     raw: bytes
     split: Split
+
+
+class EmptyDocuments:
+    """Counts the documents without text, and says so: they are named and matched, and nothing of them is read."""
+
+    def __init__(self) -> None:
+        self._total: Counter[Split] = Counter()
+        self._empty: dict[Split, list[str]] = defaultdict(list)
+
+    def note(self, document: Document) -> None:
+        """Count one document."""
+        self._total[document.split] += 1
+        if not document.raw.strip():
+            self._empty[document.split].append(document.name)
+
+    @rank_zero_only
+    def report(self) -> None:
+        """Log how many there are of each split."""
+        for split, names in self._empty.items():
+            log.warning(
+                "warning: %d of %d documents of the %s split hold no text, such as %s",
+                len(names), self._total[split], split, names[0],
+            )  # fmt: skip
 
 
 def split_of(key: bytes, validation_fraction: float, test_fraction: float) -> Split:

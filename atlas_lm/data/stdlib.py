@@ -21,6 +21,8 @@ class StdlibSource(PackedSource):
     machine with the same Python version. ValueError: the interpreter ships no source text, or the fractions are wrong.
     """
 
+    splits_are_drawn = True
+
     def __init__(
         self,
         tokenizer: str | Tokenizer = "bytes",

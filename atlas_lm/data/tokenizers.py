@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import tokenizers as hf_tokenizers
 
+from atlas_lm.data.losses import fate_of, unknown_id
+
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # looked for in this order
 
 
@@ -20,6 +22,8 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray  # (n,) int64, never the separator
     n_bytes: np.ndarray  # (n,) int64, raw bytes per token; the sum is at most b (a tail without a token is left out)
+    # (b,) uint8, what becomes of the character that each byte belongs to, see losses.py; None: all come back
+    lost: np.ndarray | None = None
 
 
 @runtime_checkable
@@ -80,22 +84,30 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: str | Path, separator: str | None = None) -> None:
+        if Path(path).is_dir():
+            raise ValueError(f"{str(path)!r} is a folder: give the tokenizer.json in it")
         if not Path(path).is_file():
-            raise ValueError(f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json")
+            raise ValueError(
+                f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json"
+                " (a run keeps its own in its folder)"
+            )
+        self._path = str(path)
         try:
-            self._tokenizer = hf_tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{str(path)!r} is not a tokenizer.json ({error}): write it again") from error
+            self._tokenizer = hf_tokenizers.Tokenizer.from_file(self._path)
+        except BaseException as error:
+            raise ValueError(f"{self._path!r} is not a tokenizer.json ({_reason(error)}): write it again") from error
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not a separator
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._separator = separator or next((s for s in SEPARATORS if self._tokenizer.token_to_id(s) is not None), "")
+        self._separator = separator or self.default_separator
         found = self._tokenizer.token_to_id(self._separator)
         if found is None:
             raise ValueError(
                 f"{str(path)!r} has no separator token {separator or SEPARATORS}: name one of its special tokens"
             )
         self._separator_id = int(found)
+        self._unknown, self._unknown_token = unknown_id(self._tokenizer.to_str())
+        self._distinguished: dict[str, bool] = {}  # white space: whether it leaves a trace in the ids
 
     @property
     def vocab_size(self) -> int:
@@ -107,6 +119,16 @@ class JsonTokenizer:
         """Id of the separator token."""
         return self._separator_id
 
+    @property
+    def separator(self) -> str:
+        """The separator token."""
+        return self._separator
+
+    @property
+    def default_separator(self) -> str:
+        """The separator if none is named; "" if there is none."""
+        return next((s for s in SEPARATORS if self._tokenizer.token_to_id(s) is not None), "")
+
     def encode(self, text: bytes | str) -> np.ndarray:
         """Token ids (n,) int64. ValueError when bytes are no UTF-8."""
         raw = text.encode() if isinstance(text, str) else text
@@ -115,11 +137,43 @@ class JsonTokenizer:
     def encode_batch(self, names: Sequence[str], raws: Sequence[bytes]) -> list[Encoded]:
         """Encode documents in parallel. ValueError names the document that is no UTF-8."""
         texts = [_utf8(name, raw) for name, raw in zip(names, raws, strict=True)]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            decoded = self._tokenizer.decode_batch([encoding.ids for encoding in encodings])
+        except BaseException as error:
+            raise ValueError(
+                f"the tokenizer {self._path!r} cannot encode {names[0]}{' and what follows' * (len(names) > 1)} "
+                f"({_reason(error)}): use tokenizer=bytes, or one with an unknown token or byte fallback"
+            ) from error
+        decodes = self._tokenizer.decoder is not None  # without one the tokens are joined by spaces, whatever was there
         return [
-            self._with_bytes(name, text, encoding.ids, encoding.offsets)
-            for name, text, encoding in zip(names, texts, encodings, strict=True)
+            self._with_bytes(name, text, encoding.ids, encoding.offsets)._replace(
+                lost=None if back == text and decodes else self._lost(text, encoding.ids, encoding.offsets)
+            )
+            for name, text, encoding, back in zip(names, texts, encodings, decoded, strict=True)
         ]
+
+    def _lost(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> np.ndarray | None:
+        """(bytes of the text,) uint8, the fate of each byte's character; None where all of them come back."""
+        known = [(i, span) for i, span in zip(ids, offsets, strict=True) if not self._is_unknown(i, text, span)]
+        normalizer = self._tokenizer.normalizer
+        back = self._tokenizer.decode([i for i, _ in known], skip_special_tokens=False)
+        back += text if normalizer is None else normalizer.normalize_str(text)
+        fate = fate_of(text, back, [span for _, span in known], lambda at: self._distinguishes(text, at))
+        return np.repeat(fate, np.diff(_byte_offsets(text))) if fate.any() else None
+
+    def _is_unknown(self, token: int, text: str, span: tuple[int, int]) -> bool:
+        return token == self._unknown and text[slice(*span)] != self._unknown_token
+
+    def _distinguishes(self, text: str, at: int) -> bool:
+        """Whether the white space text[at] leaves a trace: the ids differ when there is twice as much of it."""
+        space = text[at]
+        if space not in self._distinguished:
+            once = text[max(at - 16, 0) : at + 16]
+            twice = text[max(at - 16, 0) : at] + space + text[at : at + 16]
+            one, two = self._tokenizer.encode_batch([once, twice], add_special_tokens=False)
+            self._distinguished[space] = one.ids != two.ids
+        return self._distinguished[space]
 
     def _with_bytes(self, name: str, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
         tokens = np.asarray(ids, dtype=np.int64)
@@ -134,16 +188,22 @@ class JsonTokenizer:
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of the ids, special tokens left out. ValueError for ids outside the vocabulary."""
-        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist())
+        values = _checked(ids, self.vocab_size).tolist()
+        try:
+            return self._tokenizer.decode(values)
+        except BaseException as error:
+            raise ValueError(
+                f"the tokenizer {self._path!r} cannot decode ({_reason(error)}): write it again"
+            ) from error
 
     def fingerprint(self) -> str:
         """Hash of the tokenizer's JSON and of the separator."""
         text = f"{self._separator}\n{self._tokenizer.to_str()}"
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write tokenizer.json."""
-        self._tokenizer.save(str(path))
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
 
 
 def load_tokenizer(spec: str | Tokenizer) -> Tokenizer:
@@ -177,6 +237,17 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> hf_tokenizers.Tokenize
             f"vocab_size={vocab_size}: this corpus yields only {tokenizer.get_vocab_size()} tokens, lower vocab_size"
         )
     return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    """What the tokenizers library says is wrong, on one line. Anything that is no error of it is raised again.
+
+    The library raises bare Exceptions; where it panics, on a vocabulary that contradicts itself, it raises a
+    PanicException, which is not even an Exception.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _utf8(name: str, raw: bytes) -> str:

@@ -12,13 +12,16 @@ import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
+from atlas_lm.data.shard_overlap import compare_splits
 from atlas_lm.data.source import SPLITS, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
+from atlas_lm.parsing import read_json
 
 FORMAT = "atlas-lm tokens 1"
 AGAIN = "delete the folder and run atlas_lm.data.prepare again"
@@ -33,13 +36,14 @@ class FileEntry(TypedDict):
 
 
 class SplitEntry(TypedDict):
-    """One split; the lists are in the order of the stream."""
+    """One split; the lists are in the order of the stream. Shards of older versions do not know their losses."""
 
     tokens: int
     bytes: int  # raw bytes that the tokens stand for
     token_files: list[FileEntry]
     raw_files: list[FileEntry]
     length_files: list[FileEntry]
+    losses: NotRequired[dict[str, Any]]
 
 
 class ShardedArray:
@@ -106,7 +110,9 @@ class TokensSource:
     def setup(self) -> None:
         """Verify and map all shards, once."""
         if not self._streams:
-            self._streams = {split: self._stream(split) for split in SPLITS}
+            streams: dict[Split, TokenStream] = {split: self._stream(split) for split in SPLITS}
+            check_losses({split: stream.losses for split, stream in streams.items() if stream.losses})
+            self._streams = streams if self._index.get("splits_compared") else compare_splits(streams)
 
     def dataset(self, split: Split, seq_len: int | None) -> PackedDataset:
         """Sequences of `seq_len` tokens. ValueError when the split is empty or shorter than one of them."""
@@ -115,8 +121,14 @@ class TokensSource:
 
     def bytes_per_token(self, split: Split) -> float:
         """Raw bytes per token of the whole split, separators counted as tokens."""
-        entry = self._index["splits"][split]
-        return entry["bytes"] / entry["tokens"] if entry["tokens"] else math.nan
+        self.setup()
+        stream = self._streams[split]
+        return stream.n_bytes / len(stream.tokens) if len(stream.tokens) else math.nan
+
+    def losses(self, split: Split) -> Losses | None:
+        """What the tokenizer has lost of a split; None where an older version wrote the shards."""
+        self.setup()
+        return self._streams[split].losses
 
     def _stream(self, split: Split) -> TokenStream:
         entry: SplitEntry = self._index["splits"][split]
@@ -132,7 +144,8 @@ class TokensSource:
             held_out = HeldOutBytes(raw, byte_ends(lengths[:]))
         tokens = ShardedArray([self._folder / file["file"] for file in entry["token_files"]], self._index["dtype"])
         assert len(tokens) == entry["tokens"]
-        return TokenStream(tokens, self._tokenizer.separator_id, entry["bytes"], digest.hexdigest(), held_out)
+        losses = Losses(**entry["losses"]) if "losses" in entry else None
+        return TokenStream(tokens, self._tokenizer.separator_id, entry["bytes"], digest.hexdigest(), held_out, losses)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -141,7 +154,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no token shards in {str(folder)!r}: write them with python -m atlas_lm.data.prepare")
     try:
-        index = json.loads(path.read_bytes())
+        index = read_json(path)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}): {AGAIN}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:

@@ -20,6 +20,7 @@ from atlas_lm.exit_gates import chunk_sizes, measures, records, rollback
 from atlas_lm.exit_gates.evidence import Evidence
 from atlas_lm.exit_gates.finding import Finding, Gate
 from atlas_lm.options import HELP, parse
+from atlas_lm.parsing import read_json
 from atlas_lm.runs import resolve_run, write_atomically
 
 RESULTS = "exit_gates.json"
@@ -148,7 +149,7 @@ def write(run: Path, name: str, gates: list[Gate]) -> None:
     """exit_gates.json: a list of gates under each phase that was judged; those of another phase stay."""
     path = run / RESULTS
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     except (OSError, ValueError):  # none yet, or broken: it is measured anew
         known = {}
     results = {phase: known[phase] for phase in PHASES if isinstance(known, dict) and phase in known}

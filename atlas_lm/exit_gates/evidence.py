@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +17,8 @@ from atlas_lm.checkpoint import build_module, read_checkpoint
 from atlas_lm.checks import check_targets
 from atlas_lm.config import ModelConfig
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.parsing import read_config, read_json
+from atlas_lm.run_tokenizer import ARGUMENT, COPY, another_tokenizer
 from atlas_lm.runs import CONFIG, intact_checkpoint
 
 BATCH = 4  # validation sequences at a time
@@ -36,10 +37,7 @@ class Evidence:
     @cached_property
     def config(self) -> DictConfig:
         """The run's resolved configuration."""
-        config = OmegaConf.load(self.run / CONFIG)
-        if not isinstance(config, DictConfig):
-            raise ValueError(f"{self.run / CONFIG} is no configuration of a run: choose another run")
-        return config
+        return read_config(self.run / CONFIG)
 
     @cached_property
     def model_config(self) -> ModelConfig:
@@ -74,7 +72,7 @@ class Evidence:
         if not path.is_file():
             raise ValueError("the run has no report.json: it still runs, or was killed")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except ValueError as error:
             raise ValueError(f"report.json is broken ({error})") from None
         if not isinstance(found, dict):
@@ -153,12 +151,26 @@ class Evidence:
 
     def data(self, **changes: Any) -> Any:
         """The run's data, loaded in this process."""
-        data = self.build("data", num_workers=0, **changes)
+        arguments = self.content["hyper_parameters"]
+        data = self.build("data", num_workers=0, **changes, **self._own_tokenizer())
         data.setup("fit")
-        trained = self.content["hyper_parameters"]["vocab_size"]
+        trained = arguments["vocab_size"]
         if data.vocab_size != trained:
             raise ValueError(f"the data has {data.vocab_size} token ids, {trained} in training: restore its tokenizer")
+        wrong = another_tokenizer(arguments, {ARGUMENT: data.tokenizer_fingerprint}, self.checkpoint)
+        if wrong:
+            raise ValueError(f"the data has {wrong}: restore its tokenizer")
         return data
+
+    def _own_tokenizer(self) -> dict[str, Any]:
+        """The data's source with the run's copy of its tokenizer, which outlives the file that was trained with."""
+        if not (self.run / COPY).is_file() or not self.has("data.source"):
+            return {}
+        source = self.group("data.source")
+        spec = source.get("tokenizer")
+        if isinstance(spec, dict):
+            return {"source": {**source, "tokenizer": {**spec, "path": str(self.run / COPY)}}}
+        return {"source": {**source, "tokenizer": str(self.run / COPY)}} if isinstance(spec, str) else {}
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:

@@ -91,7 +91,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """The row on a line; None where it is no whole row."""
     try:
         found = json.loads(line)
-    except ValueError:  # of json, and of what is no UTF-8
+    except (ValueError, RecursionError):  # of json, of what is no UTF-8, and of brackets without end
         return None
     return found if isinstance(found, dict) else None
 

@@ -1,0 +1,41 @@
+"""JSON and YAML from files that may be damaged: every error is a ValueError that names the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """The value that a JSON text stands for; bytes are UTF-8. ValueError naming `where`: it is no JSON.
+
+    `json.loads` raises RecursionError for values nested too deeply, and its ValueErrors do not say which file it was.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({' '.join(str(error).split())})") from error
+    except RecursionError:  # without its thousand frames
+        raise ValueError(f"{where}: not valid JSON that can be read (values nested too deeply)") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. ValueError: it is no JSON. OSError: it cannot be read."""
+    return parse_json(path.read_bytes(), path)
+
+
+def read_config(path: Path) -> DictConfig:
+    """The configuration in a YAML file. ValueError: it is none. OSError: it cannot be read."""
+    try:
+        found = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from error
+    except RecursionError:
+        raise ValueError(f"{path}: values nested too deeply") from None
+    if not isinstance(found, DictConfig):
+        raise ValueError(f"{path} is no configuration of a run: choose another run")
+    return found
