@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import faults, soak
+from benchmarks import faults, gpu, soak
 from benchmarks.safeguards import standard_error
 from launching import SMALL_MODEL
 
@@ -152,3 +153,30 @@ def test_a_soak_is_passed_only_by_what_it_shows() -> None:
         ("verdict", "finished"),
     ):  # fmt: skip
         assert soak.passed({**good, name: value}) != [], name
+
+
+def test_gpu_parts_run_small_on_a_cpu(tmp_path: Path) -> None:
+    setting = gpu.Setting(device="cpu", toy=True)
+    found = gpu.correctness(setting)
+    assert found["chunk 7 fp32"]["output"] < found["chunk 7 fp32"]["gradient"] * 10 < 1e-4
+    assert 1e-4 < found["chunk 7 bf16"]["gradient"] < 5e-2
+    assert all(case["repeats_bitwise"] for case in found.values())
+    assert gpu.in_a_process("environment", setting, 60)["torch"] == torch.__version__
+    late = gpu.in_a_process("environment", setting, 0.01)
+    assert "took more than" in late["failed"]
+    page = gpu.draw({"environment": {"torch": "2", "part_seconds": 1.0}, "ceilings": {"copy_gb_per_s": 1234.5}})
+    assert "| copy_gb_per_s | 1,234 |" in page
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_as_a_whole_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--toy", "--out", str(tmp_path / "gpu.json")]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=900, stdout=subprocess.DEVNULL)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {part: figures.get("failed") for part, figures in found.items()} == dict.fromkeys(gpu.PARTS)
+    assert found["run"]["preempted"] == {"as_documented": True, "resumed": True, "weights": True, "losses": True}
+
+
+def test_the_page_of_the_gpu_holds_the_figures_of_its_file() -> None:
+    root = ROOT / "docs"
+    assert (root / "gpu.md").read_text() == gpu.draw(json.loads((root / "results" / "gpu.json").read_text()))

@@ -1,0 +1,355 @@
+"""What a GPU shows, in one command of a few minutes: python -m benchmarks.gpu --out docs/results/gpu.json
+
+Each part is a process of its own with a time limit, the most valuable first, and its figures are written when it ends:
+a part that crashes or takes too long costs itself alone. `--device cpu --toy` runs all of it small, as a test.
+`python -m benchmarks.gpu --draw docs/results/gpu.json` writes docs/gpu.md from the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+ROOT = Path(__file__).parents[1]
+Figures = dict[str, Any]
+
+
+class Setting(argparse.Namespace):
+    """What the parts are told: `device` (cuda or cpu), `toy` (sizes that a test can afford)."""
+
+    device: str
+    toy: bool
+
+    def wait(self) -> None:
+        """Until the device has done everything."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def median(self, f: Callable[[], Any], repeats: int) -> float:
+        """Seconds of a call, after one to warm up."""
+        f()
+        times = []
+        for _ in range(repeats):
+            self.wait()
+            start = time.perf_counter()
+            f()
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+# Parts
+
+
+def environment(setting: Setting) -> Figures:
+    """The card and what drives it."""
+    found: Figures = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
+    if setting.device == "cuda":
+        names = "name,driver_version,memory.total"
+        command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+        card = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        import triton
+
+        found |= {"card": card, "cuda": torch.version.cuda, "triton": triton.__version__}
+    return found
+
+
+def ceilings(setting: Setting) -> Figures:
+    """What the card reaches at most: a bf16 product, a copy."""
+    n = 256 if setting.toy else 8192
+    a, b = (torch.randn(n, n, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.empty(2**20 if setting.toy else 2**31, dtype=torch.uint8, device=setting.device)
+    y = torch.empty_like(x)
+    return {
+        "bf16_tflops": 2 * n**3 / setting.median(lambda: a @ b, 10) / 1e12,
+        "copy_gb_per_s": 2 * x.numel() / setting.median(lambda: y.copy_(x), 10) / 1e9,
+    }
+
+
+PRECISIONS = {  # dtype, autocast to bf16, TF32 allowed
+    "fp32": (torch.float32, False, False),
+    "tf32": (torch.float32, False, True),
+    "bf16": (torch.float32, True, False),
+}
+
+
+def correctness(setting: Setting) -> Figures:
+    """Relative error of the memory against float64 on the CPU: outputs, worst gradient; are three runs equal."""
+    from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+
+    length, dim = (40, 16) if setting.toy else (200, 64)
+    found: Figures = {}
+    for chunk in (7,) if setting.toy else (1, 7, 32, 64):
+        torch.manual_seed(chunk)
+        memory = Hierarchy(MemorySpec(2 * dim, 2, dim, (chunk,), 64, 128, rank=2 * dim - 1, hidden=dim)).double()
+        heads = [nnf.normalize(torch.randn(2, 2, length, dim).double(), dim=-1) for _ in range(3)]
+        inputs = [torch.randn(2, length, 2 * dim).double(), *heads]
+        weight = torch.randn(2, 2, length, dim).double()
+        truth = output_and_gradients(memory, inputs, weight, torch.float64, "cpu", False)
+        for name, (dtype, autocast, tf32) in PRECISIONS.items():
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            runs = [output_and_gradients(memory, inputs, weight, dtype, setting.device, autocast) for _ in range(3)]
+            floor = 1e-6 * max(float(y.norm()) for y in truth)  # a gradient that is rounding has no relative error
+            errors = [float((x - y).norm() / y.norm().clamp_min(floor)) for x, y in zip(runs[0], truth, strict=True)]
+            found[f"chunk {chunk} {name}"] = {
+                "output": errors[0],
+                "gradient": max(errors[1:]),
+                "repeats_bitwise": all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True)),
+            }
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def output_and_gradients(
+    memory: torch.nn.Module, inputs: list[Tensor], weight: Tensor, dtype: torch.dtype, device: str, autocast: bool
+) -> list[Tensor]:
+    """In float64 on the CPU; a parameter without a gradient has zeros."""
+    memory = copy.deepcopy(memory).to(device=device, dtype=dtype)
+    given = [x.to(device=device, dtype=dtype, copy=True).requires_grad_() for x in inputs]
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        y = memory(*given)[0]
+    (y.double() * weight.to(device)).sum().backward()
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in (*given, *memory.parameters())]
+    return [x.detach().double().cpu() for x in (y, *grads)]
+
+
+STEPS = [  # name, model, tokens a sequence, sequences, what is changed
+    ("43m, local chunks [64], rank 191", "43m", 2048, 1, {"local_chunks": [64], "rank": 191}),
+    ("43m, local chunks [64]", "43m", 2048, 1, {"local_chunks": [64]}),
+    ("43m as configured", "43m", 2048, 1, {}),
+    ("43m, local chunks [64], 8k", "43m", 8192, 1, {"local_chunks": [64]}),
+    ("43m as configured, 8k", "43m", 8192, 1, {}),
+    ("43m as configured, 2 x 8k", "43m", 8192, 2, {}),
+    ("43m without memory, 8k", "43m", 8192, 1, {"memory": "none"}),
+    ("125m, local chunks [64], 8k", "125m", 8192, 1, {"local_chunks": [64]}),
+]
+
+
+def training_step(setting: Setting, model: str, length: int, rows: int, changes: dict[str, Any]) -> Callable[[], Any]:
+    """Forward, backward and AdamW on random tokens, in bf16."""
+    from atlas_lm.config import ModelConfig
+    from atlas_lm.model import AtlasLM
+    from benchmarks.train_step import model_values
+
+    values = model_values("tiny" if setting.toy else model) | changes
+    values["reset_at_document"] = False
+    vocabulary = 256 if setting.toy else 32768
+    net = AtlasLM(ModelConfig(**values), vocabulary).to(setting.device)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+    tokens = torch.randint(vocabulary, (rows, length + 1), device=setting.device)
+
+    def step() -> None:
+        with torch.autocast(setting.device, torch.bfloat16):
+            logits = net(tokens[:, :-1]).logits
+        nnf.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def steps(setting: Setting) -> Figures:
+    """Tokens a second and peak memory of a training step."""
+    found: Figures = {}
+    for name, model, length, rows, changes in STEPS[:2] if setting.toy else STEPS:
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        tokens = rows * (256 if setting.toy else length)
+        try:
+            step = training_step(setting, model, tokens // rows, rows, {} if setting.toy else changes)
+            took = setting.median(step, 2)
+            found[name] = {"tokens_per_second": tokens / took, "seconds": took}
+        except torch.OutOfMemoryError:
+            found[name] = {"tokens_per_second": None, "seconds": None, "failed": "out of memory"}
+        if setting.device == "cuda":
+            found[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        step = None  # type: ignore[assignment]
+        print(json.dumps(found), flush=True)
+    return found
+
+
+LAUNCHES = (
+    "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaStreamSynchronize",
+    "cudaDeviceSynchronize", "cudaMemcpyAsync", "aten::_local_scalar_dense",
+)  # fmt: skip
+
+
+def launches(setting: Setting) -> Figures:
+    """Kernels, waits of the host and copies of one training step of 43m at 2,048 tokens."""
+    from torch.profiler import ProfilerActivity, profile
+
+    found: Figures = {}
+    for name, model, length, rows, changes in STEPS[1:2] if setting.toy else STEPS[1:3]:
+        step = training_step(setting, model, 256 if setting.toy else length, rows, {} if setting.toy else changes)
+        step()
+        setting.wait()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            step()
+            setting.wait()
+        counts = {event.key: event.count for event in seen.key_averages()}
+        found[name] = {key: counts[key] for key in LAUNCHES if key in counts}
+        print(json.dumps(found), flush=True)
+    return found
+
+
+def a_run(setting: Setting) -> Figures:
+    """Stage 1 of `tiny` through train.py: its speed; whether a preempted and a killed run are resumed bit for bit."""
+    steps = 12 if setting.toy else 24
+    common = [
+        "+experiment=stage1", f"trainer={'gpu' if setting.device == 'cuda' else 'cpu'}", f"optim.total_steps={steps}",
+        "data.val_sequences=8", f"trainer.val_check_interval={steps // 2}", "trainer.log_every_n_steps=1",
+        "callbacks.niah_probe.every_n_steps=30", "callbacks.memory_contribution.every_n_steps=1000",
+        "callbacks.spike_rollback.every_n_steps=10", "callbacks.checkpoint.every_n_steps=10",
+    ]  # fmt: skip
+    if setting.toy:
+        common += ["data.seq_len=128", "data.batch_size=1", "model.layers=1"]
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+
+        def start(name: str, *overrides: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, str(ROOT / "train.py"), *common, f"name={name}", *overrides]
+            with (home / f"{name}.log").open("ab") as log:
+                return subprocess.Popen(command, cwd=home, stdout=log, stderr=log, start_new_session=True)
+
+        def run_of(name: str) -> Path:
+            return next(path.parent for path in home.glob(f"outputs/{name}/2*/config.yaml"))
+
+        def rows(name: str) -> int:
+            found = list(home.glob(f"outputs/{name}/2*/metrics.jsonl"))
+            return len(found[0].read_bytes().splitlines()) if found else 0
+
+        def losses(name: str) -> list[float | None]:
+            lines = (run_of(name) / "metrics.jsonl").read_text().splitlines()
+            return [json.loads(line).get("train/loss") for line in lines]
+
+        def weights(name: str) -> dict[str, Tensor]:
+            return torch.load(run_of(name) / "checkpoints" / "last.ckpt", "cpu", weights_only=True)["state_dict"]
+
+        def same(one: str, other: str) -> dict[str, bool]:
+            a, b = weights(one), weights(other)
+            return {"weights": all(torch.equal(a[key], b[key]) for key in b), "losses": losses(one) == losses(other)}
+
+        found: Figures = {"exit_code": start("whole").wait()}
+        if found["exit_code"] != 0:
+            return {**found, "log": (home / "whole.log").read_text()[-1500:]}
+        report = json.loads((run_of("whole") / "report.json").read_text())
+        found |= {key: report[key] for key in ("tokens_per_second", "val_loss", "status", "precision", "rollbacks")}
+        print(json.dumps(found), flush=True)
+        for name, number, code in (("preempted", signal.SIGTERM, 75), ("killed", signal.SIGKILL, -9)):
+            process = start(name)
+            while rows(name) < steps // 2 + 2 and process.poll() is None:
+                time.sleep(0.01)
+            os.killpg(process.pid, number)
+            found[name] = {"as_documented": process.wait() == code, "resumed": start(name, "resume=auto").wait() == 0}
+            found[name] |= same(name, "whole") if found[name]["resumed"] else {}
+            print(json.dumps(found), flush=True)
+        return found
+
+
+PARTS: dict[str, tuple[Callable[[Setting], Figures], float]] = {  # and seconds that it may take
+    "environment": (environment, 30),
+    "ceilings": (ceilings, 40),
+    "correctness": (correctness, 90),
+    "run": (a_run, 200),
+    "steps": (steps, 150),
+    "launches": (launches, 90),
+}
+
+
+# All of them
+
+
+def in_a_process(name: str, setting: Setting, limit: float) -> Figures:
+    """The figures of a part; what it had printed before it failed, and why it did."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--device", setting.device]
+    process = subprocess.Popen(
+        [*command, *(["--toy"] if setting.toy else [])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=limit)
+        why = None if process.returncode == 0 else " ".join(err.splitlines()[-3:])[-600:]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        why = f"took more than {limit:.0f} s"
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    found = json.loads(lines[-1]) if lines else {}
+    return {**found, **({"failed": why} if why else {})}
+
+
+def draw(figures: Figures) -> str:
+    """docs/gpu.md."""
+    lines = [
+        "# On a GPU", "", "`python -m benchmarks.gpu --out docs/results/gpu.json` measures, and "
+        "`python -m benchmarks.gpu --draw docs/results/gpu.json` writes this page.", "",
+    ]  # fmt: skip
+    for part, found in figures.items():
+        doc = (PARTS[part][0].__doc__ or "").splitlines()[0]
+        lines += [f"## {part}", "", doc, "", "| what | figure |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in flat(found)] + [""]
+    return "\n".join(lines)
+
+
+def flat(found: Figures, where: str = "") -> list[tuple[str, str]]:
+    """Rows of a table."""
+    rows = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{where}{name}: ")
+        else:
+            text = str(value)
+            if isinstance(value, float):
+                text = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+            rows.append((f"{where}{name}", text.replace("\n", " ").replace("|", "/")))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--draw", type=Path)
+    setting = parser.parse_args(namespace=Setting())
+    if setting.draw:
+        (ROOT / "docs" / "gpu.md").write_text(draw(json.loads(setting.draw.read_text())))
+        return
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: this machine has no CUDA device: --device cpu --toy runs everything small")
+    if setting.part:
+        print(json.dumps(PARTS[setting.part][0](setting)), flush=True)
+        return
+    figures: Figures = {}
+    for name in setting.only:
+        start = time.perf_counter()
+        figures[name] = in_a_process(name, setting, PARTS[name][1])
+        figures[name]["part_seconds"] = round(time.perf_counter() - start, 1)
+        setting.out.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"{name}: {figures[name]}", flush=True)
+    for name, found in figures.items():
+        for row, value in flat(found):
+            print(f"{name:12} {row:60} {value}")
+
+
+if __name__ == "__main__":
+    main()
