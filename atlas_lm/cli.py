@@ -25,6 +25,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from atlas_lm.checks import find_target
 from atlas_lm.config import nearest
+from atlas_lm.preemption import INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 SHOW_ALL = "ATLAS_LM_FULL_ERROR"  # what HYDRA_FULL_ERROR was before `run` took it over
@@ -53,6 +54,9 @@ def run(main: Callable[[], Any], overrides: Sequence[str] | None = None) -> int:
         main()
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except KeyboardInterrupt:  # before training, which saves at Ctrl-C
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         line = None if asked == "1" else explain(error)
         if line is None:

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
+INTERRUPTED = 130  # as shells have it: ended by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 TO_A_GROUP = {*SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}  # what terminals and schedulers send to groups
 
 
 def exit_when_preempted() -> None:
-    """From now on a signal ends this process at once: there is nothing yet that could be lost."""
-    for number in SIGNALS:
+    """From now on a signal ends this process at once, Ctrl-C too: there is nothing yet that could be lost."""
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, _exit_at_once)
 
 
@@ -33,7 +34,7 @@ def ignore_when_done() -> None:
 
 def _exit_at_once(number: int, frame: Any) -> None:
     sys.stdout.flush()
-    os._exit(REQUEUE)  # an exception in the middle of an import may be swallowed there
+    os._exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)  # an exception may be swallowed within an import
 
 
 @contextmanager
@@ -47,6 +48,7 @@ def preemptible(code: int = REQUEUE) -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, leave) for number in SIGNALS}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:

@@ -81,6 +81,16 @@ def test_while_python_still_imports(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_ctrl_c_before_training_is_no_traceback(tmp_path: Path) -> None:
+    for seconds in (0.0, 3.0):
+        process = start(tmp_path, 8)
+        wait_until_it_listens(process)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) in (130, 1), "1 where training has begun and has saved"
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
 def test_in_training(tmp_path: Path) -> None:
     process = start(tmp_path, 1000)
     wait_for_rows(process, tmp_path, 2)
