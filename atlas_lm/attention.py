@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import cpu_attention
+from atlas_lm.memory.state import all_finite, fit
 
 
 class AttentionState(NamedTuple):
@@ -20,6 +21,7 @@ class AttentionState(NamedTuple):
     v: Tensor  # (B, H, W−1, D)
     valid: Tensor  # (W−1,) bool: slots that hold a token
     position: int  # of the next token
+    base: float  # of the rotary positions that the keys were turned by
 
 
 def rotate(x_BHTD: Tensor, position: int, base: float) -> Tensor:
@@ -42,7 +44,21 @@ def window_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tens
     """Each token attends to itself and the `window` − 1 before it: (B, H, T, D).
 
     k and v hold T + window − 1 tokens, the cache first. Works on blocks of one window: no T×T mask.
+    A key or value that is not finite makes NaN of the tokens that see it, and of no others.
     """
+    y_BHTD = _in_blocks(q_BHTD, k_BHTD, v_BHTD, valid, window)
+    if all_finite(y_BHTD):
+        return y_BHTD
+    # a mask leaves 0 · NaN in the products: without these tokens, then NaN where they are seen
+    bad_BHS = ~(k_BHTD.isfinite() & v_BHTD.isfinite()).all(-1)
+    k_BHTD, v_BHTD = (x.masked_fill(bad_BHS.unsqueeze(-1), 0.0) for x in (k_BHTD, v_BHTD))
+    count = bad_BHS.cumsum(-1)
+    seen_BHT = count[..., window - 1 :] > nnf.pad(count, (1, 0))[..., : q_BHTD.size(2)]
+    y_BHTD = _in_blocks(q_BHTD, k_BHTD, v_BHTD, valid, window)
+    return y_BHTD + torch.where(seen_BHT, torch.nan, 0.0).unsqueeze(-1).to(y_BHTD.dtype)
+
+
+def _in_blocks(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tensor, window: int) -> Tensor:
     T = q_BHTD.size(2)
     C = min(window, T)
     K = -(-T // C)
@@ -72,10 +88,13 @@ class SlidingWindowAttention(nn.Module):
         weight = self.qkv.weight
         cache = weight.new_zeros(batch, self.heads, self.window - 1, self.head_dim)
         valid = torch.zeros(self.window - 1, dtype=torch.bool, device=weight.device)
-        return AttentionState(cache, cache, valid, 0)
+        return AttentionState(cache, cache, valid, 0, self.rope_base)
 
     def forward(self, x_BTM: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
-        """(B, T, M) → (B, T, H·D) and, with a cache, the cache behind the last token."""
+        """(B, T, M) → (B, T, H·D) and, with a cache, the cache behind the last token.
+
+        ValueError for a cache of another attention or batch.
+        """
         qkv = self.qkv(x_BTM)
         if state is None:
             if cpu_attention.can_run(qkv):
@@ -87,10 +106,20 @@ class SlidingWindowAttention(nn.Module):
     def _stream(self, qkv: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
         q, k = (rotate(y, state.position, self.rope_base) for y in (q, k))
-        k, v = torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2)
+        if state.base != self.rope_base:
+            raise ValueError(
+                f"this state's keys were turned by rope_base {state.base}, this model's are by {self.rope_base}; "
+                "prefill again"
+            )
+        slots = {"window - 1": self.window - 1}
+        sizes = {"batch": k.size(0), "heads": self.heads} | slots | {"channels": self.head_dim}
+        k = torch.cat([fit("keys of the attention", state.k, sizes, k), k], dim=2)
+        v = torch.cat([fit("values of the attention", state.v, sizes, v), v], dim=2)
+        fit("filled slots of the attention", state.valid, slots, v, torch.bool)
         valid = torch.cat([state.valid, state.valid.new_ones(q.size(2))])
         y = window_attention(q, k, v, valid, self.window)
         keep = slice(k.size(2) - self.window + 1, None)
         # copies: a view would keep the whole prefill alive
-        after = AttentionState(k[:, :, keep].clone(), v[:, :, keep].clone(), valid[keep], state.position + q.size(2))
+        position = state.position + q.size(2)
+        after = AttentionState(k[:, :, keep].clone(), v[:, :, keep].clone(), valid[keep], position, self.rope_base)
         return y.transpose(1, 2).flatten(2), after

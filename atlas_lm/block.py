@@ -13,7 +13,9 @@ from torch.nn import functional as nnf
 from atlas_lm.attention import AttentionState, SlidingWindowAttention
 from atlas_lm.memory import cpu_convolution
 from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
+from atlas_lm.memory.features import unit
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
+from atlas_lm.memory.state import fit
 
 FUSIONS = ("multiplicative", "normalised_product", "convex")
 
@@ -103,7 +105,9 @@ class MemoryBranch(nn.Module):
     def forward(
         self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None
     ) -> tuple[Tensor, Tensor, HierarchyState | None]:
-        q, k, v, conv = self._heads(self.qkv(x_BTM), conv)
+        qkv = self.qkv(x_BTM)
+        sizes = {"batch": qkv.size(0), "conv - 1": self.conv.width - 1, "channels": qkv.size(2)}
+        q, k, v, conv = self._heads(qkv, fit("tail of the convolution", conv, sizes, qkv))
         y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT)
         return normalised_heads(self.norm, y_BHTD.to(x_BTM.dtype)), conv, state
 
@@ -114,7 +118,7 @@ class MemoryBranch(nn.Module):
             return q, k, v, self.conv.next_tail(qkv, tail)
         qkv, tail = self.conv(qkv, tail)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
-        q, k = (nnf.normalize(y, dim=-1).to(v.dtype) for y in (q, k))
+        q, k = (unit(y).to(v.dtype) for y in (q, k))
         return q, k, v, tail
 
 
@@ -149,7 +153,13 @@ class Block(nn.Module):
     def forward(
         self, x_BTM: Tensor, state: BlockState | None, restart_BT: Tensor | None
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
-        """(B, T, M) → (B, T, M), the fusion gates (B, T, H·D) and, with a state, the next state."""
+        """(B, T, M) → (B, T, M), the fusion gates (B, T, H·D) and, with a state, the next state.
+
+        ValueError for a state of another block or batch.
+        """
+        if state is not None and (state.memory is None or state.conv is None) != (self.memory is None):
+            has, lacks = ("state", "model") if self.memory is None else ("model", "state")
+            raise ValueError(f"the {has} has a memory, the {lacks} has none; start from initial_state of this model")
         y = self.norm(x_BTM)
         attended, cache = self.attention(y, state.attention if state else None)
         conv, memory_state, gate = None, None, None
@@ -175,9 +185,14 @@ class Fusion(nn.Module):
         self.kind = kind
         if kind == "normalised_product":
             self.norm = RMSNorm(width)
-            self.weight = nn.Parameter(torch.ones(width))
+            self.weight = nn.Parameter(torch.empty(width))
+            self.reset_parameters()
         else:
             self.gate = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        if self.kind == "normalised_product":
+            nn.init.ones_(self.weight)
 
     def forward(self, attended: Tensor, remembered: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, T, H·D) → the fused output and the gate."""

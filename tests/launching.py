@@ -3,7 +3,7 @@
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,13 @@ FEW_STEPS = [
 SMALL_DATA = ["data.seq_len=32", "data.batch_size=2", "data.val_sequences=4"]
 
 
+before_launch: list[Callable[[], None]] = []  # what a test has happen before each
+
+
 def launch(*overrides: str) -> int:
     """The exit code of `python train.py <overrides>`; runs land in the working directory."""
+    for happen in before_launch:
+        happen()
     GlobalHydra.instance().clear()
     return cli.run(train.main, overrides)
 

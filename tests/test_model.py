@@ -195,3 +195,42 @@ def test_an_unknown_fusion_is_refused_by_the_config_before_it_is_built():
     with pytest.raises(ValueError, match="did you mean 'convex'"):
         model_config("tiny", fusion="convexx")
     assert Fusion("convex", 8).kind == "convex"
+
+
+# Built on device meta.
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory": "none"}, {"features": "quadratic"}, {"fusion": "normalised_product", "network": "mlp"}]
+)
+def test_a_model_from_device_meta_is_initialised_as_a_new_one(changes):
+    sizes = {"layers": 2, "dim": 16, "head_dim": 4, "rank": 6, "memory_hidden": 5, "window": 8, **changes}
+    config = model_config("tiny", **sizes)
+    torch.manual_seed(1)
+    truth = AtlasLM(config, 11)
+    with torch.device("meta"):
+        model = AtlasLM(config, 11)
+    model = model.to_empty(device="cpu")
+    for x in [*model.parameters(), *model.buffers()]:
+        x.data.fill_(torch.nan if x.is_floating_point() else 10**9)
+    for part in model.modules():  # any order gives every tensor values
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert all(x.isfinite().all() and (x < 10**9).all() for x in [*model.parameters(), *model.buffers()])
+    torch.manual_seed(1)
+    model.initialise()
+    assert all(torch.equal(a, b) for a, b in zip(truth.parameters(), model.parameters(), strict=True))
+    tokens = torch.randint(11, (2, 20))
+    assert torch.equal(model(tokens).logits, truth(tokens).logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"memory": "none"}, {"update": "newton_schulz"}, {"reset_at_document": True}])
+def test_a_forward_pass_on_device_meta_gives_shapes(changes):
+    config = model_config("tiny", layers=2, dim=16, head_dim=4, rank=6, memory_hidden=5, window=8, **changes)
+    with torch.device("meta"):
+        model = AtlasLM(config, 11)
+        output = model(torch.zeros(2, 70, dtype=torch.long), model.initial_state(2))
+        logits = model(torch.zeros(2, 70, dtype=torch.long)).logits
+        logits.sum().backward()
+    assert output.logits.shape == logits.shape == (2, 70, 11)
+    assert logits.device.type == "meta"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,24 @@ import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from worlds import KINDS, World
 
 import train
 from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.resuming import keep_aside, locked, run_folder, sweep_folder, unfinished_run
 from atlas_lm.runs import runs_in, write_identity
 from callbacks.random_state import set_states, states
-from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, small_run, write_corpus
+from launching import (
+    FEW_STEPS,
+    SMALL_DATA,
+    SMALL_MODEL,
+    before_launch,
+    launch,
+    only_run,
+    report_of,
+    small_run,
+    write_corpus,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("in_tmp"),
@@ -45,6 +57,20 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     return tmp_path
+
+
+WORLDS = ["as it was", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)]
+
+
+@pytest.fixture(autouse=True, params=WORLDS)
+def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of this holds whatever happens between two processes, see `worlds.py`."""
+    now = World(request.param, monkeypatch, tmp_path)
+    before_launch.append(now.begin)
+    yield
+    before_launch.clear()
+    monkeypatch.undo()
+    time.tzset()
 
 
 def comparable(run: Path) -> list[dict[str, Any]]:
@@ -223,6 +249,8 @@ def test_a_run_with_a_rollback_resumes_on_its_timeline(in_tmp: Path, monkeypatch
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     corpus = write_corpus(folder / "corpus")
+    for happen in before_launch:
+        happen()
     command = [sys.executable, str(TRAIN), "data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *OFTEN]
     with (folder / "stderr").open("ab") as stderr:
         return subprocess.Popen(

@@ -5,6 +5,7 @@ declared: its column fills with what the run logs.
 """
 
 import re
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.tensorboard.summary import hparams
 
 Layout = Mapping[str, Mapping[str, Sequence[str]]]
 
+EVENTS = "events.out.tfevents."  # how SummaryWriter begins a file's name; ten digits of Unix time follow
 JUDGED_BY = "val/loss"  # the metric beside the hyperparameters
 
 
@@ -71,8 +73,10 @@ class BoardLogger(TensorBoardLogger):
     def experiment(self) -> SummaryWriter:
         """The writer; the first call creates it and writes the layout."""
         is_new = self._experiment is None
-        if is_new and not self._has_files():
-            self._kwargs["purge_step"] = 0  # TensorBoard takes a second beginning for a restart, if it saw a first
+        if is_new:
+            self._keep_order()
+            if not self._files():
+                self._kwargs["purge_step"] = 0  # TensorBoard takes a second beginning for a restart, if it saw a first
         writer = super().experiment
         if is_new:
             writer.purge_step = None  # what is logged behind `finalize` goes into another file, and is no restart
@@ -80,8 +84,18 @@ class BoardLogger(TensorBoardLogger):
                 writer.add_custom_scalars(self.layout)
         return writer
 
-    def _has_files(self) -> bool:
-        return any(Path(self.log_dir).glob("events.out.tfevents.*"))
+    def _files(self) -> list[Path]:
+        """Event files in the order in which TensorBoard reads them."""
+        return sorted(Path(self.log_dir).glob(f"{EVENTS}*"))
+
+    def _keep_order(self) -> None:
+        """Let the files of processes before this one come before its own: their names begin with the time, and where a
+        clock was set back TensorBoard would drop what is written from now on."""
+        files = self._files()
+        if files and files[-1].name >= f"{EVENTS}{int(time.time()):010d}":
+            for number, file in enumerate(files):
+                rest = file.name.removeprefix(EVENTS).partition(".")[2]
+                file.rename(file.with_name(f"{EVENTS}{number:010d}.{rest}"))
 
     @rank_zero_only
     def log_hyperparams(
@@ -108,7 +122,7 @@ class BoardLogger(TensorBoardLogger):
     @rank_zero_only
     def go_on_from(self, step: int) -> None:
         """TensorBoard leaves out what a process that died had written of `step` and later: it comes again."""
-        if self._has_files():
+        if self._files():
             self._kwargs["purge_step"] = step
 
     @rank_zero_only

@@ -32,10 +32,8 @@ SMALL = 64  # up to so many tokens a product is bound by the matrix that it adds
 STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 
 
-def check_backward(gone: bool) -> None:
-    """RuntimeError where a backward pass would be wrong: its records are constants, and given back as it runs."""
-    if torch.is_grad_enabled():  # second derivatives would lack most of their terms
-        raise RuntimeError("the memory has no second derivatives: call backward without create_graph")
+def check_records(gone: bool) -> None:
+    """RuntimeError where a chunk's records were given back by an earlier backward pass."""
     if gone:
         raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
 

@@ -21,7 +21,17 @@ from atlas_lm.memory import coefficients as fold
 from atlas_lm.memory import loop
 from atlas_lm.memory.coefficients import Steps
 from atlas_lm.memory.network import Weights
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, make_tail, map_tokens
+from atlas_lm.memory.state import (
+    MemoryState,
+    Rule,
+    Tokens,
+    all_finite,
+    append,
+    fit_state,
+    make_tail,
+    map_tokens,
+    without_autocast,
+)
 
 
 def scan(
@@ -30,8 +40,9 @@ def scan(
     """Read with every query while learning every token: (B, H, T, D) outputs and the state after the last token.
 
     `initial` is W_init (H, rows, columns) per layer. The calls may cut the tokens anywhere:
-    outputs and state are those of one long call.
+    outputs and state are those of one long call. ValueError for a state of another memory or batch.
     """
+    state = fit_state(rule, state, initial, tokens)
     row = append(rule, state, tokens)
     length = row.k.size(2) - rule.halo
     filled = length % rule.chunk
@@ -41,7 +52,7 @@ def scan(
     y_BHTD, after = _run(rule, before, initial, q_BHTD, phi_q_BHTF, row, state.filled, complete)
     halves = (z.unflatten(0, q_BHTD.shape[:2]).chunk(2, dim=-2) for z in after)
     change, momentum = zip(*halves, strict=True)
-    return y_BHTD, MemoryState(change, momentum, tail, filled)
+    return y_BHTD, MemoryState(change, momentum, tail, filled, rule)
 
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:
@@ -57,6 +68,23 @@ def _run(
     rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
     filled: int, complete: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """`_run_all`, where a token that is not finite reaches no earlier token of its row."""
+    y_BHTD, after = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, row, filled, complete)
+    if all_finite(y_BHTD):
+        return y_BHTD, after
+    parts = (row.k, row.phi, row.v, torch.stack(row.gates, -1))
+    bad_BHN = ~torch.stack([x.isfinite().all(-1) for x in parts]).all(0)
+    clean = map_tokens(lambda x: x.masked_fill(bad_BHN.unsqueeze(-1) if x.dim() == 4 else bad_BHN, 0), row)
+    clean = clean._replace(restart=row.restart)
+    early_BHT = (bad_BHN.cumsum(-1) == 0)[:, :, rule.halo + filled :].unsqueeze(-1)
+    without, _ = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, clean, filled, complete)
+    return torch.where(early_BHT, without, y_BHTD), after
+
+
+def _run_all(
+    rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
+    filled: int, complete: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Of a row that begins with the halo and `filled` tokens of before: the outputs of the new ones, and the states
     behind `complete` chunks (none where `before` is None, an empty memory)."""
     length = row.k.size(2) - rule.halo
@@ -66,7 +94,7 @@ def _run(
     blocks = _blocks(rule, row, count)
     phi_q_BHKCF = _queries(rule, phi_q_BHTF, filled, count)
     keeps = fold.segments(rule, blocks)
-    with torch.autocast(q_BHTD.device.type, enabled=False):  # products of gates stay wide
+    with without_autocast(q_BHTD):  # products of gates stay wide
         steps = fold.steps(rule, blocks, keeps)
         gates = fold.decays(rule, blocks, keeps)
     token = rule.read == "token" and rule.update == "gradient"
@@ -117,6 +145,8 @@ def _on(rule: Rule, steps: Steps) -> Tensor:
 def _precisions(like: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of the operands of matrix products, and of everything else: autocast narrows the first alone."""
     device, wide = like.device.type, torch.promote_types(like.dtype, torch.float32)
+    if like.is_meta:
+        return wide, wide
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wide, wide
 
 

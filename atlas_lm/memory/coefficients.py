@@ -9,15 +9,13 @@ Nothing here depends on the fast weights, so every chunk is done at once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.state import Rule, Tokens
-
-_SMALLEST = 1e-12  # gates are clamped to it before their logarithm is taken
+from atlas_lm.memory.state import Rule, Tokens, without_autocast
 
 
 class Segments(NamedTuple):
@@ -53,15 +51,27 @@ def decays(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Decays:
     return Decays(eta, 1 - theta, alpha.masked_fill(keeps.cut, 0.0), theta.masked_fill(keeps.cut, 0.0))
 
 
-def _products(decay_BHKC: Tensor) -> Tensor:
-    """P[t, s] = Π_{r=s+1..t} decay_r, lower triangular: (…, C) → (…, C, C). A decay of exactly zero cuts exactly."""
-    logs = decay_BHKC.clamp_min(_SMALLEST).log().cumsum(-1)
-    difference = logs.unsqueeze(-1) - logs.unsqueeze(-2)
-    C = decay_BHKC.size(-1)
-    lower = torch.ones(C, C, dtype=torch.bool, device=decay_BHKC.device).tril()
-    zeros = (decay_BHKC == 0).long().cumsum(-1)
-    lower = lower & (zeros.unsqueeze(-1) == zeros.unsqueeze(-2))
-    return difference.masked_fill(~lower, -torch.inf).exp()
+class _Products(torch.autograd.Function):
+    """P[t, s] = Π_{r=s+1..t} decay_r, lower triangular: (…, C) → (…, C, C).
+
+    ∂P[t, s]/∂decay_r = P[t, r] P[r−1, s] for s < r ≤ t: products again, so a decay of 0 needs no division by it, as the
+    gradient of a cumulative product or of a sum of logarithms does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor) -> Tensor:
+        C = decay.size(-1)
+        later = torch.ones(C, C, dtype=torch.bool, device=decay.device).tril(-1)
+        products = torch.where(later, decay.unsqueeze(-1), 1.0).cumprod(-2).tril()
+        ctx.save_for_backward(products)
+        return products
+
+    @staticmethod
+    def backward(ctx: Any, dproducts: Tensor) -> Tensor:
+        (products,) = ctx.saved_tensors
+        with without_autocast(products):  # products of gates stay wide
+            through = (products.mT @ dproducts.tril(-1))[..., 1:, :]  # Σ_t P[t, r] dP[t, s]
+        return nnf.pad((through * products[..., :-1, :]).sum(-1), (1, 0))
 
 
 def _from_end(x: Tensor, decay: Tensor) -> Tensor:
@@ -101,8 +111,8 @@ class Reads(NamedTuple):
 def reads(gates: Decays, gamma: Tensor, context: int, same: Tensor | None) -> Reads:
     """γ (…, N) and `same` (…, N, N) or None: of blocks."""
     eta, intake, retain, carry = gates
-    A = _products(retain)
-    folded = (A * eta.unsqueeze(-2)) @ _products(carry)  # A diag(η) Θ
+    A = _Products.apply(retain)
+    folded = (A * eta.unsqueeze(-2)) @ _Products.apply(carry)  # A diag(η) Θ
     momentum = folded[..., 0] * carry[..., :1]
     weights = A[..., 0] * retain[..., :1]
     gradients = (folded * intake.unsqueeze(-2)) @ _band(gamma, eta.size(-1), context, same)

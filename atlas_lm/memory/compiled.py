@@ -10,16 +10,18 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -37,36 +39,126 @@ KINDS = {
     (torch.float32, torch.bfloat16): "bf16",
 }
 
-Field = str | tuple[str, int]  # a tensor, or so many of them
+WIDE, LARGE, FLAG = "wide", "large", "flag"  # numbers of a tensor: of arithmetic, of large tensors, bool
+_MAY_BE_EMPTY = {"B", "G", "rows", "before"}  # sizes that may be 0: batches, and the tail of a convolution of one tap
 
 
-def structure(sizes: Sequence[str], numbers: Sequence[str], tensors: Sequence[Field]) -> type[ctypes.Structure]:
-    """The arguments of a compiled function: integers, floats, pointers, and what `call` fills in."""
+class Field(NamedTuple):
+    """An address among the arguments of a compiled function, and what must lie there."""
 
-    class Arguments(ctypes.Structure):
-        _fields_ = [
-            *((name, ctypes.c_int64) for name in sizes),
-            *((name, ctypes.c_double) for name in numbers),
-            *((f, ctypes.c_void_p) if isinstance(f, str) else (f[0], ctypes.c_void_p * f[1]) for f in tensors),
-            ("rounding", ctypes.c_int64),
-            ("next", ctypes.c_int64),
-        ]
-
-    return Arguments
+    name: str
+    shape: tuple[str, ...]  # names of sizes, or products of them such as "3*H*D"
+    numbers: str = LARGE
+    more: tuple[tuple[str, ...], ...] = ()  # an array of addresses: the shapes of the others
+    used: str | None = None  # the size that says how many of the array are in use; None: all
 
 
-def point(arguments: Any, fields: Sequence[Field], tensors: dict[str, Any]) -> None:
-    """Set the pointers to tensors, which must be contiguous and outlive the call; None stays null."""
-    for field in fields:
-        name, many = (field, False) if isinstance(field, str) else (field[0], True)
-        given = tensors.get(name)
-        if given is None:
-            continue
-        if many:
-            for i, tensor in enumerate(given):
-                getattr(arguments, name)[i] = tensor.data_ptr()
-        else:
-            setattr(arguments, name, given.data_ptr())
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that autograd cannot look into: RuntimeError where a second derivative is asked for.
+
+    With `create_graph` its result would be taken for a constant, and the second derivative lack most of its terms.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the memory has no second derivatives: call backward without create_graph")
+        return backward(ctx, *grads)
+
+    return checked
+
+
+def plain(x: Tensor) -> Tensor:
+    """As compiled code reads it: contiguous, and without PyTorch's mark that its sign is to be turned."""
+    return x.resolve_neg().contiguous()
+
+
+class Function:
+    """A compiled function. Every address that it is given goes through the checks of `_point`."""
+
+    def __init__(self, name: str, sizes: Sequence[str], numbers: Sequence[str], fields: Sequence[Field]) -> None:
+        def pointers(field: Field) -> Any:
+            return ctypes.c_void_p * (1 + len(field.more)) if field.more else ctypes.c_void_p
+
+        class Arguments(ctypes.Structure):
+            _fields_ = [
+                *((size, ctypes.c_int64) for size in sizes),
+                *((number, ctypes.c_double) for number in numbers),
+                *((field.name, pointers(field)) for field in fields),
+                ("rounding", ctypes.c_int64),
+                ("next", ctypes.c_int64),
+            ]
+
+        self.name, self.sizes, self.fields, self._arguments = name, tuple(sizes), tuple(fields), Arguments
+        terms = {term for field in fields for shape in (field.shape, *field.more) for term in shape}
+        factors = {term: [part for part in term.split("*") if not part.isdigit()] for term in terms}
+        self._named = sorted({name for parts in factors.values() for name in parts})
+        constants = {term: math.prod(int(part) for part in term.split("*") if part.isdigit()) for term in terms}
+        self._products = {term: (constants[term], factors[term]) for term in terms if factors[term] != [term]}
+        self._shapes = functools.lru_cache(maxsize=4096)(self._find_shapes)  # decoding comes back to few of them
+
+    def __call__(
+        self,
+        kind: tuple[torch.dtype, torch.dtype],
+        sizes: dict[str, int],
+        tensors: dict[str, Any],
+        work: int,
+        **numbers: float,
+    ) -> None:
+        """Run on all threads that PyTorch uses, each of which takes one piece of the work after another.
+
+        `kind`: a key of KINDS. `sizes`: the arguments' sizes and those that only shapes name. `tensors`: by field, a
+        list for an array; None stays null. They must outlive the call. `work`: operations in all.
+        ValueError for a tensor that is not what the compiled code would take it for.
+        """
+        arguments = self._arguments(**{name: sizes[name] for name in self.sizes}, **numbers)
+        self._point(arguments, kind, sizes, tensors)
+        _run(f"{self.name}_{KINDS[kind]}", arguments, work)
+
+    def _point(
+        self, arguments: Any, kind: tuple[torch.dtype, torch.dtype], sizes: dict[str, int], tensors: dict[str, Any]
+    ) -> None:
+        dtypes = {WIDE: kind[0], LARGE: kind[1], FLAG: torch.bool}
+        for field, shapes in zip(self.fields, self._shapes(tuple(sizes.items())), strict=True):
+            given = tensors.get(field.name)
+            if given is None:
+                continue
+            dtype = dtypes[field.numbers]
+            if not field.more:
+                setattr(arguments, field.name, self._address(field.name, given, shapes[0], dtype))
+                continue
+            if len(given) != len(shapes):
+                raise ValueError(f"{self.name}: {field.name} must be {len(shapes)} tensors, got {len(given)}")
+            array = getattr(arguments, field.name)
+            for i, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
+                if tensor is not None:
+                    array[i] = self._address(field.name, tensor, shape, dtype)
+
+    def _address(self, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Compiled code knows neither shapes nor dtypes: it would read and write past another tensor's end."""
+        if x.shape != shape or x.dtype != dtype or not x.is_cpu or not x.is_contiguous() or x.is_neg():
+            raise ValueError(
+                f"{self.name}: {name} must be a contiguous CPU tensor {shape} of {dtype}, got {tuple(x.shape)} of "
+                f"{x.dtype} on {x.device}, strides {x.stride()}; check the sizes of what the call was given"
+            )
+        address = x.data_ptr()
+        if address == 0 and x.numel():
+            raise ValueError(f"{self.name}: {name} is a {type(x).__name__} without memory of its own; give its values")
+        return address
+
+    def _find_shapes(self, sizes: tuple[tuple[str, int], ...]) -> list[list[tuple[int, ...]]]:
+        known = dict(sizes)
+        for name in self._named:
+            if known[name] < 1 and name not in _MAY_BE_EMPTY:
+                raise ValueError(f"{self.name}: a size must be at least 1, got {name}={known[name]}")
+        for term, (number, names) in self._products.items():
+            known[term] = math.prod([known[name] for name in names], start=number)
+        found = []
+        for field in self.fields:
+            shapes = (field.shape, *field.more)
+            count = known[field.used] if field.used else len(shapes)
+            found.append([tuple([known[term] for term in shape]) for shape in shapes[:count]])
+        return found
 
 
 def leading_dimension(item: int, columns: int) -> int:
@@ -79,11 +171,7 @@ def leading_dimension(item: int, columns: int) -> int:
 _ALONE = 2**18  # operations below which waking other threads costs more than it brings
 
 
-def call(name: str, arguments: Any, work: int) -> None:
-    """Run on all threads that PyTorch uses, each of which takes one piece of the work after another.
-
-    `work`: operations in all.
-    """
+def _run(name: str, arguments: Any, work: int) -> None:
     built = library()
     assert built is not None
     arguments.rounding = built.rounding_mode()

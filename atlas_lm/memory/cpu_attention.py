@@ -10,9 +10,22 @@ import torch
 from torch import Tensor
 
 from atlas_lm.memory import compiled
+from atlas_lm.memory.compiled import WIDE, Field, Function, once_differentiable, plain
 
-_TENSORS: tuple[compiled.Field, ...] = ("qkv", "cos", "sin", "y", "sums", "dy", "dqkv")
-_Arguments = compiled.structure(("B", "H", "T", "D", "window", "block"), ("scale",), _TENSORS)
+_attention = Function(
+    "attention",
+    ("B", "H", "T", "D", "window", "block"),
+    ("scale",),
+    (
+        Field("qkv", ("B", "T", "3*H*D")),
+        Field("cos", ("T", "half"), WIDE),
+        Field("sin", ("T", "half"), WIDE),
+        Field("y", ("B", "T", "H*D")),
+        Field("sums", ("B", "H", "T"), WIDE),
+        Field("dy", ("B", "T", "H*D")),
+        Field("dqkv", ("B", "T", "3*H*D")),
+    ),
+)
 
 BLOCK = 64  # queries at a time
 
@@ -20,7 +33,7 @@ BLOCK = 64  # queries at a time
 def can_run(qkv: Tensor) -> bool:
     """Whether the device and the precision are known, and the library could be built."""
     kind = (torch.promote_types(qkv.dtype, torch.float32), qkv.dtype)
-    return qkv.device.type == "cpu" and kind in compiled.KINDS and compiled.library() is not None
+    return qkv.device.type == "cpu" and kind in compiled.KINDS and qkv.numel() > 0 and compiled.library() is not None
 
 
 @torch.compiler.disable  # it calls into a library with addresses
@@ -28,6 +41,7 @@ def window_attention(qkv_BTM: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int
     """Every token attends to itself and the `window` − 1 before it: (B, T, 3·H·D) → (B, T, H·D).
 
     Queries and keys are turned by the angles whose cosines and sines (T, D/2) are given, in at least float32.
+    ValueError for sizes that do not fit each other.
     """
     return _WindowAttention.apply(qkv_BTM, cos_TD, sin_TD, heads, window)
 
@@ -35,7 +49,7 @@ def window_attention(qkv_BTM: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, window: int) -> Tensor:
-        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        qkv, cos, sin = plain(qkv), plain(cos), plain(sin)
         B, T, M = qkv.shape
         y, sums = qkv.new_empty(B, T, M // 3), cos.new_empty(B, heads, T)
         _call(heads, window, {"qkv": qkv, "cos": cos, "sin": sin, "y": y, "sums": sums})
@@ -44,18 +58,21 @@ class _WindowAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         qkv, cos, sin, y, sums = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
         known = {"qkv": qkv, "cos": cos, "sin": sin, "y": y, "sums": sums}
-        _call(ctx.heads, ctx.window, {**known, "dy": dy.to(qkv.dtype).contiguous(), "dqkv": dqkv})
+        _call(ctx.heads, ctx.window, {**known, "dy": plain(dy.to(qkv.dtype)), "dqkv": dqkv})
         return dqkv, None, None, None, None
 
 
 def _call(heads: int, window: int, tensors: dict[str, Tensor]) -> None:
-    qkv, cos = tensors["qkv"], tensors["cos"]
+    qkv = tensors["qkv"]
     B, T, M = qkv.shape
     D = M // 3 // heads
-    arguments = _Arguments(B=B, H=heads, T=T, D=D, window=window, block=BLOCK, scale=D**-0.5)
-    compiled.point(arguments, _TENSORS, tensors)
-    compiled.call("attention_" + compiled.KINDS[cos.dtype, qkv.dtype], arguments, qkv.numel() * min(window, T))
+    if window < 1 or D % 2:
+        raise ValueError(f"window attention needs a window of at least 1 and an even head dim, got {window} and {D}")
+    sizes = {"B": B, "H": heads, "T": T, "D": D, "window": window, "block": BLOCK, "half": D // 2}
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    _attention((wide, qkv.dtype), sizes, tensors, qkv.numel() * min(window, T), scale=D**-0.5)

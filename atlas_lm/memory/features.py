@@ -18,6 +18,11 @@ CONSTANT_WEIGHT = 1 / 32  # share of ‖φ‖² in the constant: a bias for the 
 LINEAR_WEIGHT = 1 / 4  # share in the linear part of all monomials of degree 2 (crosstalk E[(q·k)²] = 1/D)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x / ‖x‖ along the last axis; a zero stays zero, and its gradient finite, in float16 too, where 1e-12 is 0."""
+    return nnf.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
 def monomial_weights(degree: int) -> tuple[float, ...]:
     """Share of ‖φ‖² in the monomials of degree 0, 1, …: κ(x, y) = Σ_p weight_p (x·y)^p for unit vectors."""
     if degree == 1:
@@ -40,10 +45,17 @@ class Monomials(nn.Module):
         super().__init__()
         self.weights: tuple[float, ...] = monomial_weights(degree)
         self.degree = degree
+        self.dim = dim
         rows, columns = torch.triu_indices(dim, dim)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.dim_out = 1 + dim + (len(rows) if degree == 2 else 0)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The buffers again, after `to_empty`."""
+        for buffer, indices in zip((self.rows, self.columns), torch.triu_indices(self.dim, self.dim), strict=True):
+            buffer.copy_(indices)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         constant = torch.full_like(x_BD[..., :1], self.weights[0] ** 0.5)
@@ -67,11 +79,16 @@ class Sketch(nn.Module):
             raise ValueError(
                 f"the rank of a feature sketch must be at least 1, got {rank}; use features=linear instead"
             )
-        self.left_RD = nn.Parameter(torch.randn(rank, dim))
-        self.right_RD = nn.Parameter(torch.randn(rank, dim))
+        self.left_RD = nn.Parameter(torch.empty(rank, dim))
+        self.right_RD = nn.Parameter(torch.empty(rank, dim))
+        self.reset_parameters()
         self.dim_out = F = 1 + dim + rank
         # by their number: of all shares these have the least crosstalk between random keys, E[κ²] = 1/F
         self.weights = 1 / F, dim / F, rank / F
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.left_RD)
+        nn.init.normal_(self.right_RD)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         # as one matrix: of more axes PyTorch picks its product by whether gradients are asked for
@@ -81,7 +98,7 @@ class Sketch(nn.Module):
         if cpu_features.can_run(x_BD, both_BR):
             return cpu_features.sketch(x_BD, both_BR, (constant, linear, quadratic))
         left_BR, right_BR = both_BR.chunk(2, dim=-1)
-        sketch_BR = nnf.normalize((left_BR * right_BR).to(x_BD.dtype), dim=-1)
+        sketch_BR = unit((left_BR * right_BR).to(x_BD.dtype))
         return torch.cat([torch.full_like(x_BD[..., :1], constant), x_BD * linear, sketch_BR * quadratic], dim=-1)
 
 

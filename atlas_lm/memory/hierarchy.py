@@ -23,7 +23,7 @@ from atlas_lm.memory.features import Features, build_features
 from atlas_lm.memory.network import Network, Weights, build_network
 from atlas_lm.memory.newton_schulz import STEPS
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
-from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, check_rule, initial_state
+from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, check_rule, fit, initial_state
 
 
 class MemorySpec(NamedTuple):
@@ -165,8 +165,12 @@ class Hierarchy(nn.Module):
             raise ValueError(
                 f"the model has {len(self.local_memories)} local memories, got {len(chunks)} sizes: {list(chunks)}"
             )
-        for memory, chunk in zip(self._local(), chunks, strict=True):
-            memory.rule = check_rule(memory.rule._replace(chunk=int(chunk)))
+        wrong = [chunk for chunk in chunks if isinstance(chunk, bool) or chunk != int(chunk)]
+        if wrong:
+            raise ValueError(f"a chunk size must be a whole number of tokens, got {wrong[0]!r}")
+        rules = [check_rule(m.rule._replace(chunk=int(c))) for m, c in zip(self._local(), chunks, strict=True)]
+        for memory, rule in zip(self._local(), rules, strict=True):  # all of them or none
+            memory.rule = rule
 
     def initial_state(self, batch: int, restart: bool = False) -> HierarchyState:
         """A stream that has seen nothing. `restart`: its calls will mark document starts."""
@@ -177,6 +181,12 @@ class Hierarchy(nn.Module):
 
         local = tuple(start(memory) for memory in self._local())
         return HierarchyState(start(self.global_memory), local, persistent_state(self.persistent_keys, batch))
+
+    def _fit(self, given: ProjectionState, k_BHTD: Tensor) -> ProjectionState:
+        sizes = dict(zip(("batch", "heads"), k_BHTD.shape[:2], strict=True))
+        wide, D = torch.promote_types(k_BHTD.dtype, torch.float32), k_BHTD.size(-1)
+        M = fit("sum of keys", given.M, sizes | {"channels": D, "channels again": D}, k_BHTD, wide)
+        return ProjectionState(M, fit("sum of squares", given.n, sizes, k_BHTD, wide))
 
     def forward(
         self,
@@ -191,8 +201,22 @@ class Hierarchy(nn.Module):
 
         Without a state the local memories start anew at each shard; with one nothing is reset and a new one comes back.
         `restart_BT` (bool) marks document starts: there every memory starts anew.
+        ValueError for a state of another hierarchy or batch, and where there are no tokens.
         """
-        B, H, T, _ = q_BHTD.shape
+        if q_BHTD.dim() != 4 or q_BHTD.size(2) < 1 or not q_BHTD.shape == k_BHTD.shape == v_BHTD.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHTD, v_BHTD))
+            raise ValueError(f"q, k and v must be (batch, heads, T, channels) with T at least 1, got {shapes}")
+        B, H, T, D = q_BHTD.shape
+        if (self.spec.heads, self.spec.head_dim) != (H, D) or x_BTM.shape != (B, T, self.spec.dim):
+            raise ValueError(
+                f"the memory has {self.spec.heads} heads of {self.spec.head_dim} channels and gates of "
+                f"{self.spec.dim}, got q {tuple(q_BHTD.shape)} and x {tuple(x_BTM.shape)}"
+            )
+        if state is not None and len(state.local_memories) != len(self.local_memories):
+            raise ValueError(
+                f"the state has {len(state.local_memories)} local memories, this model {len(self.local_memories)}; "
+                "start from initial_state of this model"
+            )
         phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
         tokens = Tokens(k_BHTD, phi_k, v_BHTD, self.global_memory.open(x_BTM), restart)
@@ -211,7 +235,9 @@ class Hierarchy(nn.Module):
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
         restart = None if restart is None else shards.fold(restart)
         persistent = persistent_state(self.persistent_keys, q.size(0))
-        q, projection = project(q, k, persistent if state is None else state.projection, persistent, restart)
+        q, projection = project(
+            q, k, persistent if state is None else self._fit(state.projection, k), persistent, restart
+        )
         phi_q = self.features(q)
         local_states = []
         for n, memory in enumerate(self._local()):

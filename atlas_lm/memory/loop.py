@@ -17,9 +17,11 @@ from torch import Tensor
 
 from atlas_lm.memory import coefficients, cpu_loop
 from atlas_lm.memory.chunk_gradient import gradients
-from atlas_lm.memory.chunk_step import STATES, Chunks, Inputs, Plan, check_backward, learn_and_read, update
+from atlas_lm.memory.chunk_step import STATES, Chunks, Inputs, Plan, check_records, learn_and_read, update
 from atlas_lm.memory.coefficients import Decays
+from atlas_lm.memory.compiled import once_differentiable
 from atlas_lm.memory.network import Weights
+from atlas_lm.memory.state import without_autocast
 
 
 def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
@@ -41,7 +43,7 @@ def _inputs(plan: Plan, initial: Weights, chunks: Chunks) -> Inputs:
     low, wide = chunks.phi.dtype, chunks.decay.dtype
     scores = at = over = None
     if chunks.token_eta is not None:
-        with torch.autocast(chunks.phi.device.type, enabled=False):  # products of gates stay wide
+        with without_autocast(chunks.phi):  # products of gates stay wide
             gates = Decays(chunks.token_eta, chunks.intake, chunks.retain, chunks.carry)
             reads = coefficients.reads(gates, chunks.gamma, plan.context, chunks.same)
             at, over = torch.stack([reads.weights, -reads.momentum], dim=-2), reads.gradients
@@ -78,7 +80,7 @@ class _Loop(torch.autograd.Function):
         K = x.phi.size(1)
         stride = -(-K // STATES)
         outputs, records, kept = [], [], []
-        with torch.autocast(x.phi.device.type, enabled=False):
+        with without_autocast(x.phi):
             for n in range(K):
                 if n % stride == 0:
                     kept += states
@@ -97,18 +99,18 @@ class _Loop(torch.autograd.Function):
         return (torch.stack(outputs, dim=1).flatten(1, 2), *states)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
         plan, layers, records, stride = ctx.plan, ctx.layers, ctx.records, ctx.stride
-        check_backward(gone=records[0] is None)
-        count = layers + len(Inputs._fields)
-        x = Inputs(*ctx.saved_tensors[layers:count])
-        kept = ctx.saved_tensors[count:]
+        check_records(gone=records[0] is None)
+        saved, count = ctx.saved_tensors, layers + len(Inputs._fields)  # read once: see cpu_loop.py
+        x, kept = Inputs(*saved[layers:count]), saved[count:]
         K, C = x.phi.size(1), x.phi_q.size(2)
         dy = dy.to(plan.operands).unflatten(1, (K, C))
         dstates = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
         dinitial = None if x.initial_out is None else torch.zeros_like(x.initial_out)
         chunks: list[dict[str, Tensor]] = [{} for _ in range(K)]
-        with torch.autocast(x.phi.device.type, enabled=False):
+        with without_autocast(x.phi):
             for start in range((K - 1) // stride * stride, -1, -stride):
                 first = start // stride * layers
                 states = [list(kept[first : first + layers])]

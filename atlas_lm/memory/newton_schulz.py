@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Muon's: steep at 0, singular values end within about [0.7, 1.2]
@@ -19,7 +20,8 @@ def newton_schulz(x_BMN: Tensor, steps: int = STEPS) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = x_BMN.size(-2) > x_BMN.size(-1)
     x = x_BMN.mT if tall else x_BMN
-    x = x * (x.square().sum(dim=(-2, -1), keepdim=True) + _EPSILON).rsqrt()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1e-14 is 0 in float16
+    x = (wide * (wide.square().sum(dim=(-2, -1), keepdim=True) + _EPSILON).rsqrt()).to(x.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.features import unit
+
 BLOCK = 64  # tokens at a time: the result does not depend on it
 
 
 class ProjectionState(NamedTuple):
-    """The running sums of one shard."""
+    """The running sums of one shard, in at least float32."""
 
     M: Tensor  # (B, H, D, D)
     n: Tensor  # (B, H)
@@ -29,7 +31,9 @@ class ProjectionState(NamedTuple):
 
 def persistent_state(keys_HPD: Tensor, batch: int) -> ProjectionState:
     """M_persistent and norm_persistent, derived from the keys on use so that they cannot go stale (SPEC M10)."""
-    M_HDD = keys_HPD.mT @ keys_HPD
+    wide = torch.promote_types(keys_HPD.dtype, torch.float32)
+    keys_HPD = keys_HPD.to(wide)
+    M_HDD = (keys_HPD.mT @ keys_HPD).to(wide)
     n_H = keys_HPD.square().sum(dim=(-2, -1))
     return ProjectionState(M_HDD.expand(batch, -1, -1, -1), n_H.expand(batch, -1))
 
@@ -46,6 +50,8 @@ def project(
     Computed as q M_ξ + tril(q Kᵀ) K block by block: no D×D matrix per token. `restart_BHT` (bool) marks the tokens at
     which M and n go back to `persistent`.
     """
+    wide = torch.promote_types(k_BHTD.dtype, torch.float32)  # sums over thousands of tokens
+    state, persistent = (ProjectionState(sums.M.to(wide), sums.n.to(wide)) for sums in (state, persistent))
     if restart_BHT is None:
         return _all_blocks(q_BHTD, k_BHTD, state)
     outputs = []
@@ -64,14 +70,19 @@ def _all_blocks(q_BHTD: Tensor, k_BHTD: Tensor, state: ProjectionState) -> tuple
     missing = count * C - T
     q, k = (nnf.pad(x, (0, 0, 0, missing)) if missing else x for x in (q_BHTD, k_BHTD))
     q, k = (x.unflatten(2, (count, C)) for x in (q, k))
-    wide = torch.promote_types(state.M.dtype, torch.float32)
-    gram = (k.mT @ k).to(wide)
-    behind = state.M.to(wide).unsqueeze(2) + gram.cumsum(dim=2)
+    gram = (k.mT @ k).to(state.M)
+    # of the blocks before alone: a block's own keys, added and taken away again, would leave their rounding behind
+    before = state.M.unsqueeze(2) + nnf.pad(gram[:, :, :-1].cumsum(dim=2), (0, 0, 0, 0, 1, 0))
     scores = (q @ k.mT).tril()
-    projected = q @ (behind - gram).to(q.dtype) + scores @ k
-    y = nnf.normalize(projected.to(q_BHTD.dtype), dim=-1).flatten(2, 3)[:, :, :T]
+    projected = q @ before.to(q.dtype) + scores @ _finite(k)
+    y = unit(projected.to(q_BHTD.dtype)).flatten(2, 3)[:, :, :T]
     n = state.n + k_BHTD.square().sum(dim=(-2, -1))
-    return y, ProjectionState(behind[:, :, -1], n)
+    return y, ProjectionState(before[:, :, -1] + gram[:, :, -1], n)
+
+
+def _finite(k: Tensor) -> Tensor:
+    """Keys for a masked product, where 0 · NaN would reach earlier tokens. Later ones have the key's NaN as score."""
+    return k.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _block(
@@ -82,17 +93,18 @@ def _block(
     segment = restart.long().cumsum(-1)
     seen = seen & (segment.unsqueeze(-1) == segment.unsqueeze(-2))
     fresh = segment > 0
-    carried = torch.where(fresh.unsqueeze(-1), q_BHCD @ persistent.M, q_BHCD @ state.M)
+    low = q_BHCD.dtype
+    carried = torch.where(fresh.unsqueeze(-1), q_BHCD @ persistent.M.to(low), q_BHCD @ state.M.to(low))
     n_BHC = torch.where(fresh, persistent.n.unsqueeze(-1), state.n.unsqueeze(-1))
     last = fresh[..., -1]
     base = ProjectionState(
         torch.where(last[..., None, None], persistent.M, state.M), torch.where(last, persistent.n, state.n)
     )
     weight_BHC = (segment == segment[..., -1:]).to(k_BHCD)
-    scores = (q_BHCD @ k_BHCD.mT) * seen
+    scores = (q_BHCD @ k_BHCD.mT).masked_fill(~seen, 0.0)
     squares_BHC = k_BHCD.square().sum(-1)
-    n_BHC = n_BHC + (seen.to(squares_BHC) @ squares_BHC.unsqueeze(-1)).squeeze(-1)
-    projected = (carried + scores @ k_BHCD) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
+    n_BHC = n_BHC + torch.where(seen, squares_BHC.unsqueeze(-2), 0.0).sum(-1)
+    projected = (carried + scores @ _finite(k_BHCD)) / n_BHC.clamp_min(1e-8).unsqueeze(-1)
     kept = k_BHCD * weight_BHC.unsqueeze(-1)
     state = ProjectionState(base.M + kept.mT @ k_BHCD, base.n + (weight_BHC * squares_BHC).sum(-1))
-    return nnf.normalize(projected.to(q_BHCD.dtype), dim=-1), state
+    return unit(projected.to(q_BHCD.dtype)), state

@@ -29,7 +29,7 @@ from atlas_lm.memory import network as net
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.newton_schulz import newton_schulz
 from atlas_lm.memory.projection import ProjectionState
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, bounded, initial_state, make_tail
+from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, bounded, fit_state, initial_state, make_tail
 
 
 def scan(
@@ -40,6 +40,7 @@ def scan(
     `initial` is W_init (H, rows, columns) per layer. Same signature as `chunked.scan`, but a restart must fall on the
     same tokens in the whole batch, and the state must not hold a chunk that a restart has cut.
     """
+    state = fit_state(rule, state, initial, tokens)
     row = append(rule, state, tokens)
     change, momentum = state.change, state.momentum
     restarts = [] if row.restart is None else row.restart[0, 0].nonzero().flatten().tolist()
@@ -60,7 +61,7 @@ def scan(
             change, momentum = chunk.end()
             chunk = _Chunk(rule, change, momentum, initial, row, max(t + 1 - rule.halo, floor), start=t + 1)
     filled = (row.k.size(2) - rule.halo) % rule.chunk
-    return torch.cat(outputs, dim=2), MemoryState(change, momentum, make_tail(rule, row, filled), filled)
+    return torch.cat(outputs, dim=2), MemoryState(change, momentum, make_tail(rule, row, filled), filled, rule)
 
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -78,6 +80,7 @@ class MemoryState(NamedTuple):
     momentum: Weights  # S_ξ, alike
     tail: Tokens  # the halo, then the unfinished chunk, zeros behind it: c−1 + C−1 tokens
     filled: int  # tokens in the unfinished chunk
+    rule: Rule  # of the memory that made it
 
 
 def initial_state(rule: Rule, initial: Weights, batch: int, features: int, restart: bool = False) -> MemoryState:
@@ -85,9 +88,10 @@ def initial_state(rule: Rule, initial: Weights, batch: int, features: int, resta
     H, _, D = initial[-1].shape
     B = batch
     zeros = initial[-1].detach().new_zeros
-    nothing = tuple(zeros(B, *w.shape) for w in initial)
+    wide = torch.promote_types(initial[-1].dtype, torch.float32)
+    nothing = tuple(zeros(B, *w.shape, dtype=wide) for w in initial)
     length = rule.halo + rule.chunk - 1
-    per_token = zeros(B, H, length)
+    per_token = zeros(B, H, length, dtype=wide)
     tail = Tokens(
         zeros(B, H, length, D),
         zeros(B, H, length, features),
@@ -95,7 +99,7 @@ def initial_state(rule: Rule, initial: Weights, batch: int, features: int, resta
         Gates(per_token, per_token, per_token, per_token),
         per_token.bool() if restart else None,
     )
-    return MemoryState(nothing, nothing, tail, 0)
+    return MemoryState(nothing, nothing, tail, 0, rule)
 
 
 def map_tokens(f, *tokens: Tokens) -> Tokens:
@@ -107,15 +111,84 @@ def map_tokens(f, *tokens: Tokens) -> Tokens:
     return Tokens(k, phi, v, gates, restart)
 
 
-def append(rule: Rule, state: MemoryState, tokens: Tokens) -> Tokens:
-    """The halo, the unfinished chunk and the new tokens in one row."""
-    if state.tail.k.size(2) != rule.halo + rule.chunk - 1:
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """No autocast on the device of a tensor; device meta knows none."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether to trust masked products (B, H, T, D): a mask that is multiplied with leaves 0 · NaN of later tokens.
+
+    False for some that are finite as well: their sum may overflow.
+    """
+    return x.size(2) == 1 or x.is_meta or math.isfinite(x.detach().sum().item())
+
+
+def fit(name: str, x: Tensor, sizes: dict[str, int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a state in the precision of this call: `dtype`, or that of `like`, whose device it must be on.
+
+    `sizes`: the shape that this call needs, by what each axis is. ValueError for another shape, device or kind of
+    number: the state is then of another model or batch.
+    """
+    dtype = dtype or like.dtype
+    if x.shape != tuple(sizes.values()):
+        wrong = f"is {tuple(x.shape)}, this model and these tokens need {tuple(sizes.values())} ({', '.join(sizes)})"
+    elif x.device != like.device:
+        wrong = f"lies on {x.device}, the tokens on {like.device}"
+    elif x.dtype.is_floating_point != dtype.is_floating_point or x.is_complex():
+        wrong = f"has numbers of {x.dtype}, not of {dtype}"
+    else:
+        return x.to(dtype)
+    raise ValueError(f"the state does not fit: its {name} {wrong}; start from initial_state of this model and batch")
+
+
+def fit_state(rule: Rule, state: MemoryState, initial: Weights, tokens: Tokens) -> MemoryState:
+    """A state in the precision of these tokens. ValueError for one of another memory or batch, naming what differs."""
+    if state.rule != rule:
+        pairs = zip(Rule._fields, state.rule, rule, strict=True)
+        differ = ", ".join(f"{name} {old} instead of {new}" for name, old, new in pairs if old != new)
         raise ValueError(
-            f"this state was made for another chunk size or Omega context than chunk {rule.chunk}, context "
-            f"{rule.context}; prefill again after changing either"
+            f"this state was made by another memory ({differ}) than this one of chunk {rule.chunk}, "
+            f"context {rule.context}; prefill again"
         )
+    if not 0 <= state.filled < rule.chunk:
+        raise ValueError(f"the state's unfinished chunk holds {state.filled} tokens of {rule.chunk}; prefill again")
+    if (state.tail.restart is None) != (tokens.restart is None):
+        here, there = ("without", "with") if state.tail.restart is None else ("with", "without")
+        raise ValueError(f"this state was made {here} document starts, these tokens come {there}; prefill again")
+    if len(state.change) != len(initial) or len(state.momentum) != len(initial):
+        raise ValueError(
+            f"the state has {len(state.change)} fast matrices, the network {rule.network.kind} {len(initial)}; "
+            "start from initial_state of this model"
+        )
+    B, H = tokens.phi.shape[:2]
+    wide = torch.promote_types(tokens.k.dtype, torch.float32)
+
+    def matrices(name: str, given: Weights) -> Weights:
+        axes = [{"batch": B, "heads": H, "features or hidden": w.size(1), "outputs": w.size(2)} for w in initial]
+        return tuple(fit(name, x, sizes, tokens.k, wide) for x, sizes in zip(given, axes, strict=True))
+
+    def per_token(name: str, x: Tensor, like: Tensor) -> Tensor:
+        sizes = {"batch": B, "heads": H, "tokens": rule.halo + rule.chunk - 1}
+        return fit(name, x, sizes | ({"channels": like.size(3)} if like.dim() == 4 else {}), like)
+
+    old, restart = state.tail, state.tail.restart
+    if restart is not None and tokens.restart is not None:
+        restart = per_token("document starts", restart, tokens.restart)
+    tail = Tokens(
+        per_token("keys", old.k, tokens.k),
+        per_token("features", old.phi, tokens.phi),
+        per_token("values", old.v, tokens.v),
+        Gates(*(per_token("gates", x, y) for x, y in zip(old.gates, tokens.gates, strict=True))),
+        restart,
+    )
+    return MemoryState(matrices("change", state.change), matrices("momentum", state.momentum), tail, state.filled, rule)
+
+
+def append(rule: Rule, state: MemoryState, tokens: Tokens) -> Tokens:
+    """The halo, the unfinished chunk and the new tokens in one row. The state fits (`fit_state`)."""
     known = rule.halo + state.filled
-    return map_tokens(lambda old, new: torch.cat([old[:, :, :known].to(new.dtype), new], dim=2), state.tail, tokens)
+    return map_tokens(lambda old, new: torch.cat([old[:, :, :known], new], dim=2), state.tail, tokens)
 
 
 def make_tail(rule: Rule, tokens: Tokens, filled: int) -> Tokens:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
+from worlds import set_clock
 
 from atlas_lm.loggers.board import BoardLogger, custom_scalars, flatten
 
@@ -249,3 +250,23 @@ def test_what_is_logged_behind_the_end_hides_nothing(tmp_path: Path) -> None:
         logger.log_metrics({"x": 9.0}, 4)  # a validation behind the last step
         logger.finalize("success")
         assert shown(folder) == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]
+
+
+@pytest.mark.parametrize("offsets", [(0, -86400), (0, -86400, -43200), (0, 0, 0)], ids=str)
+def test_a_clock_that_was_set_back_loses_no_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offsets: tuple[int, ...]
+) -> None:
+    """Each process after the first is resumed three steps back, as one that was killed is."""
+    for i, offset in enumerate(offsets):
+        set_clock(monkeypatch, offset)
+        logger = BoardLogger(str(tmp_path), LAYOUT)
+        if i:
+            logger.go_on_from(10 * i - 3)
+        for step in range(10 * i - 3 if i else 0, 10 * (i + 1)):
+            logger.log_metrics({"val/loss": float(i)}, step)
+        logger.finalize("failed")
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    points = [(event.step, event.value) for event in board.Scalars("val/loss")]
+    assert [step for step, _ in points] == [*range(10 * len(offsets))]
+    assert points[7] == (7, 1.0), "what came again replaces what was there"

@@ -18,6 +18,7 @@ from hierarchy_cases import (
 
 from atlas_lm.block import FUSIONS
 from atlas_lm.config import ModelConfig
+from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop, cpu_norm
 from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.model import AtlasLM
 
@@ -199,6 +200,30 @@ def test_model_is_causal(changes, T):
             assert moved[:, t].max() > 1e-6
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def path(request, monkeypatch):
+    """Both ways through the model on a CPU; a GPU takes the second."""
+    if request.param == "torch":
+        for module in (cpu_attention, cpu_convolution, cpu_features, cpu_loop):
+            monkeypatch.setattr(module, "can_run", lambda *_: False)
+        monkeypatch.setattr(cpu_norm, "_can_run", lambda *_: False)
+    else:
+        assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
+
+
+@every_model
+@pytest.mark.parametrize("sizes", [{}, {"global_chunk": 96, "shard": 192, "local_chunks": [16, 7]}], ids=str)
+def test_float32_model_is_bitwise_causal(changes, sizes, path):
+    """A later token leaves not even its rounding behind, in its own block of the projection or another."""
+    model, tokens = build_model(torch.float32, **(sizes | changes)), make_tokens(150)
+    with torch.inference_mode():
+        truth = model(tokens).logits
+        for t in (6, 24, 63, 64, 100, 149):
+            other = tokens.clone()
+            other[:, t] = (other[:, t] + 1) % VOCABULARY
+            assert torch.equal(model(other).logits[:, :t], truth[:, :t])
+
+
 @every_model
 @pytest.mark.parametrize("T", LENGTHS)
 def test_rows_of_the_model_are_independent_and_nothing_is_changed(changes, T):
@@ -276,3 +301,41 @@ def test_the_gate_depends_on_the_memory_alone_and_zero_takes_it_out(fusion):
         fused, gate = layer(attended, remembered)
     assert (gate == 0).all()
     assert torch.equal(fused, attended if fusion == "convex" else torch.zeros_like(attended))
+
+
+# What is not finite.
+
+
+@every_model
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["qkv", "attention values", "memory values", "stream"])
+def test_what_is_not_finite_reaches_no_earlier_token(changes, where, value, path):
+    """Bitwise: 0 · NaN in a masked product is NaN."""
+    model, tokens = build_model(torch.float32, **changes), make_tokens(100)
+    block = model.blocks[0]
+    if where == "memory values" and block.memory is None:
+        pytest.skip("no memory")
+    t = 40
+
+    def spoil(module, inputs, output):
+        if output.size(1) <= t:
+            return output
+        channels = slice(None) if where in ("qkv", "stream") else slice(output.size(-1) * 2 // 3, None)
+        output = output.clone()
+        output[1, t, channels] = value
+        return output
+
+    def forward():
+        if where == "stream":
+            return model(tokens, model.initial_state(2)).logits
+        return model(tokens).logits
+
+    projection = block.memory.qkv if where == "memory values" else block.attention.qkv
+    with torch.inference_mode():
+        truth = forward()
+        hook = (block.norm if where in ("qkv", "stream") else projection).register_forward_hook(spoil)
+        logits = forward()
+        hook.remove()
+    assert torch.equal(logits[0], truth[0])
+    assert torch.equal(logits[1, :t], truth[1, :t])
+    assert not logits[1, t:].isfinite().all()

@@ -75,6 +75,19 @@ def test_restarts_inside_chunks(chunk, update, read, path):
     compare(case, rule_of(case, 63, chunk, 4, update, read), 1e-9)
 
 
+@pytest.mark.parametrize("gate", [0.0, 1e-13, 1e-6])
+@pytest.mark.parametrize("read", ["token", "chunk"])
+@pytest.mark.parametrize("chunk", [7, 32])
+@pytest.mark.parametrize("name", ["alpha", "eta", "theta", "gamma"])
+def test_gates_that_are_closed_or_nearly(name, chunk, read, gate, path):
+    """A gate of 0 still has a gradient, through products in which it is the only zero and those with a second one."""
+    case = make_case("gated_mlp", 63)
+    x = getattr(case.tokens.gates, name)
+    with torch.no_grad():
+        x[..., [3, 4, 11, 30, 62]] = gate
+    compare(case, rule_of(case, 63, chunk, 4, "gradient", read), 1e-9)
+
+
 @pytest.mark.parametrize("cuts", [(1,), (20, 21), (7, 14, 50)])
 @pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
 def test_pieces_equal_one_call(cuts, update, path):

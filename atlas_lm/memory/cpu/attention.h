@@ -126,6 +126,21 @@ template <class T, class S> struct Attention : Operations<T, S> {
         soften(b * a.H + h, start, known);
     }
 
+    static bool finite(M x) {
+        T sum = 0;
+        for (I r = 0; r < x.rows; r++)
+            for (I c = 0; c < x.cols; c++) sum += x[r][c] * T(0);
+        return sum == 0;
+    }
+    // p v over the keys that each query sees: in the product 0 times a value that is not finite reaches every query
+    void alone(I start) {
+        for (I i = 0; i < C && start + i < a.T; i++) {
+            std::fill(o[i], o[i] + a.D, T(0));
+            for (I c = std::max<I>(0, least(start, i)); c <= most(i); c++)
+                for (I d = 0; d < a.D; d++) o[i][d] += p[i][c] * v[c][d];
+        }
+    }
+
     I row(I b, I h, I t) const { return (b * a.T + t) * a.H * a.D + h * a.D; }
 
     void forward(I g) {
@@ -133,6 +148,7 @@ template <class T, class S> struct Attention : Operations<T, S> {
         for (I start = 0; start < a.T; start += C) {
             scores(b, h, start, false);
             nn(p, v, o);
+            if (!finite(o)) alone(start);
             for (I i = 0; i < C && start + i < a.T; i++) {
                 S* __restrict to = (S*)a.y + row(b, h, start + i);
                 for (I c = 0; c < a.D; c++) to[c] = S(o[i][c]);
