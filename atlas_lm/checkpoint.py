@@ -253,7 +253,7 @@ def load_weights(module: LightningModule, path: Path) -> None:
     content = read_checkpoint(path)
     tokenizer = another_tokenizer(content.get(MODEL[0], {}), module.hparams, path)
     if tokenizer:
-        raise CheckpointError(f"{str(path)!r} was trained with {tokenizer}: set data.source.tokenizer back")
+        raise CheckpointError(f"{str(path)!r} does not fit, {tokenizer}: set the tokenizer (or the shards) back")
     _fill(module, content, path)
 
 

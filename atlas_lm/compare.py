@@ -21,12 +21,13 @@ from rich.table import Table
 
 from atlas_lm.config import nearest
 from atlas_lm.options import call, parse
-from atlas_lm.parsing import read_config, read_json
+from atlas_lm.parsing import check_numbers, read_config, read_json
 from atlas_lm.pictures import new_figure, save
 from atlas_lm.runs import CONFIG, write_atomically
 
 HEADINGS = ("run", "local chunks", "val ppl", "bits/byte", "tokens/s", "train time", "status")
 WIDTH = 160  # of the table where the output is no terminal
+FIGURES = ("val_loss", "val_bits_per_byte", "tokens_per_second", "train_seconds", "tokens", "val_bytes")  # of a report
 UNFINISHED = "unfinished"  # no report: it still runs, or was killed
 
 
@@ -109,6 +110,9 @@ def read_run(folder: Path) -> Run:
     chunks = OmegaConf.select(config, "model.local_chunks", default=[])
     memory = OmegaConf.select(config, "model.memory", default="atlas")
     report = _report(folder / "report.json")
+    check_numbers(report, FIGURES, folder / "report.json")
+    if not OmegaConf.is_list(chunks) and not isinstance(chunks, list):
+        raise ValueError(f"{folder / CONFIG}: model.local_chunks is {chunks!r} and must be a list: correct it")
     loss = report.get("val_loss")
     return Run(
         folder,

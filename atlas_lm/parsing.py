@@ -1,6 +1,8 @@
 """JSON and YAML from files that may be damaged: every error is a ValueError that names the file."""
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,26 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes(), path)
 
 
+def is_number(value: object) -> bool:
+    """A finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_numbers(values: Mapping[str, Any], names: Iterable[str], where: str | Path) -> None:
+    """ValueError naming `where` unless the values of these names are finite numbers, null or absent."""
+    for name in names:
+        if values.get(name) is not None and not is_number(values[name]):
+            raise ValueError(f"{where}: {name} is {values[name]!r} and must be a number or null: correct it")
+
+
 def read_config(path: Path) -> DictConfig:
     """The configuration in a YAML file. ValueError: it is none. OSError: it cannot be read."""
     try:
         found = OmegaConf.load(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is no configuration of a run ({error}): choose another run") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
     except UnicodeDecodeError as error:

@@ -92,6 +92,8 @@ def code_points(text: str) -> np.ndarray:
 
 def count_losses(raw: bytes, lost: np.ndarray | None) -> Losses:
     """The losses of one document. `lost`: (len(raw),) the fate of the character that each byte belongs to."""
+    if lost is None and raw.isascii():
+        return Losses(len(raw))
     starts = (np.frombuffer(raw, dtype=np.uint8) & 0xC0) != 0x80  # of the characters in UTF-8
     if lost is None:
         return Losses(int(starts.sum()))

@@ -31,7 +31,9 @@ def content_key(raw: bytes) -> bytes | None:
 class Overlap:
     """Which documents a split has to do without, as they are in a split that goes before it. 16 bytes per document."""
 
-    def __init__(self, drawn: bool) -> None:
+    def __init__(self, drawn: bool, level: int | None = None) -> None:
+        # nobody chose the splits that were drawn, and nobody can put anything right there
+        self._level = level or (logging.INFO if drawn else logging.WARNING)
         order = SPLITS if drawn else SPLITS[::-1]
         self._before: dict[Split, tuple[Split, ...]] = {split: order[:i] for i, split in enumerate(order)}
         self._last = order[-1]  # goes before none: its keys need not be kept
@@ -79,8 +81,8 @@ class Overlap:
 
     @rank_zero_only
     def _warn(self, split: Split, others: str, found: list[tuple[str, int]]) -> None:
-        log.warning(
-            "warning: %d of %d documents of the %s split, %d bytes, are in the %s split too, such as %s: "
+        log.log(
+            self._level, "%d of %d documents of the %s split, %d bytes, are in the %s split too, such as %s: "
             "they are left out of the %s split",
             len(found), len(found) + self._kept[split], split, sum(n for _, n in found), others, found[0][0], split,
         )  # fmt: skip

@@ -6,11 +6,12 @@
 Sequences do not overlap: each target belongs to exactly one of them. Tokens after the last full sequence are left out.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -111,6 +112,7 @@ class PackedSource:
     """
 
     splits_are_drawn = False  # by hash, rather than named by the user
+    empty_documents = logging.WARNING  # level of the line that counts them
 
     def __init__(self, tokenizer: str | Tokenizer = "bytes") -> None:
         self._tokenizer = load_tokenizer(tokenizer)
@@ -139,7 +141,7 @@ class PackedSource:
             "validation": Packer(self._tokenizer, keep_raw=True),
             "test": Packer(self._tokenizer, keep_raw=True),
         }
-        empty = EmptyDocuments()
+        empty = EmptyDocuments(self.empty_documents)
         for document in self.documents():
             packers[document.split].add(document)
             empty.note(document)
@@ -174,8 +176,7 @@ class PackedSource:
         return self._streams[split].losses
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """One document in a stream: n tokens, the last of them the separator."""
 
     name: str

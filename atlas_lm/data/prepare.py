@@ -101,7 +101,7 @@ class _Read(NamedTuple):
 
 def _read(source: PackedSource, progress: Progress) -> _Read:
     task, digest = progress.add_task("reading", total=None), blake2b(digest_size=16)
-    n_bytes, overlap, empty = 0, Overlap(source.splits_are_drawn), EmptyDocuments()
+    n_bytes, overlap, empty = 0, Overlap(source.splits_are_drawn), EmptyDocuments(source.empty_documents)
     for document in source.documents():
         n_bytes += len(document.raw)
         overlap.note(document.split, content_key(document.raw))
@@ -145,7 +145,10 @@ def _tokenizer(
             write_durably(path, text.encode())
         else:
             write_durably(path, Path(spec).read_bytes())
-    return JsonTokenizer(path)
+    found = JsonTokenizer(path)
+    if spec != "bpe" and found.fingerprint() != load_tokenizer(spec).fingerprint():
+        raise ValueError(f"{str(path)!r} is not {spec!r}, which this folder was begun with: {AGAIN}")
+    return found
 
 
 def _blocks(documents: Iterator[Document], block_bytes: int) -> Iterator[list[Document]]:

@@ -1,5 +1,6 @@
 """Shards of versions that did not compare the splits: what is held out there is compared with what is trained on."""
 
+import logging
 from collections.abc import Iterator
 from hashlib import blake2b
 
@@ -30,7 +31,7 @@ def compare_splits(streams: dict[Split, TokenStream]) -> dict[Split, TokenStream
 
     ValueError when nothing is left of a split.
     """
-    overlap, found = Overlap(drawn=True), dict(streams)
+    overlap, found = Overlap(drawn=True, level=logging.WARNING), dict(streams)
     for split, stream in streams.items():
         for _, _, key in token_documents(stream.tokens, stream.separator_id):
             overlap.note(split, key)

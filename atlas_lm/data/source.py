@@ -82,7 +82,8 @@ class Document:
 class EmptyDocuments:
     """Counts the documents without text, and says so: they are named and matched, and nothing of them is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: int = logging.WARNING) -> None:
+        self._level = level
         self._total: Counter[Split] = Counter()
         self._empty: dict[Split, list[str]] = defaultdict(list)
 
@@ -96,8 +97,8 @@ class EmptyDocuments:
     def report(self) -> None:
         """Log how many there are of each split."""
         for split, names in self._empty.items():
-            log.warning(
-                "warning: %d of %d documents of the %s split hold no text, such as %s",
+            log.log(
+                self._level, "%d of %d documents of the %s split hold no text, such as %s",
                 len(names), self._total[split], split, names[0],
             )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Python's own standard library as a corpus: the source text that every interpreter brings along."""
 
+import logging
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ class StdlibSource(PackedSource):
     """
 
     splits_are_drawn = True
+    empty_documents = logging.INFO  # an empty __init__.py is usual
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from atlas_lm.checkpoint import build_module, read_checkpoint
 from atlas_lm.checks import check_targets
 from atlas_lm.config import ModelConfig
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.parsing import read_config, read_json
+from atlas_lm.parsing import check_numbers, read_config, read_json
 from atlas_lm.run_tokenizer import ARGUMENT, COPY, another_tokenizer
 from atlas_lm.runs import CONFIG, intact_checkpoint
 
@@ -77,6 +77,7 @@ class Evidence:
             raise ValueError(f"report.json is broken ({error})") from None
         if not isinstance(found, dict):
             raise ValueError("report.json is broken: no JSON object")
+        check_numbers(found, ("steps",), path)
         return found
 
     @cached_property

@@ -22,6 +22,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from atlas_lm.parsing import check_numbers, is_number
 from atlas_lm.runs import write_atomically
 
 # The fields of SPEC C9 and the names under which their values are logged; null in a step that did not log one.
@@ -78,8 +79,20 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if broken and found.get("seq") != _next_seq(rows):
             raise ValueError(f"{path}, line {broken}: no JSON object, and rows follow it: restore or delete that line")
         broken = None
+        _check_row(found, f"{path}, line {number}")
         rows.append(found)
     return rows
+
+
+def _check_row(row: Mapping[str, Any], where: str) -> None:
+    """ValueError unless all values are numbers or null, but for the list of names `nonfinite`."""
+    names = row.get("nonfinite", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: nonfinite is {names!r} and must be a list of names: restore or delete that line")
+    for name in ("seq", "step"):
+        if name in row and not is_number(row[name]):
+            raise ValueError(f"{where}: {name} is {row[name]!r} and must be a number: restore or delete that line")
+    check_numbers(row, (name for name in row if name != "nonfinite"), where)
 
 
 def _next_seq(rows: list[dict[str, Any]]) -> int:

@@ -26,7 +26,7 @@ from atlas_lm.data.tokens import TokensSource
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
 
 
 def write(folder: str, names: str, word: str = "text") -> None:

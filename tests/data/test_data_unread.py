@@ -92,3 +92,21 @@ def test_a_figure_is_not_taken_over_from_another_validation_text(tmp_path: Path)
     again = report_of(run)
     assert again["val_loss"] != first["val_loss"]
     assert "the validation text is not that" in next(run.glob("*.log")).read_text()
+
+
+def test_shards_that_go_on_with_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atlas_lm.data.tokenizers import train_bpe
+
+    Path("a.txt").write_text("alpha beta gamma " * 30)
+    train_bpe([b"alpha beta gamma" * 9], 262).save("t.json")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("atlas_lm.data.prepare._finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("text", "out", "t.json", files="a.txt")
+    train_bpe([b"gamma delta" * 9], 262).save("out/tokenizer.json")
+    with pytest.raises(ValueError, match=r"out/tokenizer\.json' is not 't\.json', which this folder was begun with"):
+        prepare("text", "out", "t.json", files="a.txt")

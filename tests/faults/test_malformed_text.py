@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from faults import mutated, outcome
+from rich.console import Console
 
+from atlas_lm import calibrate, compare
 from atlas_lm.data.hf import HuggingFaceSource
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.prepare import prepare
@@ -247,3 +249,45 @@ def test_tokenizers_that_cannot_say_what_they_meet_are_named(tmp_path: Path) -> 
         tokenizer.save(str(path))
         _, line = outcome(TextSource(str(tmp_path / "a.txt"), tokenizer=str(path)).setup, SECONDS)
         assert says(line, str(path), "a.txt")
+
+
+# What lies in a run folder: JSON that is whole, with values of another kind
+
+VALUES: list[Any] = ["abc", [1], {"a": 1}, True, ""]
+ROW = {"seq": 0, "step": 0, "ppl_delta": 0.01, "train/loss": 1.0}
+REPORT = {"status": "finished", "val_loss": 1.0, "val_bits_per_byte": 1.0, "tokens_per_second": 1.0,
+          "train_seconds": 1.0, "tokens": 9, "val_bytes": 9}  # fmt: skip
+
+
+def run_folder(folder: Path, report: Any, last_row: Any, chunks: Any = (4,)) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report))
+    rows = [{**ROW, "seq": i, "step": i} for i in range(30)]
+    rows += [last_row, {**ROW, "seq": 31, "step": 31}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(json.dumps({"model": {"local_chunks": chunks}}))
+    return folder
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values_of_another_kind_in_a_run_folder(tmp_path: Path, value: Any) -> None:
+    good_row = {**ROW, "seq": 30, "step": 30}
+    for key in REPORT:
+        run_folder(tmp_path / "run", {**REPORT, key: value}, good_row)
+        _, line = outcome(lambda: compare.compare([tmp_path / "run"], console=Console(quiet=True)), SECONDS)
+        assert key == "status" or says(line, "report.json", key, repr(value)), (key, line)
+    for key in ("ppl_delta", "seq", "step", "nonfinite", "train/loss"):
+        run = run_folder(tmp_path / "run", REPORT, {**good_row, key: value})
+        _, line = outcome(lambda: calibrate.calibrate(run, Console(quiet=True)), SECONDS)  # noqa: B023
+        assert says(line, "metrics.jsonl, line 31", key) or (key == "seq" and says(line, "metrics.jsonl")), (key, line)
+    run = run_folder(tmp_path / "run", REPORT, good_row, chunks=value)
+    _, line = outcome(lambda: compare.compare([run], console=Console(quiet=True)), SECONDS)
+    assert says(line, "config.yaml", "local_chunks") or value == [1]
+    assert calibrate.calibrate(run_folder(tmp_path / "run", REPORT, good_row), Console(quiet=True)).count == 32
+
+
+@pytest.mark.parametrize("content", ["7", "true", "- 1", "a: [", "\xff", "\t"])
+def test_a_config_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
+    _, line = outcome(lambda: read_config(tmp_path / "config.yaml"), SECONDS)
+    assert says(line, "config.yaml")
