@@ -113,3 +113,23 @@ def test_a_memory_refuses_what_does_not_fit(shapes):
     x, q, k = (torch.rand(*shape) for shape in shapes)
     with pytest.raises(ValueError, match="got"):
         build().blocks[0].memory.hierarchy(x, q, k, k)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("memory", ["atlas", "none"])
+def test_a_model_compiles_at_its_defaults(memory):
+    """One length after the other, which makes the compiler's sizes dynamic; the memory runs as it is."""
+    torch.manual_seed(0)
+    model = build(memory=memory)
+    compiled = torch.compile(model)
+    for T in (30, 41, 17):
+        tokens = torch.randint(VOCABULARY, (2, T))
+        gradients = []
+        for run in (compiled, model):
+            model.zero_grad()
+            logits = run(tokens).logits
+            logits.square().sum().backward()
+            gradients.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -199,9 +199,14 @@ def _parallel() -> Any:
     return None
 
 
-@functools.cache
+@torch.compiler.disable  # it runs a compiler of its own, once
 def library() -> ctypes.CDLL | None:
     """The compiled functions, built if this machine has not built them before; None where they cannot be."""
+    return _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     try:
         if compiler is None:

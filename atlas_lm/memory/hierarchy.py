@@ -188,6 +188,8 @@ class Hierarchy(nn.Module):
         M = fit("sum of keys", given.M, sizes | {"channels": D, "channels again": D}, k_BHTD, wide)
         return ProjectionState(M, fit("sum of squares", given.n, sizes, k_BHTD, wide))
 
+    # Chunks are cut by the number of tokens: compiled for one length after the other, inductor fails at the second.
+    @torch.compiler.disable
     def forward(
         self,
         x_BTM: Tensor,

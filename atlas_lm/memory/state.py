@@ -116,6 +116,7 @@ def without_autocast(like: Tensor) -> AbstractContextManager:
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
+@torch.compiler.disable  # it looks at a value
 def all_finite(x: Tensor) -> bool:
     """Whether to trust masked products (B, H, T, D): a mask that is multiplied with leaves 0 · NaN of later tokens.
 
