@@ -72,6 +72,10 @@ class ChunkSizeScheduler(Callback):
         self.schedule, self.end, self.step_every, self.transition_steps = schedule, end, step_every, transition_steps
         self.last_step = max(1, total_steps - 1)
         self.gamma = Decimal(str(gamma)) if gamma != "auto" else self._derived_gamma()
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.transitions = 0
         self.sizes: tuple[int, ...] | None = None  # of the last step
 
@@ -101,6 +105,8 @@ class ChunkSizeScheduler(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError: the module has no chunk sizes to set. ValueError: another number of them."""
+        if stage == "fit":
+            self.reset()
         if not isinstance(pl_module, HasLocalChunks):
             missing = [name for name in ("local_chunks", "set_local_chunks") if not hasattr(pl_module, name)]
             needs = f"chunk_size_scheduler needs {' and '.join(missing)}"

@@ -76,6 +76,10 @@ class GateMonitor(Callback):
         self.baseline_step, self.check_step, self.growth = baseline_step, check_step, growth
         self.collapse_std, self.low, self.high = collapse_std, low, high
         self.every_n_steps, self.on_failure = every_n_steps, on_failure
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.baseline: list[float] | None = None  # variance per layer at baseline_step
         self.warned: list[str] = []  # kinds of failure
 
@@ -111,6 +115,8 @@ class GateMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError: the module shows no gates."""
+        if stage == "fit":
+            self.reset()
         if not isinstance(pl_module, HasGates):
             raise TypeError(f"gate_monitor needs gate_values(), which {type(pl_module).__name__} lacks")
 

@@ -76,6 +76,10 @@ class LossWeightSchedule(Callback):
         self.tolerance, self.rest_steps, self.backoff, self.smoothing = tolerance, rest_steps, backoff, smoothing
         self.every_n_steps = every_n_steps
         self.watch = watch if any(self.weights.values()) else None  # there is nothing to take away from weights of 0
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.level = 1.0  # what back-offs have left of the schedule
         self.resting_until = 0  # step at which the weights come back
         self.average: float | None = None
@@ -112,6 +116,8 @@ class LossWeightSchedule(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError: the module lets nobody set its weights. ValueError: it knows no loss of a name."""
+        if stage == "fit":
+            self.reset()
         if not isinstance(pl_module, HasLossWeights):
             missing = [
                 name for name in ("loss_weights", "set_loss_weight()") if not hasattr(pl_module, name.strip("()"))

@@ -87,6 +87,10 @@ class NiahProbe(Callback):
             )
         self.every_n_steps, self.threshold, self.haystack = every_n_steps, threshold, haystack
         self.needles, self.on_failure, self.seed = needles, on_failure, seed
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.probes, self.seconds = 0, 0.0  # how often, and how long
         self._trained = 0.0  # seconds of training before this process began to train
         self._began: float | None = None
@@ -112,6 +116,8 @@ class NiahProbe(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError if the module's memory cannot be written from outside; ValueError if it has none."""
+        if stage == "fit":
+            self.reset()
         if not isinstance(pl_module, HasWritableMemory):
             raise TypeError(
                 f"niah_probe needs memory_shape() and write_and_read(...), which {type(pl_module).__name__} lacks"

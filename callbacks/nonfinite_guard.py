@@ -46,9 +46,18 @@ class NonfiniteGuard(Callback):
         if max_consecutive < 0:
             raise ValueError(f"max_consecutive={max_consecutive} must be at least 0, which stops at the first bad step")
         self.max_consecutive = max_consecutive
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.skipped = 0  # of the whole run
         self.streak: list[str] = []  # what was wrong, one entry per consecutive skipped step
         self._losses: list[Tensor] = []  # of this step; reading them as they come would wait for the forward pass
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start clean."""
+        if stage == "fit":
+            self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A window that was cut short leaves nothing behind."""

@@ -51,7 +51,12 @@ class OutlierGuard(Callback):
         if not deviations > 0:
             raise ValueError(f"deviations={deviations} of outlier_guard must be above 0; 8 is far out")
         self.deviations, self.warm_up, self.streak, self.max_consecutive = deviations, warm_up, streak, max_consecutive
-        self.losses: deque[float] = deque(maxlen=window)  # of accepted steps
+        self.window = window
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
+        self.losses: deque[float] = deque(maxlen=self.window)  # of accepted steps
         self.outliers = 0  # steps skipped, those of abandoned timelines included
         self.consecutive = 0
         self._training = False
@@ -81,7 +86,8 @@ class OutlierGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Training has not begun."""
-        self._training = False
+        if stage == "fit":
+            self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A window that was cut short leaves nothing behind."""

@@ -48,8 +48,12 @@ class ProactiveClipping(Callback):
             raise ValueError(f"transition_factor={transition_factor} must be above 0 and at most 1")
         self.kappa_base, self.reference_chunk = kappa_base, reference_chunk
         self.transition_steps, self.transition_factor = transition_steps, transition_factor
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.chunks: tuple[int, ...] | None = None  # of the last step
-        self.since_change = transition_steps  # steps; a run does not begin with a change
+        self.since_change = self.transition_steps  # steps; a run does not begin with a change
         self.transitions = self.clips = 0
 
     def threshold(self, chunk: int) -> float:
@@ -71,6 +75,8 @@ class ProactiveClipping(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError: the module tells no chunk sizes. ValueError: it has no local memory."""
+        if stage == "fit":
+            self.reset()
         if not isinstance(pl_module, HasLocalChunks):
             raise TypeError(f"proactive_clipping needs local_chunks, which {type(pl_module).__name__} lacks")
         if not pl_module.local_chunks:

@@ -48,6 +48,10 @@ class RandomState(Callback):
     """Exact as long as the number of ranks stays."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self._training = False
         self._pending: dict[str, Any] | None = None  # states to go on from, until the first batch is there
 
@@ -75,7 +79,8 @@ class RandomState(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Training has not begun."""
-        self._training = False
+        if stage == "fit":
+            self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A loader draws a seed for its workers when an epoch begins: from the same state as in the whole run."""

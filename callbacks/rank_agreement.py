@@ -55,6 +55,10 @@ class RankAgreement(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} of rank_agreement must be at least 1")
         self.every_n_steps = every_n_steps
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.agreed: int | None = None  # last step at which all ranks held the same
         self._buffers: dict[str, int] = {}  # at the last look
         self._sums = BitSums()
@@ -91,6 +95,11 @@ class RankAgreement(Callback):
         )
 
     # Hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start clean."""
+        if stage == "fit":
+            self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare what training starts from, also where it goes on."""

@@ -102,6 +102,10 @@ class SpikeRollback(Checkpoint):
         self.threshold, self.every_n_steps, self.keep_last = threshold, every_n_steps, keep_last
         self.max_rollbacks, self.cool_down_steps = max_rollbacks, cool_down_steps
         self.smoothing, self.rows, self.watch, self.mode = smoothing, rows, watch, mode
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.ema: float | None = None
         self.rollbacks = 0
         self.spikes: list[int] = []  # optimizer steps at which one was seen
@@ -137,6 +141,8 @@ class SpikeRollback(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError if the module cannot be probed, or takes its optimizer steps itself."""
+        if stage == "fit":
+            self.reset()
         if self.watch == "held_out" and not isinstance(pl_module, HasHeldOutLoss):
             raise TypeError(
                 f"spike_rollback needs held_out_loss(batch), which {type(pl_module).__name__} does not have"

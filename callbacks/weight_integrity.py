@@ -38,6 +38,10 @@ class WeightIntegrity(Callback):
     """Compares the sums behind each optimizer step with those before the next."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """What every fit begins with; a resumed one loads its state after `setup`."""
         self.corruptions = 0  # steps at which some were found, rolled back ones included
         self._expected: Fingerprint | dict[str, int] | None = None  # None: within an optimizer step
         self._demanded: int | None = None  # step at which a rollback was demanded that has not come yet
@@ -46,6 +50,8 @@ class WeightIntegrity(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError: the module takes its optimizer steps by itself."""
+        if stage == "fit":
+            self.reset()
         if not pl_module.automatic_optimization:
             raise TypeError(
                 f"weight_integrity cannot know when {type(pl_module).__name__}, which takes its optimizer steps by "
