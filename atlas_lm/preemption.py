@@ -58,7 +58,7 @@ def preemptible(code: int = REQUEUE) -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals wait while this is open; processes that are started here begin with them held, see `outlive_signals`."""
+    """Hold signals to this thread while this is open; processes that it starts begin so, see `outlive_signals`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_A_GROUP)
     try:
         yield

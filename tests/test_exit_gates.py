@@ -552,7 +552,8 @@ def test_the_model_is_measured_at_the_sizes_it_ended_with(run: Path, monkeypatch
 
     monkeypatch.setattr(measures, "perplexity", watched)
     measures.resolution(evidence)
-    assert seen == [((size,), len(evidence.batches) and 4) for size in (1, 4, 8, 16, 32, 64)]
+    sizes = (1, 4, 8, 16, 16, 16)  # 32 and 64 are longer than this model's shard
+    assert seen == [((size,), len(evidence.batches) and 4) for size in sizes]
     assert evidence.module.local_chunks == (2,)
     change_config(run, callbacks__chunk_size=None)
     with pytest.raises(ValueError, match=r"no callbacks\.chunk_size"):
