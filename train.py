@@ -20,6 +20,7 @@ from atlas_lm.building import (
     build_trainer,
     close_run_folder,
     prepare_process,
+    requeue_exit_code,
     result_of_sweep,
     run_folder,
     second_look,
@@ -43,11 +44,9 @@ def train(cfg: DictConfig) -> Report:
     done = result_of_sweep(cfg)
     if done is not None:
         return done
-    with preemption.preemptible(), run_folder(cfg, ROOT) as goes_on:
+    with preemption.preemptible(requeue_exit_code(cfg)), run_folder(cfg, ROOT) as goes_on:
         report = fit(cfg, config, goes_on)
     close_run_folder(cfg, report)
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        preemption.ignore_when_done()
     return report
 
 
@@ -78,6 +77,8 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
             recorder.error = error  # Lightning gives callbacks the first one; a safeguard may have found its cause
         raise
     finally:
+        if recorder.error is None and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep has more to do
+            preemption.ignore_from_now_on()
         if recorder.has_begun or not goes_on:  # a resume that is refused leaves the run as it was
             report = judge(Path(config.paths.run), trainer, module, dm, recorder)
     return report

@@ -22,6 +22,7 @@ from atlas_lm.checkpoint import MODEL, CheckpointError, differences, load_weight
 from atlas_lm.config import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.environment import environment
+from atlas_lm.preemption import REQUEUE
 from atlas_lm.report import Report
 from atlas_lm.resuming import AUTO, checkpoint_to_resume, keep_aside, locked, withdraw_report
 from atlas_lm.run_tokenizer import another_tokenizer
@@ -48,6 +49,12 @@ def prepare_process(seed: int) -> None:
     # products of retention gates underflow within a chunk, and a CPU computes with denormals a hundred times slower
     torch.set_flush_denormal(True)
     seed_everything(seed, workers=True, verbose=False)
+
+
+def requeue_exit_code(cfg: DictConfig) -> int:
+    """What a signal ends the process with: as in training, before and after it."""
+    code = OmegaConf.select(cfg, "callbacks.interrupt.requeue_exit_code")
+    return code if isinstance(code, int) else REQUEUE
 
 
 def tidy_log() -> None:
@@ -241,6 +248,8 @@ def settle_in(cfg: DictConfig, root: Path) -> None:
 
 @rank_zero_only
 def close_run_folder(cfg: DictConfig, report: dict[str, Any]) -> None:
-    """A finished run becomes the `latest` of its experiment."""
+    """The newest finished run of the experiment becomes its `latest`."""
+    run, experiment = Path(cfg.paths.run), Path(cfg.paths.outputs) / cfg.name
     if report["status"] in FINISHED:
-        mark_latest(Path(cfg.paths.run), Path(cfg.paths.outputs) / cfg.name)
+        inside = run.resolve().parent == experiment.resolve()  # hydra.run.dir may have put it elsewhere
+        mark_latest(finished_runs(experiment)[0] if inside else run, experiment)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as nnf
 from torchmetrics import MeanMetric
@@ -291,15 +291,24 @@ class AtlasModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Chunk sizes change while training goes on; who uses the weights wants those of the end."""
         checkpoint["local_chunks"] = list(self.local_chunks)
+        checkpoint["sharded"] = self._trainer is not None and self._sharded()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run trains with the optimizer's settings that it is given, not with those of its checkpoint."""
+        if "optimizer_states" not in checkpoint:  # of a rollback, which restores settings of this run
+            return
         apply_settings(checkpoint, build_optimizer(self.model, self.optim_config), self.optim_config)
+        if self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer:
+            # a strategy that shards parameters has loaded the optimizer by itself, before this hook
+            for optimizer, state in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+                for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                    group.update({name: value for name, value in saved.items() if name != "params"})
 
     def configure_model(self) -> None:
         """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if not self._sharded() or isinstance(self.model, FSDPModule):  # Lightning asks again before it validates
             return
+        assert isinstance(self.trainer.strategy, ModelParallelStrategy)
         mesh = self.trainer.strategy.device_mesh["data_parallel"]
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh)

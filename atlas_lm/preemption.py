@@ -25,14 +25,18 @@ def exit_when_preempted() -> None:
         signal.signal(number, _exit_at_once)
 
 
-def ignore_when_done() -> None:
-    """The verdict is written: asking to be started again now would train everything again."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is _exit_at_once:
-            signal.signal(number, signal.SIG_IGN)
+_nothing_is_left = False  # to be started again for
+
+
+def ignore_from_now_on() -> None:
+    """All is trained, and the verdict is about to be written: who is started again would train everything again."""
+    global _nothing_is_left
+    _nothing_is_left = True
 
 
 def _exit_at_once(number: int, frame: Any) -> None:
+    if _nothing_is_left and number in SIGNALS:
+        return
     sys.stdout.flush()
     os._exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)  # an exception may be swallowed within an import
 
@@ -40,9 +44,12 @@ def _exit_at_once(number: int, frame: Any) -> None:
 @contextmanager
 def preemptible(code: int = REQUEUE) -> Iterator[None]:
     """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost."""
+    global _nothing_is_left
+    _nothing_is_left = False
 
     def leave(number: int, frame: Any) -> None:
-        raise SystemExit(code)
+        if not _nothing_is_left:
+            raise SystemExit(code)
 
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
         yield

@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 
-from atlas_lm.checkpoint import check_same_model, read_checkpoint, steps_recorded
+from atlas_lm.checkpoint import check_same_model, position, read_checkpoint, steps_recorded
 from atlas_lm.config import TrainConfig
 from atlas_lm.runs import (
     CONFIG,
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
 LOCK, REPORT = ".lock", "report.json"
+SHARDED = "atlas_lm.sharding.FullySharded"  # the strategy of trainer=fsdp
 
 
 def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
@@ -38,7 +40,7 @@ def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
     experiment = Path(outputs) / name
     found = _run_of(resume, outputs, experiment) if resume else None
     same = found is not None and found.parent.resolve() == experiment.resolve()
-    return str(found if same else experiment / new)
+    return str(found.resolve() if found is not None and same else experiment / new)
 
 
 def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
@@ -47,9 +49,10 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
         return unfinished_run(experiment)
     path = Path(resume)
     if path.is_file():
-        run = path.absolute().parents[1]
+        run = path.resolve().parent.parent
         newest = newest_intact(run)[0] if (run / CONFIG).is_file() else None
-        return run if newest is not None and newest.resolve() == path.resolve() else None
+        # several files may hold the same moment: last.ckpt, interrupted.ckpt, a snapshot
+        return run if newest is not None and position(path) == position(newest) else None
     try:
         return resolve_run(path, outputs)
     except ValueError:
@@ -107,16 +110,33 @@ def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path |
     else:
         path = resolve_checkpoint(config.resume, config.paths.outputs)
     check_same_model(path, module)
-    check_accumulation(path, config.trainer.get("accumulate_grad_batches") or 1)
+    header = read_checkpoint(path, lazily=True)
+    if "loops" not in header or "optimizer_states" not in header:
+        raise ValueError(f"{str(path)!r} holds weights alone and no state of a run: use init_from= to start from them")
+    check_accumulation(path, header, config.trainer.get("accumulate_grad_batches") or 1)
+    check_sharding(path, header, config.trainer.get("strategy"))
     return path
 
 
-def check_accumulation(path: Path, accumulated: int) -> None:
+def check_sharding(path: Path, header: dict[str, Any], strategy: Any) -> None:
+    """ValueError if one of the two runs shards its parameters and the other does not: Lightning numbers an optimizer's
+    moments in another order there, and would give each parameter another one's."""
+    shards = isinstance(strategy, dict) and strategy.get("_target_") == SHARDED
+    saved = header.get("sharded", shards)  # older checkpoints do not say
+    if saved != shards:
+        was, now = ("trainer=fsdp" if one else "another strategy" for one in (saved, shards))
+        raise ValueError(
+            f"trainer.strategy: {str(path)!r} was written with {was} and cannot be resumed with {now}: "
+            "set it back, or use init_from= to start a new run from its weights"
+        )
+
+
+def check_accumulation(path: Path, header: dict[str, Any], accumulated: int) -> None:
     """ValueError if the first optimizer step of the resumed run would take fewer than `accumulated` batches.
 
     Lightning counts windows from the beginning of an epoch, so a checkpoint has to lie between two of them.
     """
-    progress = read_checkpoint(path, lazily=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    progress = header["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     batches = progress["current"]["ready"]
     if batches % accumulated and not progress["is_last_batch"]:
         fits = [n for n in range(1, batches + 1) if batches % n == 0]

@@ -6,6 +6,7 @@ differ between machines, time zones and containers, and go back.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -54,6 +55,7 @@ def runs_in(experiment: Path) -> list[Path]:
     versions have none; they are the oldest, ordered by name.
     """
     folders = [f for f in experiment.iterdir() if not f.is_symlink()] if experiment.is_dir() else []
+    folders = [f for f in folders if f.name.partition(".")[0] != LATEST]  # copying without links makes a folder of it
     numbers = {folder: number_of(folder) for folder in folders if (folder / CONFIG).is_file()}
     shared = {number for number, count in Counter(numbers.values()).items() if number and count > 1}
 
@@ -78,13 +80,14 @@ def number_of(run: Path) -> int:
 
 def overrides_of(run: Path) -> list[str] | None:
     """The command line's overrides that a run was started with; None where they are not known."""
-    return _read_json(run / IDENTITY).get("overrides")
+    found = _read_json(run / IDENTITY).get("overrides")
+    return found if isinstance(found, list) else None
 
 
 def write_identity(run: Path, overrides: Sequence[str]) -> None:
     """Give a run that begins its number, one above those of all runs beside it, however many begin at once."""
     with _alone_in(run.parent):
-        number = 1 + max((number_of(other) for other in runs_in(run.parent)), default=0)
+        number = 1 + max((number_of(other) for other in run.parent.iterdir()), default=0)
         write_atomically(run / IDENTITY, json.dumps({"number": number, "overrides": list(overrides)}, indent=2) + "\n")
 
 
@@ -180,7 +183,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def mark_latest(run: Path, experiment: Path) -> None:
-    """Let `experiment`/latest point at `run`. Atomic: a reader sees the old run or the new one."""
+    """Let `experiment`/latest point at `run`. Atomic: a reader sees the old run or the new one.
+
+    A folder of that name, which copying without links makes, is kept as latest.<n>.
+    """
+    latest = experiment / LATEST
+    if latest.is_dir() and not latest.is_symlink():
+        numbers = itertools.count(1)
+        kept = next(path for n in numbers if not (path := experiment / f"{LATEST}.{n}").exists())
+        log.warning("%s is a folder and no link, as a copy without links has it: kept as %s", latest, kept.name)
+        latest.rename(kept)
     temporary = experiment / f".{LATEST}.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(run.resolve(), experiment.resolve()))

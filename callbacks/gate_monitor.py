@@ -80,7 +80,8 @@ class GateMonitor(Callback):
 
     def reset(self) -> None:
         """What every fit begins with; a resumed one loads its state after `setup`."""
-        self.baseline: list[float] | None = None  # variance per layer at baseline_step
+        self.baseline: list[float] | None = None  # variance per layer ...
+        self.taken_at: int | None = None  # ... after this step
         self.warned: list[str] = []  # kinds of failure
 
     def is_due(self, step: int) -> bool:
@@ -109,7 +110,7 @@ class GateMonitor(Callback):
         if now < self.growth * before:
             growths = [a / b if b else math.inf for a, b in zip(variances, self.baseline, strict=True)]
             layer = growths.index(min(growths))
-            found = f"{before:.3g} → {now:.3g}, less than {self.growth:g} times, since step {self.baseline_step}"
+            found = f"{before:.3g} → {now:.3g}, less than {self.growth:g} times, since step {self.taken_at}"
             return Failure("growth", f"gates do not spread {at}, least in layer {layer}: variance {found}: {REMEDY}")
         return None
 
@@ -138,7 +139,7 @@ class GateMonitor(Callback):
         }
         record(trainer, values)
         if step == self.baseline_step:
-            self.baseline = variances
+            self.baseline, self.taken_at = variances, step
         self._act(trainer, self.judge(step, variances))
 
     def measure(self, trainer: Trainer, gates_LN: Tensor) -> Tensor:
@@ -166,8 +167,9 @@ class GateMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The baseline, and what was warned of."""
-        return {"baseline": self.baseline, "warned": list(self.warned)}
+        return {"baseline": self.baseline, "taken_at": self.taken_at, "warned": list(self.warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Judge against the same baseline."""
         self.baseline, self.warned = state_dict["baseline"], list(state_dict["warned"])
+        self.taken_at = state_dict.get("taken_at", self.baseline_step)  # older checkpoints do not say

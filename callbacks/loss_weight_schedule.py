@@ -167,9 +167,11 @@ class LossWeightSchedule(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Level, rest, average and best."""
-        return {name: getattr(self, name) for name in ("level", "resting_until", "average", "best")}
+        state = {name: getattr(self, name) for name in ("level", "resting_until", "average", "best")}
+        return {**state, "of": self.watch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.level, self.resting_until = state_dict["level"], state_dict["resting_until"]
-        self.average, self.best = state_dict["average"], state_dict["best"]
+        if state_dict.get("of", self.watch) == self.watch:  # another metric's say nothing about this one
+            self.average, self.best = state_dict["average"], state_dict["best"]

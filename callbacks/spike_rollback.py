@@ -13,6 +13,7 @@ Requires: HasHeldOutLoss and a validation loader (neither where it watches the t
 Source:   SPEC C2, C3. A failsafe, not the first defence.
 """
 
+import hashlib
 import logging
 import math
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from callbacks.checkpoint_order import Position, by_step, position, position_now
 from callbacks.demands import unsettled
@@ -107,6 +109,7 @@ class SpikeRollback(Checkpoint):
     def reset(self) -> None:
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self.ema: float | None = None
+        self.ema_of = ""  # what it is the average of
         self.rollbacks = 0
         self.spikes: list[int] = []  # optimizer steps at which one was seen
         self.quiet_until = 0  # training batches
@@ -158,6 +161,11 @@ class SpikeRollback(Checkpoint):
             self.ema = None  # also of a run that is resumed from before its first step
         if self.watch == "held_out":
             self._batch = held_out_batch(trainer, self.rows, "spike_rollback")
+        measured = self._what_is_measured(trainer)
+        if self.ema_of not in ("", measured):
+            self.ema = None  # another text, or the training loss: not to be compared with
+        self.ema_of = measured
+        if self.watch == "held_out":
             perplexity = self._perplexity(trainer, pl_module)
             if not math.isfinite(perplexity):
                 raise TrainingUnstable(
@@ -247,6 +255,7 @@ class SpikeRollback(Checkpoint):
         """The counters and the average; snapshots are taken anew from the state that a run resumes from."""
         return {
             "ema": self.ema,
+            "ema_of": self.ema_of,
             "rollbacks": self.rollbacks,
             "spikes": list(self.spikes),
             "quiet_until": self.quiet_until,
@@ -255,6 +264,7 @@ class SpikeRollback(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.ema, self.rollbacks = state_dict["ema"], state_dict["rollbacks"]
+        self.ema_of = state_dict.get("ema_of", "")  # older checkpoints do not say
         self.spikes, self.quiet_until = list(state_dict["spikes"]), state_dict["quiet_until"]
 
     # Parts
@@ -284,6 +294,16 @@ class SpikeRollback(Checkpoint):
                 loss = pl_module.held_out_loss(self._batch)
         mean = float(mean_over_ranks(trainer, loss.detach().float()))
         return math.exp(mean) if mean < 700 else mean * math.inf  # e^700 is about the largest float; NaN stays NaN
+
+    def _what_is_measured(self, trainer: Trainer) -> str:
+        """The same on all ranks: rank zero's held-out batch, and how many there are."""
+        if self.watch != "held_out":
+            return self.watch
+        digest = hashlib.blake2b(digest_size=8)
+        for leaf in tree_leaves(self._batch):
+            if isinstance(leaf, Tensor):
+                digest.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return trainer.strategy.broadcast(f"held_out {trainer.world_size} {digest.hexdigest()}")
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot of this step; the file follows when the step is complete."""

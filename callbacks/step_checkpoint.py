@@ -79,7 +79,9 @@ class StepCheckpoint(Checkpoint):
     @rank_zero_only  # others would list files that are just being removed
     def _remove_oldest(self, trainer: Trainer, newest: Path) -> None:
         """Also those of a process that was killed."""
-        others = [path for path in by_step(newest.parent, "step") if path != newest]
+        steps = by_step(newest.parent, "step")
+        where = steps.index(newest) if newest in steps else len(steps)
+        others = [*steps[where + 1 :], *steps[:where]]  # first what lies ahead: damaged, or of a past that was left
         for old in others[: max(0, len(others) - (self.keep - 1))]:
             trainer.strategy.remove_checkpoint(old)
 

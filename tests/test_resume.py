@@ -19,8 +19,10 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 from worlds import KINDS, World
 
+import atlas_lm.building
 import train
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.report import judge
 from atlas_lm.resuming import keep_aside, locked, run_folder, sweep_folder, unfinished_run
 from atlas_lm.runs import runs_in, write_identity
 from callbacks.random_state import set_states, states
@@ -337,6 +339,20 @@ def test_folders(in_tmp: Path) -> None:
     assert run_folder("nonsense", outputs, "x", "new") == new
 
 
+def test_any_file_of_the_newest_moment_means_the_run(in_tmp: Path) -> None:
+    run = in_tmp / "outputs" / "x" / "1"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("name: x\n")
+    for name in ("interrupted.ckpt", "step-0000007.ckpt"):
+        torch.save({"state_dict": {}, "global_step": 7}, run / "checkpoints" / name)
+    (run / "checkpoints" / "last.ckpt").symlink_to("step-0000007.ckpt")
+    (run.parent / "latest").symlink_to("1")
+    for name in ("interrupted.ckpt", "step-0000007.ckpt", "last.ckpt"):
+        for folder in (run, run.parent / "latest"):  # the link may point elsewhere soon
+            assert run_folder(str(folder / "checkpoints" / name), str(in_tmp / "outputs"), "x", "new") == str(run)
+    assert run_folder("/nothing.ckpt", str(in_tmp / "outputs"), "x", "new") == str(run.parent / "new")
+
+
 def test_folders_of_a_sweep(in_tmp: Path) -> None:
     def run(name: str, overrides: list[str], status: str | None = None, checkpoint: bool = True) -> Path:
         folder = in_tmp / "outputs" / "x" / name
@@ -451,6 +467,38 @@ def test_a_signal_before_training_asks_for_a_requeue_too(in_tmp: Path, monkeypat
     monkeypatch.setattr(train, "starting_point", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert small_run(in_tmp, "name=x") == 75
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_once_the_verdict_is_written_a_signal_asks_for_nothing(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is started again with resume=auto would train everything again."""
+    mark = atlas_lm.building.mark_latest
+
+    def late(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        mark(*args)
+
+    monkeypatch.setattr(atlas_lm.building, "mark_latest", late)
+    monkeypatch.setattr(train, "judge", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or judge(*args))
+    assert small_run(in_tmp, "name=x") == 0
+    assert report_of(only_run(in_tmp / "outputs"))["status"] == "finished"
+    assert (in_tmp / "outputs" / "x" / "latest").is_symlink()
+
+
+def test_the_exit_code_is_the_same_before_training(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "starting_point", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert small_run(in_tmp, "name=x", "callbacks.interrupt.requeue_exit_code=99") == 99
+
+
+def test_weights_alone_cannot_be_resumed(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert small_run(in_tmp, "name=x") == 0
+    content = torch.load(only_run(in_tmp / "outputs") / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({name: content[name] for name in ("state_dict", "hyper_parameters")}, in_tmp / "weights.ckpt")
+    capsys.readouterr()
+    assert small_run(in_tmp, "name=y", "resume=weights.ckpt") == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "weights.ckpt" in errors[0]
+    assert "init_from=" in errors[0]
 
 
 def test_auto_with_nothing_intact_is_an_error(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

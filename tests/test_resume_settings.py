@@ -22,7 +22,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import train
+from atlas_lm.checkpoint import AtomicCheckpointIO
 from atlas_lm.loggers.jsonl import read_rows
+from callbacks.gate_monitor import GateMonitor
+from callbacks.loss_weight_schedule import LossWeightSchedule
+from callbacks.spike_rollback import SpikeRollback
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -301,6 +305,49 @@ def test_groups_of_batches_begin_at_a_resume_or_are_refused(
     assert steps == [*range(STEPS)], "each once"
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_strategies_that_number_moments_otherwise_are_refused(
+    folders: tuple[Path, Path, str], in_tmp: Path, capsys: pytest.CaptureFixture[str], sharded: bool
+) -> None:
+    shutil.copytree(folders[0].parents[1], in_tmp / "outputs")
+    path = only_run(in_tmp / "outputs") / "checkpoints" / "interrupted.ckpt"
+    AtomicCheckpointIO().save_checkpoint({**torch.load(path, weights_only=True), "sharded": sharded}, path)
+    changes = [] if sharded else ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"]
+    capsys.readouterr()
+    assert resume(folders[2], *changes) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "trainer.strategy" in errors[0]
+
+
+def test_what_a_callback_has_averaged_is_not_compared_with_something_else() -> None:
+    spikes, other = (SpikeRollback("x", watch=watch) for watch in ("held_out", "training_loss"))
+    spikes.ema, spikes.ema_of = 9.0, "held_out 1 abc"
+    other.load_state_dict(spikes.state_dict())
+    assert other._what_is_measured(None) == "training_loss" != other.ema_of  # type: ignore[arg-type]
+    weights, others = (LossWeightSchedule({"a": 1.0}, 9, watch=watch) for watch in ("train/loss", "val/loss"))
+    weights.judge(2.0, 1)
+    others.load_state_dict(weights.state_dict())
+    assert (others.average, others.best) == (None, None)
+    gates, later = GateMonitor(100, 1000), GateMonitor(500, 1000)
+    gates.baseline, gates.taken_at = [0.01], 100
+    later.load_state_dict(gates.state_dict())
+    failure = later.judge(1000, [0.011])
+    assert failure is not None
+    assert "since step 100" in failure.message
+
+
+@pytest.mark.parametrize(("of", "code"), [("training_loss", 0), ("", 1)], ids=["of something else", "unknown"])
+def test_another_thing_to_watch_is_no_spike(folders: tuple[Path, Path, str], in_tmp: Path, of: str, code: int) -> None:
+    """Held-out perplexity lies far above an average of what a model has learned by heart."""
+    shutil.copytree(folders[0].parents[1], in_tmp / "outputs")
+    path = only_run(in_tmp / "outputs") / "checkpoints" / "interrupted.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["callbacks"]["SpikeRollback"] |= {"ema": 1.01, "ema_of": of}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    assert resume(folders[2]) == code
+
+
 # Not in this process
 
 
@@ -343,6 +390,26 @@ def test_ranks_of_another_global_batch_are_refused(folders: tuple[Path, Path, st
     before = (only_run(in_tmp / "outputs") / "metrics.jsonl").read_bytes()
     assert in_processes(in_tmp, folders[2], "trainer.devices=2", "trainer.strategy=ddp") == [1]
     assert (only_run(in_tmp / "outputs") / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_settings_of_the_optimizer_apply_where_parameters_are_sharded(
+    folders: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    """Lightning loads the optimizer there before it asks the module. The last step is no validation step either."""
+    fsdp = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.val_check_interval=3"]
+    command = [sys.executable, str(ROOT / "train.py"), "data=text", folders[2], *SETTINGS, *fsdp]
+    changes = ["optim.lr=1e-5", "optim.weight_decay=0.7", "optim.total_steps=8"]
+    for more in (["optim.total_steps=4"], [*changes, "resume=x"]):
+        done = subprocess.run([*command, *more], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+        assert done.returncode == 0
+    run = only_run(tmp_path / "outputs")
+    groups = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {1e-5, 1e-4, 0.02}
+    assert {group["weight_decay"] for group in groups} == {0.7, 0.0}
+    rates = [row["optim/lr"] for row in read_rows(run / "metrics.jsonl") if row.get("optim/lr")]
+    assert max(rates[DONE:]) <= 1e-5 < min(rates[1:DONE])
+    assert report_of(run)["validated_at_step"] == 8
 
 
 def test_strategy(folders: tuple[Path, Path, str], in_tmp: Path) -> None:

@@ -158,6 +158,26 @@ def test_runs_are_ordered_by_the_number_that_they_began_with(tmp_path: Path) -> 
     assert [run.name for run in runs_in(tmp_path / "b")] == [run.name for run in runs_in(tmp_path / "a")]
 
 
+def test_a_copy_without_links(tmp_path: Path) -> None:
+    """`latest` is a folder then, with a run in it."""
+    run = make_run(tmp_path, "a", "1", ("1.ckpt",))
+    write_identity(run, [])
+    shutil.copytree(run, tmp_path / "a" / "latest")
+    assert runs_in(tmp_path / "a") == [run]
+    mark_latest(run, tmp_path / "a")
+    assert (tmp_path / "a" / "latest").is_symlink()
+    assert (tmp_path / "a" / "latest.1" / "config.yaml").is_file(), "nothing is lost"
+    assert runs_in(tmp_path / "a") == [run]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"number": "1", "overrides": 5}', "{", "\udcff"])
+def test_a_broken_identity_is_none(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path, "a", "1")
+    (run / "run.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert number_of(run) == 0
+    assert overrides_of(run) is None
+
+
 def test_of_a_run_and_its_copy_the_newer_is_the_one_that_was_trained_further(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", "z", ("1.ckpt",))
     write_identity(run, [])
@@ -170,7 +190,9 @@ def test_of_a_run_and_its_copy_the_newer_is_the_one_that_was_trained_further(tmp
 
 
 def test_runs_that_begin_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, "a", str(i)) for i in range(12)]
+    runs = [tmp_path / "a" / str(i) for i in range(12)]
+    for run in runs:  # a number is given before there is a configuration
+        run.mkdir(parents=True)
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda run: write_identity(run, []), runs))
     assert sorted(number_of(run) for run in runs) == [*range(1, 13)]

@@ -131,6 +131,23 @@ def run(fit: Any, callback: Any, module: Everything, **changes: Any) -> dict[str
     return outcome(callback, module, rows)
 
 
+def set_by_reset(callback: Any) -> list[str]:
+    """The attributes that `reset` gives a value; none where a callback keeps nothing."""
+    if not hasattr(callback, "reset"):
+        return []
+    names: list[str] = []
+
+    class Watched(type(callback)):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            names.append(name)
+
+    copied = copy.copy(callback)
+    object.__setattr__(copied, "__class__", Watched)
+    copied.reset()
+    assert names
+    return names
+
+
 def test_every_callback_is_tried():
     found = set()
     for info in pkgutil.walk_packages(callbacks.__path__, "callbacks."):
@@ -148,6 +165,8 @@ def test_every_callback_is_tried():
 def test_a_second_fit_begins_as_clean_as_with_new_objects(name, fit, tmp_path):
     used = MAKERS[name](str(tmp_path / "used"))
     run(fit, used, Everything(bad={4: math.nan, 6: 1e4} if name != "spike_rollback" else {3: 1e4}))
+    for attribute in set_by_reset(used):  # whatever the first fit has left there
+        setattr(used, attribute, "of another fit")
     again = run(fit, used, Everything(scale=100.0))
     fresh = run(fit, MAKERS[name](str(tmp_path / "used")), Everything(scale=100.0))
     assert again == fresh

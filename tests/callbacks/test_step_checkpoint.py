@@ -103,6 +103,17 @@ def test_a_clock_that_was_set_back_costs_no_new_checkpoint(fit: Any, line: Any, 
     assert [kept.path.name for kept in second[1].ring if kept.path is not None] == snapshots
 
 
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
+def test_a_later_file_that_was_not_resumed_from_goes_first(fit: Any, line: Any, tmp_path: Path) -> None:
+    """It is damaged, say, and must not take the place of an intact one."""
+    folder = tmp_path / "c"
+    fit(line(), StepCheckpoint(str(folder), every_n_steps=4, keep=2), max_steps=4)
+    (folder / "step-0000900.ckpt").write_text("damaged")
+    saver = StepCheckpoint(str(folder), every_n_steps=1, keep=2)
+    fit(line(), saver, max_steps=6, ckpt_path=folder / "step-0000004.ckpt")
+    assert names(folder) == ["last.ckpt", "step-0000005.ckpt", "step-0000006.ckpt"]
+
+
 def test_files_that_only_look_like_ours_stay(fit: Any, line: Any, tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()
