@@ -44,9 +44,10 @@ def train(cfg: DictConfig) -> Report:
     done = result_of_sweep(cfg)
     if done is not None:
         return done
-    with preemption.preemptible(requeue_exit_code(cfg)), run_folder(cfg, ROOT) as goes_on:
-        report = fit(cfg, config, goes_on)
-    close_run_folder(cfg, report)
+    with preemption.preemptible(requeue_exit_code(cfg)):
+        with run_folder(cfg, ROOT) as goes_on:
+            report = fit(cfg, config, goes_on)
+        close_run_folder(cfg, report)
     return report
 
 
