@@ -1,6 +1,6 @@
-"""Train a model: python train.py +experiment=stage1. Every setting is in conf/, documented in atlas_lm/config.py."""
+"""Train a model: python train.py +experiment=stage1. Settings: conf/, atlas_lm/config/schema.py."""
 
-from atlas_lm import preemption
+from atlas_lm.training import preemption
 
 if __name__ == "__main__":
     preemption.exit_when_preempted()  # before the imports below, which take seconds
@@ -15,8 +15,15 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from atlas_lm import cli
-from atlas_lm.building import (
+from atlas_lm.cli import errors as cli
+from atlas_lm.config.schema import TrainConfig
+from atlas_lm.config.validate import check_config
+from atlas_lm.data.run_tokenizer import keep_tokenizer
+from atlas_lm.runs.report import Report, judge
+from atlas_lm.runs.resume import continue_records
+from atlas_lm.runs.stats import RunRecorder
+from atlas_lm.training.module import AtlasModule
+from atlas_lm.training.trainer import (
     build_trainer,
     close_run_folder,
     prepare_process,
@@ -27,13 +34,6 @@ from atlas_lm.building import (
     settle_in,
     starting_point,
 )
-from atlas_lm.checks import check_config
-from atlas_lm.config import TrainConfig
-from atlas_lm.module import AtlasModule
-from atlas_lm.recorder import RunRecorder
-from atlas_lm.report import Report, judge
-from atlas_lm.resuming import continue_records
-from atlas_lm.run_tokenizer import keep_tokenizer
 
 ROOT = Path(__file__).parent
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas_lm.config import ModelConfig
-from atlas_lm.model import AtlasLM
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.model.atlas import AtlasLM
 from benchmarks import measuring
 from benchmarks.train_step import VOCABULARY, model_values
 

@@ -31,9 +31,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atlas_lm.checkpoint import CheckpointError, read_checkpoint
+from atlas_lm.checkpoints.io import CheckpointError, read_checkpoint
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs import checkpoints_in
+from atlas_lm.runs.folder import checkpoints_in
 from benchmarks import measuring
 from benchmarks.injection import STRUCK
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs import resolve_run
+from atlas_lm.runs.folder import resolve_run
 
 RUN = "`python train.py +experiment="
 

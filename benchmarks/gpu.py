@@ -143,8 +143,8 @@ STEPS = [  # name, model, tokens a sequence, sequences, what is changed
 
 def training_step(setting: Setting, model: str, length: int, rows: int, changes: dict[str, Any]) -> Callable[[], Any]:
     """Forward, backward and AdamW on random tokens, in bf16."""
-    from atlas_lm.config import ModelConfig
-    from atlas_lm.model import AtlasLM
+    from atlas_lm.config.schema import ModelConfig
+    from atlas_lm.model.atlas import AtlasLM
     from benchmarks.train_step import model_values
 
     values = model_values("tiny" if setting.toy else model) | changes

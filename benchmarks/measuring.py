@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from atlas_lm.allocator import keep_freed_memory
+from atlas_lm.training.malloc import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -26,9 +26,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 
-from atlas_lm.building import prepare_process, resolve_precision
-from atlas_lm.checks import check_config
-from atlas_lm.module import AtlasModule
+from atlas_lm.config.validate import check_config
+from atlas_lm.training.module import AtlasModule
+from atlas_lm.training.trainer import prepare_process, resolve_precision
 from benchmarks import measuring
 
 MODULE = "benchmarks.safeguards"

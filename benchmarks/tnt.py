@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_lm.block import MemoryBranch
 from atlas_lm.memory.hierarchy import MemorySpec
+from atlas_lm.model.block import MemoryBranch
 from benchmarks import measuring
 
 DIM, HEADS, HEAD_DIM, SHARD = 256, 4, 64, 2048

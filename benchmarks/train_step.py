@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.attention import rotate
-from atlas_lm.block import SwiGLU
-from atlas_lm.config import ModelConfig
-from atlas_lm.model import AtlasLM
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.attention import rotate
+from atlas_lm.model.block import SwiGLU
 from benchmarks import measuring
 
 MODULE = "benchmarks.train_step"

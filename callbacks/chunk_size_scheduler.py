@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.probing import record
+from callbacks.support.probing import record
 
 log = logging.getLogger(__name__)
 _EXACT = Context(prec=60)  # in floats 100 · 0.7² is 48.99…, and its floor 48

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.probing import record
-from callbacks.ranks import mean_over_ranks
+from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.probing import record
 
 log = logging.getLogger(__name__)
 REMEDY = "raise the weight of the polarisation loss, lower optim.lr, or remove the memory of that layer"

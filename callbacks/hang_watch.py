@@ -1,8 +1,9 @@
 """End the run on all ranks when one of them stops answering: without it the others wait for it without end.
 
 Watches:  a sign that each rank's own thread gives every second, and where its training thread is: step, phase, last
-          vote (`callbacks.ranks`). A rank is gone when its sign has not changed for `timeout_s` (stopped, killed, its
-          machine lost); the run is stalled when signs go on, but no rank has got any further for `stalled_s`.
+          vote (`support/collectives.py`). A rank is gone when its sign has not changed for `timeout_s` (stopped,
+          killed, its machine lost); the run is stalled when signs go on, but no rank has got any further for
+          `stalled_s`.
 Acts:     the ranks that are left name the silent one on stderr and in the log, cut the connections to it, so that the
           collective in which they wait fails, and raise RankSilent; its process is killed if it is on this machine. A
           rank that cannot raise ends with exit code 1 after `GRACE_S`.
@@ -34,7 +35,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks import ranks
+from callbacks.support import collectives as ranks
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Sign(NamedTuple):
     idle: float  # seconds since it last grew
     step: int
     phase: str
-    vote: str  # the last of callbacks.ranks
+    vote: str  # the last of callbacks.support.collectives
     host: str
     pid: int
     birth: str  # tells the process from others that get its id later

@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.ranks import max_over_ranks
-from callbacks.step_border import open_borders, save
+from callbacks.support.collectives import max_over_ranks
+from callbacks.support.step_end import open_borders, save
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.probing import is_logging_step, record
-from callbacks.ranks import mean_over_ranks
+from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.probing import is_logging_step, record
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks.probing import held_out_batch, record, record_start, undisturbed
-from callbacks.ranks import mean_over_ranks
+from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.probing import held_out_batch, record, record_start, undisturbed
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from callbacks.probing import begins, held_out_batch, record, undisturbed
-from callbacks.ranks import mean_over_ranks
+from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.probing import begins, held_out_batch, record, undisturbed
 
 log = logging.getLogger(__name__)
 

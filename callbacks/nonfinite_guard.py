@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from callbacks.gradients import gradient_norm, gradients
-from callbacks.probing import record
-from callbacks.ranks import any_rank, gathered
+from callbacks.support.collectives import any_rank, gathered
+from callbacks.support.gradients import gradient_norm, gradients
+from callbacks.support.probing import record
 
 
 class NonFiniteTraining(FloatingPointError):

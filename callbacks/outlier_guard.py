@@ -21,9 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.demands import who_can_roll_back
-from callbacks.probing import record
-from callbacks.ranks import max_over_ranks
+from callbacks.support.collectives import max_over_ranks
+from callbacks.support.probing import record
+from callbacks.support.rollback_request import who_can_roll_back
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.ranks import gathered
+from callbacks.support.collectives import gathered
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from callbacks.gradients import gradient_norm
+from callbacks.support.gradients import gradient_norm
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.ranks import gathered
+from callbacks.support.collectives import gathered
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.bit_sums import BitSums
-from callbacks.ranks import gathered
+from callbacks.support.collectives import gathered
+from callbacks.support.fingerprint import BitSums
 
 log = logging.getLogger(__name__)
 

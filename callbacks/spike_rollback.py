@@ -27,12 +27,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from callbacks.checkpoint_order import Position, by_step, position, position_now
-from callbacks.demands import unsettled
-from callbacks.probing import begins, held_out_batch, is_logging_step, record, record_start, undisturbed
-from callbacks.ranks import any_rank, mean_over_ranks
-from callbacks.snapshots import Snapshot, restore, take
-from callbacks.step_border import flush_records, open_borders
+from callbacks.support.checkpoint_order import Position, by_step, position, position_now
+from callbacks.support.collectives import any_rank, mean_over_ranks
+from callbacks.support.probing import begins, held_out_batch, is_logging_step, record, record_start, undisturbed
+from callbacks.support.rollback_request import unsettled
+from callbacks.support.snapshots import Snapshot, restore, take
+from callbacks.support.step_end import flush_records, open_borders
 
 log = logging.getLogger(__name__)
 

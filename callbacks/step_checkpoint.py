@@ -16,9 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.checkpoint_order import by_step
-from callbacks.ranks import any_rank
-from callbacks.step_border import open_borders, save
+from callbacks.support.checkpoint_order import by_step
+from callbacks.support.collectives import any_rank
+from callbacks.support.step_end import open_borders, save
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.bit_sums import BitSums, Fingerprint
-from callbacks.demands import who_can_roll_back
-from callbacks.probing import record, reshard
-from callbacks.ranks import any_rank, gathered
+from callbacks.support.collectives import any_rank, gathered
+from callbacks.support.fingerprint import BitSums, Fingerprint
+from callbacks.support.probing import record, reshard
+from callbacks.support.rollback_request import who_can_roll_back
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import train
-from atlas_lm import cli
+from atlas_lm.cli import errors as cli
 
 SMALL_MODEL = [
     "model.dim=16", "model.layers=1", "model.heads=2", "model.head_dim=8", "model.window=8", "model.local_chunks=[4]",

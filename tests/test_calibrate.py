@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from atlas_lm import calibrate
-from atlas_lm.calibrate import calibrated_threshold, histogram, read_deltas, verdict
+from atlas_lm.cli import calibrate
+from atlas_lm.cli.calibrate import calibrated_threshold, histogram, read_deltas, verdict
 from atlas_lm.loggers.jsonl import JsonlLogger
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_lm.checkpoint import (
+from atlas_lm.checkpoints.io import (
     AtomicCheckpointIO,
     CheckpointError,
     SaveError,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas_lm import cli
-from atlas_lm.checks import find_target
+from atlas_lm.cli import errors as cli
+from atlas_lm.config.validate import find_target
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, small_run, write_corpus
 
 pytestmark = pytest.mark.usefixtures("in_tmp")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas_lm import calibrate, compare, generate, options
+from atlas_lm.cli import arguments as options
+from atlas_lm.cli import calibrate, compare, generate
 from atlas_lm.data import prepare
 from atlas_lm.exit_gates import command
 from launching import only_run, small_run, write_corpus
@@ -156,7 +157,9 @@ def test_a_number_is_a_name_where_a_name_is_wanted(tmp_path: Path) -> None:
     assert (tmp_path / "2024" / "index.json").is_file()
 
 
-TWO_LINES = "import sys; from atlas_lm.options import call; call(lambda _: [print('x' * 9999) for _ in range(99)])"
+TWO_LINES = (
+    "import sys; from atlas_lm.cli.arguments import call; call(lambda _: [print('x' * 9999) for _ in range(99)])"
+)
 
 
 def test_a_reader_that_goes_away_and_an_output_that_is_full() -> None:

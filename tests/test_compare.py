@@ -11,8 +11,8 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from atlas_lm import compare
-from atlas_lm.compare import UNFINISHED, Run, by_chunk_size, find_runs, markdown, read_run
+from atlas_lm.cli import compare
+from atlas_lm.cli.compare import UNFINISHED, Run, by_chunk_size, find_runs, markdown, read_run
 from launching import only_run, report_of, small_run
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlas_lm import direct_file
-from atlas_lm.direct_file import BLOCK, CHUNK, DirectFile
+from atlas_lm.checkpoints import direct_file
+from atlas_lm.checkpoints.direct_file import BLOCK, CHUNK, DirectFile
 from launching import files_no_larger_than
 
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]

@@ -12,16 +12,19 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from atlas_lm.checkpoint import AtomicCheckpointIO
-from atlas_lm.checks import check_targets
-from atlas_lm.config import ModelConfig
-from atlas_lm.exit_gates import chunk_sizes, command, measures, records, rollback
-from atlas_lm.exit_gates.evidence import Evidence, uncovered
-from atlas_lm.exit_gates.finding import Finding, Gate
+from atlas_lm.checkpoints.io import AtomicCheckpointIO
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.validate import check_targets
+from atlas_lm.exit_gates import chunk_sizes, command
+from atlas_lm.exit_gates import measured_gates as measures
+from atlas_lm.exit_gates import recorded_gates as records
+from atlas_lm.exit_gates import rollback_drill as rollback
+from atlas_lm.exit_gates.artifacts import Evidence, uncovered
+from atlas_lm.exit_gates.result import Finding, Gate
 from atlas_lm.loggers.jsonl import row
 from atlas_lm.memory.projection import ProjectionState
-from callbacks import snapshots
 from callbacks.proactive_clipping import ProactiveClipping
+from callbacks.support import snapshots
 from launching import SMALL_MODEL, with_all_safeguards
 
 Rows = list[dict[str, Any]]
@@ -371,8 +374,10 @@ def test_chunk_sizes_are_measured_and_decided(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "subprocess.Popen", "torch.os.system", "callbacks.probing.record", "callbacks.niah_probe.Path",
-     "callbacks.niah_probe.Any", "builtins.eval", "atlas_lm.runs.os.system", "", "atlas_lm.module.AtlasModule",
+    ["os.system", "subprocess.Popen", "torch.os.system", "callbacks.support.probing.record",
+     "callbacks.niah_probe.Path",
+     "callbacks.niah_probe.Any", "builtins.eval", "atlas_lm.runs.folder.os.system", "",
+     "atlas_lm.training.module.AtlasModule",
      "atlas_lm.data.prepare.StdlibSource.__init__", "atlas_lm.data.tokens.os.system", "callbacksx.Y", None, 3, {}, [],
      "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler", "lightning.Trainer"],
 )  # fmt: skip

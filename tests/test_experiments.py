@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from atlas_lm.checks import check_config
+from atlas_lm.config.validate import check_config
 from atlas_lm.data.prepare import prepare
 from launching import SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, write_corpus
 

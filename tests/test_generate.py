@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlas_lm import generate
-from atlas_lm.runs import resolve_checkpoint
+from atlas_lm.cli import generate
+from atlas_lm.runs.folder import resolve_checkpoint
 from launching import FEW_STEPS, SMALL_MODEL, launch, only_run, small_run
 
 
@@ -69,7 +69,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     out = capsys.readouterr().out
-    assert out.startswith("usage: python -m atlas_lm.generate run=... [key=value ...]")
+    assert out.startswith("usage: python -m atlas_lm.cli.generate run=... [key=value ...]")
     assert "temperature=0.8  0: always the likeliest token" in out
 
 

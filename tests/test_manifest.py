@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from atlas_lm import manifest
-from atlas_lm.checkpoint import AtomicCheckpointIO, CheckpointError, SaveError, newest_usable, read_checkpoint
-from atlas_lm.manifest import MANIFEST, verify, versions
+from atlas_lm.checkpoints import manifest
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, CheckpointError, SaveError, newest_usable, read_checkpoint
+from atlas_lm.checkpoints.manifest import MANIFEST, verify, versions
 
 
 def content(step: int) -> dict[str, Any]:

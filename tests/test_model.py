@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from atlas_lm.attention import SlidingWindowAttention, rotate, window_attention
-from atlas_lm.block import CausalConv, Fusion
-from atlas_lm.config import ModelConfig
-from atlas_lm.model import AtlasLM, check
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.model.atlas import AtlasLM, check
+from atlas_lm.model.attention import SlidingWindowAttention, rotate, window_attention
+from atlas_lm.model.block import CausalConv, Fusion
 
 CONF = Path(__file__).parents[1] / "conf"
 VOCABULARY = 32_000

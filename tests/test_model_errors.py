@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from atlas_lm.config import ModelConfig
-from atlas_lm.memory import cpu_norm
-from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
-from atlas_lm.model import AtlasLM
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.memory.kernels import norm as cpu_norm
+from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
+from atlas_lm.model.atlas import AtlasLM
 
 VOCABULARY = 11
 

@@ -4,9 +4,9 @@ import lightning
 import pytest
 import torch
 
-from atlas_lm.config import ModelConfig, OptimConfig
-from atlas_lm.model import AtlasLM
-from atlas_lm.module import UNSCORED, AtlasModule, capped_polarisation_gradient
+from atlas_lm.config.schema import ModelConfig, OptimConfig
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.training.module import UNSCORED, AtlasModule, capped_polarisation_gradient
 
 VOCABULARY = 11
 

@@ -9,9 +9,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from atlas_lm.config import OptimConfig
+from atlas_lm.config.schema import OptimConfig
 from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
-from atlas_lm.optim import MuonAdamW, build_optimizer, build_schedule, learning_rate_factor, parameter_groups
+from atlas_lm.training.optimizer import (
+    MuonAdamW,
+    build_optimizer,
+    build_schedule,
+    learning_rate_factor,
+    parameter_groups,
+)
 
 both = pytest.mark.parametrize("name", ["adamw", "muon"])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from atlas_lm.pictures import new_figure, save
+from atlas_lm.cli.figures import new_figure, save
 
 
 def test_a_picture_of_the_size_that_was_asked_for(tmp_path: Path) -> None:

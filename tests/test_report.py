@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import train
-from atlas_lm.report import (
+from atlas_lm.runs.folder import resolve_run
+from atlas_lm.runs.report import (
     LEAST_BYTES,
     bits_per_byte,
     compressed_bits_per_byte,
@@ -24,7 +25,6 @@ from atlas_lm.report import (
     status_of,
     verdict,
 )
-from atlas_lm.runs import resolve_run
 from launching import only_run, report_of, small_run
 
 KEYS = {
@@ -191,7 +191,7 @@ def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_failed(
     def broken(self: Any, batch: Any, index: int) -> Any:
         raise FloatingPointError("the reason")
 
-    monkeypatch.setattr("atlas_lm.report.write_atomically", full)
+    monkeypatch.setattr("atlas_lm.runs.report.write_atomically", full)
     monkeypatch.setattr(train.AtlasModule, "training_step", broken)
     assert small_run(in_tmp) == 1
     error = capsys.readouterr().err

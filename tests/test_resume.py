@@ -19,12 +19,12 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 from worlds import KINDS, World
 
-import atlas_lm.building
+import atlas_lm.training.trainer
 import train
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.report import judge
-from atlas_lm.resuming import keep_aside, locked, run_folder, sweep_folder, unfinished_run
-from atlas_lm.runs import runs_in, write_identity
+from atlas_lm.runs.folder import runs_in, write_identity
+from atlas_lm.runs.report import judge
+from atlas_lm.runs.resume import keep_aside, locked, run_folder, sweep_folder, unfinished_run
 from callbacks.random_state import set_states, states
 from launching import (
     FEW_STEPS,
@@ -471,13 +471,13 @@ def test_a_signal_before_training_asks_for_a_requeue_too(in_tmp: Path, monkeypat
 
 def test_once_the_verdict_is_written_a_signal_asks_for_nothing(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is started again with resume=auto would train everything again."""
-    mark = atlas_lm.building.mark_latest
+    mark = atlas_lm.training.trainer.mark_latest
 
     def late(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         mark(*args)
 
-    monkeypatch.setattr(atlas_lm.building, "mark_latest", late)
+    monkeypatch.setattr(atlas_lm.training.trainer, "mark_latest", late)
     monkeypatch.setattr(train, "judge", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or judge(*args))
     assert small_run(in_tmp, "name=x") == 0
     assert report_of(only_run(in_tmp / "outputs"))["status"] == "finished"

@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import train
-from atlas_lm.checkpoint import AtomicCheckpointIO
+from atlas_lm.checkpoints.io import AtomicCheckpointIO
 from atlas_lm.loggers.jsonl import read_rows
 from callbacks.gate_monitor import GateMonitor
 from callbacks.loss_weight_schedule import LossWeightSchedule

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from atlas_lm import generate
-from atlas_lm.checkpoint import AtomicCheckpointIO, read_checkpoint
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
+from atlas_lm.cli import generate
 from atlas_lm.data.prepare import prepare
+from atlas_lm.data.run_tokenizer import COPY, keep_tokenizer, kept_tokenizer, tokenizer_of
 from atlas_lm.data.tokenizers import JsonTokenizer
-from atlas_lm.exit_gates.evidence import Evidence
-from atlas_lm.run_tokenizer import COPY, keep_tokenizer, kept_tokenizer, tokenizer_of
-from atlas_lm.runs import resolve_checkpoint
+from atlas_lm.exit_gates.artifacts import Evidence
+from atlas_lm.runs.folder import resolve_checkpoint
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta"
@@ -175,7 +175,9 @@ def test_runs_of_older_versions_work_with_a_warning(
     run = only_run(tmp_path / "outputs", "a")
     first = said(run, capsys)
     forget(run)
-    logging.getLogger("atlas_lm.run_tokenizer").addHandler(caplog.handler)  # Hydra has replaced the root's handlers
+    logging.getLogger("atlas_lm.data.run_tokenizer").addHandler(
+        caplog.handler
+    )  # Hydra has replaced the root's handlers
     with caplog.at_level(logging.WARNING):
         assert said(run, capsys) == first
     assert "does not record its tokenizer: tok.json is taken, which cannot be checked" in caplog.text

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlas_lm.checkpoint import AtomicCheckpointIO, CheckpointError
-from atlas_lm.environment import environment, git_state
-from atlas_lm.runs import (
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, CheckpointError
+from atlas_lm.runs.environment import environment, git_state
+from atlas_lm.runs.folder import (
     finished_runs,
     mark_latest,
     newest_checkpoint,

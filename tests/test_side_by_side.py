@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atlas_lm.side_by_side import ALIGNMENT, LARGE, side_by_side
+from atlas_lm.training.flat_storage import ALIGNMENT, LARGE, side_by_side
 
 
 def test_copies_share_one_storage_at_equal_distances() -> None:

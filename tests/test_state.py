@@ -10,8 +10,8 @@ from test_model_errors import VOCABULARY, build
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.memory import cpu_loop
-from atlas_lm.model import AtlasLM, detach_state
+from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.model.atlas import AtlasLM, detach_state
 
 CHANGES = [{}, {"memory": "none"}, {"network": "linear", "update": "newton_schulz"}, {"reset_at_document": True}]
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def test_a_saved_state_continues_bit_for_bit(changes, tmp_path):
 def test_a_saved_state_is_loaded_by_another_process(tmp_path):
     model, tokens = made()
     torch.save(detach_state(model(tokens, model.initial_state(2)).state), tmp_path / "state.pt")
-    script = "import sys, torch, atlas_lm.model; print(len(torch.load(sys.argv[1], weights_only=True)))"
+    script = "import sys, torch, atlas_lm.model.atlas; print(len(torch.load(sys.argv[1], weights_only=True)))"
     command = [sys.executable, "-c", script, str(tmp_path / "state.pt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "2\n", done.stderr

@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 import train
-from atlas_lm.building import resolve_precision
-from atlas_lm.checkpoint import AtomicCheckpointIO, SaveError
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError
+from atlas_lm.training.trainer import resolve_precision
 from callbacks.rank_agreement import RanksDiverged
 from launching import files_no_larger_than, report_of, small_run
 

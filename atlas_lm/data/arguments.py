@@ -9,8 +9,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atlas_lm.checks import fits, in_words
-from atlas_lm.config import nearest
+from atlas_lm.config.schema import nearest
+from atlas_lm.config.validate import fits, in_words
 from atlas_lm.data.hf import HuggingFaceSource
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.stdlib import StdlibSource

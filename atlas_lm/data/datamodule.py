@@ -9,10 +9,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from atlas_lm.data.resume import EpochSampler, ResumableLoader, SteadyLoader
-from atlas_lm.data.source import Sample, SequenceDataset, Source, Split
+from atlas_lm.data.interfaces import Sample, SequenceDataset, Source, Split
+from atlas_lm.data.loader import EpochSampler, ResumableLoader, SteadyLoader
 from atlas_lm.data.tokenizers import Tokenizer
-from atlas_lm.preemption import outlive_signals
+from atlas_lm.training.preemption import outlive_signals
 
 log = logging.getLogger(__name__)
 

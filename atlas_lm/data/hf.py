@@ -6,9 +6,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from atlas_lm.data.interfaces import SPLITS, Document, Split, check_fractions, split_of
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.reading import text_bytes
-from atlas_lm.data.source import SPLITS, Document, Split, check_fractions, split_of
 from atlas_lm.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from atlas_lm.data.source import SPLITS, Document, Split
+from atlas_lm.data.interfaces import SPLITS, Document, Split
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from atlas_lm.data.interfaces import Document, EmptyDocuments, Sample, SequenceDataset, Split
 from atlas_lm.data.losses import KEPT, Losses, check_losses, count_losses, total_losses
 from atlas_lm.data.overlap import Overlap, content_key
-from atlas_lm.data.source import Document, EmptyDocuments, Sample, SequenceDataset, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 20  # documents are encoded in groups of about this many bytes

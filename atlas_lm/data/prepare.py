@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from atlas_lm.cli.arguments import HELP, attempt
+from atlas_lm.config.parsing import read_json
 from atlas_lm.data.arguments import build_source, parse_arguments
+from atlas_lm.data.interfaces import SPLITS, Document, EmptyDocuments
 from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
-from atlas_lm.data.source import SPLITS, Document, EmptyDocuments
 from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
-from atlas_lm.options import HELP, attempt
-from atlas_lm.parsing import read_json
 
 MAX_VOCABULARY = 1 << 31
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from atlas_lm.parsing import parse_json
+from atlas_lm.config.parsing import parse_json
 
 WHOLE_FILE = (".txt", ".md")
 READABLE = (*WHOLE_FILE, ".jsonl", ".parquet")

@@ -15,7 +15,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from atlas_lm.data.source import SPLITS, UNSCORED, Sample, SequenceDataset, Split
+from atlas_lm.data.interfaces import SPLITS, UNSCORED, Sample, SequenceDataset, Split
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+from atlas_lm.data.interfaces import Split
 from atlas_lm.data.overlap import Overlap
 from atlas_lm.data.packed import Array, HeldOutBytes, TokenStream, byte_ends
-from atlas_lm.data.source import Split
 
 PIECE = 1 << 22  # tokens read at a time
 

@@ -5,8 +5,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from atlas_lm.data.interfaces import Document, check_fractions, split_of
 from atlas_lm.data.packed import PackedSource
-from atlas_lm.data.source import Document, check_fractions, split_of
 from atlas_lm.data.tokenizers import Tokenizer
 
 # Third-party packages, and the tests: most distributions leave `test/` out, so with it the corpus would differ between

@@ -16,12 +16,12 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from atlas_lm.config.parsing import read_json
+from atlas_lm.data.interfaces import SPLITS, Split
 from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
 from atlas_lm.data.shard_overlap import compare_splits
-from atlas_lm.data.source import SPLITS, Split
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
-from atlas_lm.parsing import read_json
 
 FORMAT = "atlas-lm tokens 1"
 AGAIN = "delete the folder and run atlas_lm.data.prepare again"

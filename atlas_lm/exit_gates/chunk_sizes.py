@@ -16,11 +16,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.nn import functional as nnf
 
-from atlas_lm.building import ROOT, prepare_process
-from atlas_lm.config import ModelConfig
-from atlas_lm.exit_gates.evidence import Evidence
-from atlas_lm.exit_gates.finding import Finding
-from atlas_lm.model import AtlasLM
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.exit_gates.artifacts import Evidence
+from atlas_lm.exit_gates.result import Finding
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.training.trainer import ROOT, prepare_process
 
 Chunks = tuple[int, ...]
 

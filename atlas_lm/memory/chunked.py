@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import coefficients as fold
-from atlas_lm.memory import loop
 from atlas_lm.memory.coefficients import Steps
+from atlas_lm.memory.loop import autograd as loop
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.state import (
     MemoryState,

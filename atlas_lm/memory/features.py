@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.memory import cpu_features
+from atlas_lm.memory.kernels import features as cpu_features
 
 CONSTANT_WEIGHT = 1 / 32  # share of ‖φ‖² in the constant: a bias for the memory, small, since it is common to all keys
 LINEAR_WEIGHT = 1 / 4  # share in the linear part of all monomials of degree 2 (crosstalk E[(q·k)²] = 1/D)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from atlas_lm.module import AtlasModule
+from atlas_lm.training.module import AtlasModule
 from callbacks.chunk_size_scheduler import ChunkSizeScheduler
 from callbacks.gate_monitor import GateMonitor
 from callbacks.loss_weight_schedule import LossWeightSchedule

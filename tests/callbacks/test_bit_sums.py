@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
-from callbacks import bit_sums
-from callbacks.bit_sums import ROW, BitSums, stretches
+from callbacks.support import fingerprint as bit_sums
+from callbacks.support.fingerprint import ROW, BitSums, stretches
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from toys import Line, Lines, loader
 from two_ranks import run_on_two_ranks
 
-from atlas_lm.module import AtlasModule
+from atlas_lm.training.module import AtlasModule
 from callbacks.memory_contribution import MemoryContribution
 from callbacks.niah_probe import NeedleLost, NiahProbe
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from toys import STEPS, Line, Lines
 from two_ranks import run_on_two_ranks
 
-from callbacks.demands import CanRollBack
 from callbacks.nonfinite_guard import NonfiniteGuard
-from callbacks.snapshots import restore, take
+from callbacks.support.rollback_request import CanRollBack
+from callbacks.support.snapshots import restore, take
 from callbacks.weight_integrity import WeightIntegrity, WeightsCorrupted
 
 

@@ -4,7 +4,7 @@ from itertools import chain
 import pytest
 
 from atlas_lm.data.hf import HuggingFaceSource
-from atlas_lm.data.source import Source
+from atlas_lm.data.interfaces import Source
 
 datasets = pytest.importorskip("datasets")
 

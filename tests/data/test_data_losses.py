@@ -10,14 +10,14 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from atlas_lm import generate
+from atlas_lm.cli import generate
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.data.losses import Losses
 from atlas_lm.data.prepare import prepare
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokenizers import ByteTokenizer, JsonTokenizer
 from atlas_lm.data.tokens import TokensSource
-from atlas_lm.report import quality
+from atlas_lm.runs.report import quality
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run, report_of
 
 ENGLISH = ["alpha beta gamma delta epsilon zeta eta theta"] * 20

@@ -9,8 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from atlas_lm.data.datamodule import TokenDataModule
+from atlas_lm.data.interfaces import Split
 from atlas_lm.data.prepare import prepare
-from atlas_lm.data.source import Split
 from atlas_lm.data.text import TextSource
 
 CONF = Path(__file__).parents[2] / "conf" / "data"

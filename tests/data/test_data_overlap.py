@@ -13,11 +13,11 @@ import pytest
 
 from atlas_lm.data import prepare as prepare_module
 from atlas_lm.data.hf import HuggingFaceSource
+from atlas_lm.data.interfaces import SPLITS, Document, Split, split_of
 from atlas_lm.data.overlap import content_key
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.prepare import prepare
 from atlas_lm.data.shard_overlap import token_documents
-from atlas_lm.data.source import SPLITS, Document, Split, split_of
 from atlas_lm.data.stdlib import StdlibSource
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokens import TokensSource

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atlas_lm.data.interfaces import Document, Split, split_of
 from atlas_lm.data.packed import PackedDataset, PackedSource, Packer, cut
-from atlas_lm.data.source import Document, Split, split_of
 from atlas_lm.data.tokenizers import ByteTokenizer, JsonTokenizer, train_bpe
 
 SEPARATOR = 256

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from atlas_lm.data.datamodule import TokenDataModule
+from atlas_lm.data.interfaces import Source
 from atlas_lm.data.recall import RecallSource
-from atlas_lm.data.source import Source
 
 
 def test_every_answer_is_scored_once_and_further_back_than_two_windows() -> None:

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from atlas_lm.data.datamodule import TokenDataModule
+from atlas_lm.data.loader import EpochSampler, ResumableLoader
 from atlas_lm.data.recall import RecallSource
-from atlas_lm.data.resume import EpochSampler, ResumableLoader
 
 SAMPLES, BATCH = 50, 4  # 12 full batches, 2 samples left out
 

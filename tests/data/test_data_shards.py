@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from atlas_lm.data import prepare as prepare_module
+from atlas_lm.data.interfaces import SPLITS, Source
 from atlas_lm.data.packed import PackedDataset
 from atlas_lm.data.prepare import main, prepare
-from atlas_lm.data.source import SPLITS, Source
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokens import ShardedArray, TokensSource, write_durably
 

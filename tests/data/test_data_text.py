@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas_lm.data.source import Source
+from atlas_lm.data.interfaces import Source
 from atlas_lm.data.stdlib import StdlibSource
 from atlas_lm.data.text import TextSource
 

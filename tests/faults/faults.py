@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from atlas_lm.cli import explain
+from atlas_lm.cli.errors import explain
 
 PAGE = 4096
 

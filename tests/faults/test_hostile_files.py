@@ -16,8 +16,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from atlas_lm import calibrate, compare, generate, manifest, options
-from atlas_lm.checkpoint import read_checkpoint
+from atlas_lm.checkpoints import manifest
+from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.cli import arguments as options
+from atlas_lm.cli import calibrate, compare, generate
 from atlas_lm.exit_gates import command
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, with_all_safeguards
 
@@ -72,7 +74,7 @@ TARGETS = {
     "eval": EVAL,
     "Popen": POPEN,
     "os of our module": {**SYSTEM, "_target_": "atlas_lm.data.tokens.os.system"},
-    "os of runs": {**SYSTEM, "_target_": "atlas_lm.runs.os.system"},
+    "os of runs": {**SYSTEM, "_target_": "atlas_lm.runs.folder.os.system"},
     "a class of torch that starts a process": HANDLER,
     "a partial": {**SYSTEM, "_partial_": True},
     "under a class of ours": {"_target_": "atlas_lm.data.text.TextSource", "files": "*.txt", "tokenizer": [[SYSTEM]]},

@@ -13,13 +13,13 @@ import pytest
 from faults import mutated, outcome
 from rich.console import Console
 
-from atlas_lm import calibrate, compare
+from atlas_lm.cli import calibrate, compare
+from atlas_lm.config.parsing import parse_json, read_config, read_json
 from atlas_lm.data.hf import HuggingFaceSource
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.prepare import prepare
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokens import TokensSource
-from atlas_lm.parsing import parse_json, read_config, read_json
 
 COUNT = 40
 SECONDS = 20  # more is a hang

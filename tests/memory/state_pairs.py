@@ -22,9 +22,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from atlas_lm.config import ModelConfig
-from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop, cpu_norm
-from atlas_lm.model import AtlasLM, State
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.memory.kernels import attention as cpu_attention
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import features as cpu_features
+from atlas_lm.memory.kernels import norm as cpu_norm
+from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.model.atlas import AtlasLM, State
 
 VOCABULARY = 11
 CHOICES = {

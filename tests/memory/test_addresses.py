@@ -10,11 +10,15 @@ from hierarchy_cases import SPEC, make_hierarchy, make_inputs, stream, tensors
 from test_contract import build_model, make_tokens
 from torch import Tensor
 
-from atlas_lm.attention import angles
-from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop
-from atlas_lm.memory.chunk_step import Chunks, Plan
-from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
+from atlas_lm.memory.kernels import attention as cpu_attention
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import features as cpu_features
+from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
+from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.memory.loop.types import Chunks, Plan
 from atlas_lm.memory.network import Network
+from atlas_lm.model.attention import angles
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,13 +7,18 @@ from test_contract import build_model, make_tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from atlas_lm.attention import SlidingWindowAttention
-from atlas_lm.block import Block, MemoryBranch
-from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop, cpu_norm
-from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
 from atlas_lm.memory.features import Sketch
 from atlas_lm.memory.hierarchy import MemorySpec
+from atlas_lm.memory.kernels import attention as cpu_attention
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import features as cpu_features
+from atlas_lm.memory.kernels import norm as cpu_norm
+from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
+from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.newton_schulz import newton_schulz
+from atlas_lm.model.attention import SlidingWindowAttention
+from atlas_lm.model.block import Block, MemoryBranch
 
 
 @pytest.fixture(params=["compiled", "torch"])

@@ -13,12 +13,16 @@ from memory_cases import relative_errors
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.attention import SlidingWindowAttention
-from atlas_lm.block import MemoryBranch
-from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop
-from atlas_lm.memory.cpu_norm import RMSNorm, normalised_heads
 from atlas_lm.memory.features import Sketch
 from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+from atlas_lm.memory.kernels import attention as cpu_attention
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import features as cpu_features
+from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
+from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.model.attention import SlidingWindowAttention
+from atlas_lm.model.block import MemoryBranch
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.01}
@@ -169,7 +173,7 @@ def test_nan_is_passed_on():
 SCRIPT = """
 import logging, torch
 logging.basicConfig(level="INFO")
-from atlas_lm.memory import compiled
+from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
 h = Hierarchy(MemorySpec(16, 2, 8, (4,), 8, 8, rank=7, hidden=8))
 q = torch.randn(1, 2, 20, 8)

@@ -16,11 +16,16 @@ from hierarchy_cases import (
     stream,
 )
 
-from atlas_lm.block import FUSIONS
-from atlas_lm.config import ModelConfig
-from atlas_lm.memory import compiled, cpu_attention, cpu_convolution, cpu_features, cpu_loop, cpu_norm
+from atlas_lm.config.schema import ModelConfig
 from atlas_lm.memory.hierarchy import Hierarchy
-from atlas_lm.model import AtlasLM
+from atlas_lm.memory.kernels import attention as cpu_attention
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import features as cpu_features
+from atlas_lm.memory.kernels import norm as cpu_norm
+from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.block import FUSIONS
 
 FACTORS = {
     "network": ("gated_mlp", "mlp", "linear"),

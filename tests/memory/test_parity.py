@@ -5,7 +5,9 @@ import torch
 from hierarchy_cases import SPEC, Inputs, make_hierarchy, make_inputs
 from memory_cases import everything, gradients, make_case, relative_errors, run
 
-from atlas_lm.memory import chunked, compiled, cpu_loop, hierarchy, network, projection, reference
+from atlas_lm.memory import chunked, hierarchy, network, projection, reference
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.state import Rule
 
 WHOLE = 0  # a chunk as long as the sequence

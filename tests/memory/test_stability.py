@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.func import jacrev
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.chunk_step import Inputs, Plan, learn_and_read
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.features import build_features
 from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
+from atlas_lm.memory.loop.types import Inputs, Plan, learn_and_read
 from atlas_lm.memory.network import build_network, read, split_matrices
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, initial_state
 

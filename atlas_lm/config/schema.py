@@ -1,0 +1,211 @@
+"""Every setting of a run, typed: Hydra composes `conf/` against these classes, so a misspelled key fails at once.
+
+Only the model, the optimizer, the paths and the top level are typed here. `data`, `trainer`, `logger` and `callbacks`
+name a class each (`_target_`); their keys are checked against its signature, see `validate.py`. `???` marks a value
+that `conf/` or the user has to give.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+FLOAT32 = 3.4e38
+LARGEST = 2**31 - 1  # of whole numbers: the size of a matrix of two of them still fits 64 bits
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest valid name, "" when none is close."""
+    close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def choice(*names: str, default: str = MISSING) -> Any:
+    """A field that takes one of these names."""
+    return field(default=default, metadata={"choices": names})
+
+
+def number(default: Any = MISSING, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A field that takes a number in [minimum, maximum]; NaN is in no range."""
+    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
+
+
+def check_values(config: Any, section: str) -> None:
+    """ValueError for the first field outside its choices or its range; values that are still `???` pass."""
+    for f in fields(config):
+        value, where = getattr(config, f.name), f"{section}{f.name}"
+        if value is None or (isinstance(value, str) and value == MISSING):
+            continue
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{where}={value} must be one of {', '.join(choices)}{nearest(value, choices)}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{where}={value} must be at most {LARGEST}: lower it")
+        if isinstance(value, float) and FLOAT32 < abs(value) < math.inf:
+            raise ValueError(f"{where}={value} is beyond {FLOAT32:g}, the largest number of float32: lower it")
+        low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
+        if low is not None and not value >= low:
+            raise ValueError(f"{where}={value} must be at least {low:g}: raise it")
+        if high is not None and not value <= high:
+            raise ValueError(f"{where}={value} must be at most {high:g}: lower it")
+
+
+@dataclass
+class ModelConfig:
+    """One model (SPEC M). ValueError for a value outside its choices or range."""
+
+    name: str = MISSING
+    """What reports call it."""
+    dim: int = number(minimum=1)
+    """Width of the residual stream."""
+    layers: int = number(minimum=1)
+    """Blocks."""
+    heads: int = number(minimum=1)
+    """Heads of the attention and of each memory."""
+    head_dim: int = number(minimum=1)
+    """Query, key and value width of one head."""
+    window: int = number(minimum=1)
+    """Attention window, tokens; what lies further back only the memory can tell."""
+    ffn_multiple: float = number(minimum=0)
+    """Hidden width of the SwiGLU feed-forward, as a multiple of `dim`."""
+    fusion: str = choice("multiplicative", "normalised_product", "convex")
+    """How attention and memory meet (SPEC M12)."""
+    memory: str = choice("atlas", "none")
+    """none: the twin without memory, at the same width and parameter budget."""
+    local_chunks: list[int] = MISSING
+    """Chunk size of each local memory, tokens; as many local memories as entries (SPEC M8)."""
+    global_chunk: int = number(minimum=1)
+    """Chunk size of the global memory, C_G, tokens."""
+    shard: int = number(minimum=1)
+    """Tokens after which the local memories start anew, S_L; a multiple of `global_chunk`."""
+    network: str = choice("gated_mlp", "mlp", "linear")
+    """Memory network: ATLAS eq 43, eq 42, or one matrix."""
+    residual: bool = MISSING
+    """Whether the memory network adds its raw input."""
+    features: str = choice("linear", "quadratic", "sketch")
+    """Feature map of keys and queries (SPEC M1)."""
+    rank: int = number(minimum=1)
+    """Features of the low-rank sketch; read by `features: sketch` alone."""
+    memory_hidden: int = number(minimum=1)
+    """Hidden width of the memory network; the linear one has none."""
+    context: int = number(minimum=1)
+    """Omega context c, tokens: each inner gradient sums over the last c (SPEC M4); 1 is the delta rule."""
+    update: str = choice("gradient", "newton_schulz")
+    """U of ATLAS eq 33."""
+    newton_schulz_steps: int = number(5, minimum=1)
+    """Iterations of Newton–Schulz (SPEC M6)."""
+    persistent_keys: int = number(64, minimum=0)
+    """Learned keys behind the Q–K projection, N_p (SPEC M10); 0: none, a shard starts from its own keys alone."""
+    eta_max: float = number(minimum=0)
+    """Largest write strength, dimensionless: share of the error that one write may correct (SPEC M16)."""
+    half_life: float = number(minimum=0)
+    """Tokens after which the memory has forgotten half, as its gates start out."""
+    radius: float = number(minimum=0)
+    """Bound on the root mean square of a fast matrix's entries."""
+    conv: int = number(4, minimum=1)
+    """Length of the causal convolution on queries, keys and values, tokens; 1 is none."""
+    reset_at_document: bool = MISSING
+    """Whether the memory starts anew where a document begins."""
+    polarisation_cap: float = number(minimum=0)
+    """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient (SPEC
+    M15); its weight comes from `callbacks.loss_weights`."""
+    rope_base: float = number(minimum=1)
+    """Base of the rotary position embedding."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "model.")
+        if isinstance(self.local_chunks, list) and isinstance(self.shard, int):
+            longest = max(self.local_chunks, default=0)
+            if longest > self.shard:
+                raise ValueError(
+                    f"model.local_chunks={self.local_chunks}: a chunk of {longest} tokens is longer than a shard, "
+                    f"model.shard={self.shard}, at which local memories start anew: lower it"
+                )
+
+
+@dataclass
+class OptimConfig:
+    """The outer optimizer (SPEC T5). ValueError for a value outside its choices or range."""
+
+    name: str = choice("adamw", "muon")
+    """muon: Muon for the 2-D weights of the blocks, AdamW for the rest."""
+    lr: float = number(minimum=0)
+    """Peak learning rate of AdamW."""
+    muon_lr: float = number(minimum=0)
+    """Peak learning rate of Muon; read by `name: muon` alone."""
+    memory_lr: float = number(minimum=0)
+    """Peak learning rate of W_init and of the memory's feature map: high ones cost the memory its capacity."""
+    weight_decay: float = number(minimum=0)
+    """Decoupled weight decay of matrices; vectors have none."""
+    betas: list[float] = MISSING
+    """AdamW's two averaging constants."""
+    warmup_steps: int = number(minimum=0)
+    """Optimizer steps of linear warm-up."""
+    total_steps: int = number(minimum=1)
+    """Optimizer steps of the run, warm-up included; the cosine ends here and so does training."""
+    min_lr_ratio: float = number(minimum=0, maximum=1)
+    """Learning rate at the end, as a fraction of the peak."""
+    clip: float = number(minimum=0)
+    """Gradient norm above which gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "optim.")
+        if isinstance(self.betas, list) and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"optim.betas={self.betas} must be two numbers from 0 to below 1; [0.9,0.95] is usual")
+
+
+@dataclass
+class PathsConfig:
+    """Where a run reads and writes."""
+
+    outputs: str = MISSING
+    """Folder of all runs, one folder per experiment in it."""
+    run: str = MISSING
+    """Folder of this run; Hydra writes its log there too."""
+
+
+@dataclass
+class TrainConfig:
+    """`conf/train.yaml`: everything that `train.py` reads."""
+
+    name: str = MISSING
+    """Name of the experiment: its runs lie in `outputs/<name>/`."""
+    seed: int = number(minimum=0)
+    """Of the weights' initial values; `data.seed` is the one of the shuffling."""
+    precision: str = choice("auto", "32-true", "bf16-mixed")
+    """auto: bf16-mixed where the hardware is fast at it, else 32-true; the log says which."""
+    resume: str | None = None
+    """What to go on with exactly, in its folder, behind its last record: `auto` (the newest run of this experiment if
+    it is not finished, else a new one), a run folder, an experiment (its newest finished run), or a checkpoint."""
+    init_from: str | None = None
+    """Checkpoint, run folder or experiment (its newest finished run of this model) whose weights to start from; all
+    else begins anew."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """conf/model/"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """conf/optim/"""
+    data: dict[str, Any] = MISSING
+    """conf/data/: a LightningDataModule."""
+    trainer: dict[str, Any] = MISSING
+    """conf/trainer/: the arguments of Lightning's Trainer."""
+    logger: dict[str, Any] = MISSING
+    """conf/logger/: by name, each a Logger."""
+    callbacks: dict[str, Any] = MISSING
+    """conf/callbacks/: by name, each a Callback; they run in this order, checkpoints last."""
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    """conf/paths/"""
+
+    def __post_init__(self) -> None:
+        check_values(self, "")
+
+
+def register() -> None:
+    """Make `schema` known to Hydra, for the defaults list of `conf/train.yaml`."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+register()

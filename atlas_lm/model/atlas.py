@@ -1,0 +1,237 @@
+"""AtlasLM: tokens → logits. The page to read first.
+
+    x = embed(tokens)
+    for each block:                                        block.py
+        y = RMSNorm(x)
+        x = x + W_o fuse(window attention(y), memory(y))   attention.py, memory/hierarchy.py
+        x = x + SwiGLU(RMSNorm(x))
+    logits = RMSNorm(x) embedᵀ
+
+The memory learns while it reads, by the same code in training, eval() and inference_mode(). Called with a state the
+model streams: prefill with any number of tokens, then decode one by one, at constant memory.
+"""
+
+# B batch, T tokens, M model width, V vocabulary
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.memory.hierarchy import HierarchyState, MemorySpec
+from atlas_lm.memory.kernels.norm import RMSNorm
+from atlas_lm.memory.network import Network
+from atlas_lm.memory.projection import ProjectionState
+from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
+from atlas_lm.model.attention import AttentionState
+from atlas_lm.model.block import Block, BlockState
+
+State = tuple[BlockState, ...]
+# torch.save(state) and torch.load(path, weights_only=True): these hold tensors, numbers and names alone
+torch.serialization.add_safe_globals(
+    [AttentionState, BlockState, Gates, HierarchyState, MemoryState, Network, ProjectionState, Rule, Tokens]
+)
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor  # (B, T, V)
+    gates: tuple[Tensor, ...]  # per layer with a memory (B, T, H·D): the fusion gates
+    state: State | None  # behind the last token, where a state was given
+
+
+def detach_state(state: State) -> State:
+    """The same state without its graph: what a stream that is trained piece by piece carries to the next piece."""
+    return tuple(_detach(block) for block in state)
+
+
+def _detach(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not isinstance(value, tuple):
+        return value
+    parts = [_detach(part) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def memory_spec(config: ModelConfig) -> MemorySpec | None:
+    """The memory part of a model config; None without memory."""
+    if config.memory == "none":
+        return None
+    if config.memory != "atlas":
+        raise ValueError(f"unknown memory {config.memory!r}; choose atlas or none")
+    return MemorySpec(
+        dim=config.dim,
+        heads=config.heads,
+        head_dim=config.head_dim,
+        local_chunks=tuple(config.local_chunks),
+        global_chunk=config.global_chunk,
+        shard=config.shard,
+        network=config.network,
+        residual=config.residual,
+        features=config.features,
+        rank=config.rank,
+        hidden=config.memory_hidden,
+        context=config.context,
+        update=config.update,
+        newton_schulz_steps=config.newton_schulz_steps,
+        persistent_keys=config.persistent_keys,
+        eta_max=config.eta_max,
+        half_life=config.half_life,
+        radius=config.radius,
+    )
+
+
+def make_block(config: ModelConfig, hidden: int) -> Block:
+    return Block(
+        memory_spec(config), config.dim, config.heads, config.head_dim, hidden, config.window,
+        config.rope_base, config.conv, config.fusion,
+    )  # fmt: skip
+
+
+def ffn_hidden(config: ModelConfig) -> int:
+    """Hidden width of the feed-forward: a model without memory gets the parameters of the memory that it lacks."""
+    hidden = max(1, round(config.ffn_multiple * config.dim))
+    if config.memory != "none":
+        return hidden
+
+    def size(block: nn.Module) -> int:
+        return sum(p.numel() for p in block.parameters())
+
+    with torch.device("meta"):
+        twin = ModelConfig(**{**vars(config), "memory": "atlas"})
+        lacking = size(make_block(twin, hidden)) - size(make_block(config, hidden))
+    return hidden + round(lacking / (3 * config.dim))
+
+
+class AtlasLM(nn.Module):
+    """A language model whose blocks hold a memory that learns from the text it reads."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        check(config)
+        self.config = config
+        self.embed = nn.Embedding(vocab_size, config.dim)
+        hidden = ffn_hidden(config)
+        self.blocks = nn.ModuleList(make_block(config, hidden) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """What this module owns and scales; after `to_empty` call `initialise` instead, which begins with the parts."""
+        nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
+        # tied embeddings: the stream starts as the token's own embedding, whose logit would be √dim
+        nn.init.constant_(self.norm.weight, 2 * self.config.dim**-0.5)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.out, block.ffn.down):
+                linear.weight.mul_((2 * self.config.layers) ** -0.5)
+
+    def initialise(self) -> None:
+        """Every parameter and buffer as a new model has them, for one that was built on device meta.
+
+        Parts come before what they are part of, which scales what they drew; in another order every tensor gets
+        values too, but not these.
+        """
+
+        def reset(part: nn.Module) -> None:
+            if callable(again := getattr(part, "reset_parameters", None)):
+                again()
+
+        self.apply(reset)
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` streams that have seen nothing. Its size does not grow with what they will see."""
+        if batch < 0:
+            raise ValueError(f"the batch must not be negative, got {batch}")
+        restart = self.config.reset_at_document
+        return tuple(block.initial_state(batch, restart) for block in self.blocks)  # type: ignore[operator]
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None, document_start_BT: Tensor | None = None) -> Output:
+        """(B, T) token ids → logits (B, T, V) of the next tokens.
+
+        Without a state: training and evaluation, local memories start anew at each shard. With one: streaming, no
+        resets but at document starts where `reset_at_document` asks for them. ValueError for a state of another model
+        or batch (one of another precision is cast), and for tokens that are no (B, T) ids of the vocabulary.
+        """
+        restart = document_start_BT if self.config.reset_at_document else None
+        if self.config.reset_at_document and restart is None:
+            restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        self._check_tokens(tokens_BT, document_start_BT)
+        layers = len(self.blocks)
+        if state is not None and len(state) != layers:
+            raise ValueError(f"the state has {len(state)} layers, the model {layers}; start from its initial_state")
+        x = self.embed(tokens_BT) * self.config.dim**0.5
+        gates, after = [], []
+        for i, block in enumerate(self.blocks):
+            x, gate, block_state = block(x, None if state is None else state[i], restart)
+            after.append(block_state)
+            if gate is not None:
+                gates.append(gate)
+        logits = nnf.linear(self.norm(x), self.embed.weight)
+        return Output(logits, tuple(gates), None if state is None else tuple(after))
+
+    def _check_tokens(self, tokens_BT: Tensor, document_start_BT: Tensor | None) -> None:
+        if tokens_BT.dim() != 2 or tokens_BT.size(1) < 1:
+            shape = tuple(tokens_BT.shape)
+            raise ValueError(f"tokens must be (batch, T) with T at least 1, got {shape}; one sequence is tokens[None]")
+        if tokens_BT.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be ids of torch.int64 or torch.int32, got {tokens_BT.dtype}")
+        starts = document_start_BT
+        if starts is not None and (starts.shape != tokens_BT.shape or starts.dtype != torch.bool):
+            raise ValueError(
+                f"document starts must be torch.bool of the tokens' shape {tuple(tokens_BT.shape)}, got "
+                f"{tuple(starts.shape)} of {starts.dtype}"
+            )
+        # on another device the look would wait for it, and the look-up raises there itself
+        if tokens_BT.is_cpu and tokens_BT.numel() and not torch.compiler.is_compiling():
+            least, most = (int(x) for x in tokens_BT.aminmax())
+            if least < 0 or most >= self.embed.num_embeddings:
+                wrong = least if least < 0 else most
+                raise ValueError(
+                    f"token {wrong} is outside the vocabulary of {self.embed.num_embeddings}; "
+                    "was the text encoded by the model's own tokenizer?"
+                )
+
+    @property
+    def local_chunks(self) -> tuple[int, ...]:
+        """C_L of the local memories; empty without a memory."""
+        return next(iter(self._hierarchies())).local_chunks if self.config.memory != "none" else ()
+
+    def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
+        """Change the chunk sizes of the local memories at run time (SPEC M13).
+
+        ValueError unless there is a whole number from 1 to the shard's length for each.
+        """
+        chunks = tuple(chunks)
+        if self.config.memory == "none" and chunks:
+            raise ValueError(f"the model has no memory to set chunk sizes {list(chunks)} of")
+        too_long = [size for size in chunks if size > self.config.shard]
+        if too_long:
+            raise ValueError(
+                f"a chunk of {too_long[0]} tokens is longer than a shard, model.shard={self.config.shard}, at which "
+                "local memories start again: lower it"
+            )
+        for hierarchy in self._hierarchies():
+            hierarchy.set_local_chunks(chunks)
+
+    def _hierarchies(self):
+        return (block.memory.hierarchy for block in self.blocks if block.memory is not None)  # type: ignore[union-attr]
+
+
+def check(config: ModelConfig) -> None:
+    """Raise ValueError naming the first size that no model can have."""
+    for name in ("dim", "layers", "heads", "head_dim", "memory_hidden"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"model.{name} must be at least 1, got {value}")
+    if config.head_dim % 2:
+        raise ValueError(f"model.head_dim must be even for rotary positions, got {config.head_dim}")
+    if config.ffn_multiple <= 0:
+        raise ValueError(f"model.ffn_multiple must be positive, got {config.ffn_multiple}")

@@ -1,0 +1,140 @@
+"""Probes of a model's memory: what it retrieves of what was written, and what it is worth to a text (SPEC C1, C1b)."""
+
+# B batch, T tokens, V vocabulary, M model width, N sequences of pairs, L layers, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as nnf
+
+from atlas_lm.memory.chunked import scan
+from atlas_lm.memory.hierarchy import FastMemory
+from atlas_lm.memory.state import Gates, Tokens, initial_state
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.block import Block
+
+
+def write_and_read(
+    model: AtlasLM, keys: Tensor, values: Tensor, query: Tensor, tokens_BT: Tensor | None = None
+) -> Tensor:
+    """What every memory answers to `query` after it has learned N sequences of T pairs, each from an empty start.
+
+    `keys`, `values`: (L, H, N, T, D), `query`: (L, H, N, D), for the L layers with a memory; keys and queries of unit
+    norm. Returns (L, M, H, N, D) with M memories a layer, the global one first.
+
+    The pairs are learned by the code that learns a text, with each memory's own feature map, W_init, chunk size and
+    update, and asked for at the first token behind them. Random pairs have no hidden state that could open the gates,
+    so these stand open (SPEC N1: every write at full strength, nothing forgotten); with `tokens_BT` they are the ones
+    that the model opens for that text, which tells how much it chooses to write and keep.
+    """
+    blocks = _with_memory(model)
+    inputs: list[Tensor | None] = [None] * len(blocks) if tokens_BT is None else list(_memory_inputs(model, tokens_BT))
+    answers = []
+    for block, x_BTM, k, v, q in zip(blocks, inputs, keys, values, query, strict=True):
+        with _whole(block):
+            hierarchy = block.memory.hierarchy  # type: ignore[union-attr]
+            memories = [hierarchy.global_memory, *hierarchy.local_memories]
+            k, v, q = (y.transpose(0, 1) for y in (k, v, q))
+            answers.append(torch.stack([_ask(hierarchy.features, memory, k, v, q, x_BTM) for memory in memories]))
+    return torch.stack(answers).transpose(2, 3)
+
+
+def _ask(features: Any, memory: FastMemory, k: Tensor, v: Tensor, q: Tensor, x_BTM: Tensor | None) -> Tensor:
+    """One memory: k, v (N, H, T, D), q (N, H, D) → (N, H, D)."""
+    N, H, T, _ = k.shape
+    chunk = min(memory.rule.chunk, T)  # a longer chunk would hold the same pairs
+    before = -T % chunk  # nothing is written there; so the last pair ends a chunk, and the question begins the next
+    k = torch.cat([q.unsqueeze(2).expand(-1, -1, before, -1), k, q.unsqueeze(2)], dim=2)
+    v = torch.cat([v[:, :, :1].expand(-1, -1, before, -1), v, v[:, :, :1]], dim=2)
+    length = before + T + 1
+    if x_BTM is None:
+        one = torch.ones(N, H, length, device=k.device)
+        gates = Gates(one, one * memory.eta_max, 0 * one, one)
+    else:
+        rows = x_BTM.flatten(0, 1)
+        gates = memory.open(rows[torch.arange(N * length, device=rows.device) % rows.size(0)].unflatten(0, (N, length)))
+    written = torch.ones(length, device=k.device)
+    written[:before], written[-1] = 0, 0
+    gates = gates._replace(gamma=gates.gamma * written)
+    phi = features(k)
+    asked = q.unsqueeze(2).expand_as(k)
+    rule = memory.rule._replace(chunk=chunk)
+    state = initial_state(rule, memory.weights(), N, features.dim_out)
+    y, _ = scan(rule, state, memory.weights(), asked, features(asked), Tokens(k, phi, v, gates))
+    return y[:, :, -1]
+
+
+def losses_with_and_without_memory(
+    model: AtlasLM, tokens_BT: Tensor, targets_BT: Tensor, document_start_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean nats per target with the memory, and with its output zeroed.
+
+    Only targets further from the start than all layers' attention windows together reach count: the others could have
+    been predicted from everything before them by attention alone. ValueError: the sequences are too short for that.
+    """
+    reach = model.config.layers * (model.config.window - 1) + 1
+    if tokens_BT.size(1) <= reach:
+        raise ValueError(
+            f"sequences of {tokens_BT.size(1)} tokens lie within the reach of attention, {reach} tokens in all: "
+            "raise data.seq_len or lower model.window"
+        )
+
+    def loss() -> Tensor:
+        logits = model(tokens_BT, document_start_BT=document_start_BT).logits[:, reach:]
+        return nnf.cross_entropy(logits.float().flatten(0, 1), targets_BT[:, reach:].flatten())
+
+    with_memory = loss()
+    with _silent(model):
+        return with_memory, loss()
+
+
+def _with_memory(model: AtlasLM) -> list[Block]:
+    return [block for block in model.blocks if block.memory is not None]  # type: ignore[misc]
+
+
+def _memory_inputs(model: AtlasLM, tokens_BT: Tensor) -> list[Tensor]:
+    """The hidden states that open the gates of every layer's memory, (B, T, M) each."""
+    seen: list[Tensor] = []
+    hooks = [
+        block.memory.hierarchy.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))  # type: ignore[union-attr]
+        for block in _with_memory(model)
+    ]
+    try:
+        model(tokens_BT)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@contextmanager
+def _silent(model: AtlasLM) -> Iterator[None]:
+    """Every memory answers zero."""
+
+    def zeroed(_: Any, __: Any, output: tuple[Tensor, Any, Any]) -> tuple[Tensor, Any, Any]:
+        return torch.zeros_like(output[0]), *output[1:]
+
+    hooks = [block.memory.register_forward_hook(zeroed) for block in _with_memory(model)]  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _whole(block: Block) -> Iterator[None]:
+    """The block's parameters, gathered where they are sharded: its memory is called past the block's own forward."""
+    if isinstance(block, FSDPModule):
+        block.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(block, FSDPModule):
+            block.reshard()

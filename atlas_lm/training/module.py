@@ -1,0 +1,324 @@
+"""The LightningModule: loss, logging, optimizers; what the callbacks ask of a model is offered here."""
+
+# B batch, T tokens, V vocabulary
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as nnf
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+
+from atlas_lm.cli.generate import continue_text
+from atlas_lm.config.schema import ModelConfig, OptimConfig
+from atlas_lm.model.atlas import AtlasLM, Output
+from atlas_lm.model.probes import losses_with_and_without_memory, write_and_read
+from atlas_lm.training.flat_storage import side_by_side
+from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
+
+UNSCORED = -100
+SAMPLE_PROMPT, SAMPLE_TOKENS = "def ", 128  # what each validation writes a continuation of
+
+
+def capped_polarisation_gradient(gate: Tensor, main: Tensor, weight: float, cap: float) -> Tensor:
+    """∇ of weight · mean(1 − |2g − 1|) with respect to a gate, its norm at most `cap` times the main gradient's."""
+    gradient = (2 * gate - 1).sign().to(main.dtype).mul_(-2 * weight / gate.numel())
+    norm = torch.linalg.vector_norm(gradient)
+    limit = cap * torch.linalg.vector_norm(main)
+    return gradient * (limit / norm.clamp_min(torch.finfo(main.dtype).tiny)).clamp(max=1.0)
+
+
+def _with_polarisation(gate: Tensor, weight: float, cap: float, main: Tensor) -> Tensor:
+    return main + capped_polarisation_gradient(gate, main, weight, cap)
+
+
+class AtlasModule(L.LightningModule):
+    """Trains an AtlasLM on batches of `input_ids`, `targets` (B, T), −100 unscored, and `document_start`.
+
+    `bytes_per_token`: of the validation text; None where the tokens are no text (recall): accuracy is logged then.
+    `tokenizer`: its fingerprint, for the checkpoints, so that nobody reads the weights with another one.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig | dict[str, Any],
+        optim: OptimConfig | dict[str, Any],
+        vocab_size: int,
+        bytes_per_token: float | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        model = ModelConfig(**model) if isinstance(model, dict) else model
+        optim = OptimConfig(**optim) if isinstance(optim, dict) else optim
+        # plain containers: a checkpoint must load with weights_only=True
+        self.save_hyperparameters(
+            {
+                "model": _plain(model),
+                "optim": _plain(optim),
+                "vocab_size": vocab_size,
+                "bytes_per_token": bytes_per_token,
+                "tokenizer": tokenizer,
+            }
+        )
+        self.model_config, self.optim_config = model, optim
+        self.bytes_per_token = bytes_per_token
+        self.model = AtlasLM(model, vocab_size)
+        parameters = list(self.model.parameters())
+        for parameter, copy in zip(parameters, side_by_side(parameters), strict=True):
+            parameter.data = copy
+        # torchmetrics drops NaN by default: a validation that is partly NaN would look healthy
+        self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        self.val_ppl = Perplexity(ignore_index=UNSCORED)
+        self._last_step_ended: float | None = None
+        # of the gradients of this step in these versions; as long as they are held no other has their id
+        self._known_norm: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
+        self._gates: tuple[Tensor, ...] = ()  # of the last training step
+        self.loss_weights = {"polarisation": 0.0}  # λ of SPEC M15, until a schedule sets it
+
+    # What callbacks ask for
+
+    @property
+    def local_chunks(self) -> tuple[int, ...]:
+        """C_L of the local memories, tokens; empty without a memory."""
+        return self.model.local_chunks
+
+    def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
+        """Change them at run time (SPEC M13)."""
+        self.model.set_local_chunks(chunks)
+
+    def set_loss_weight(self, name: str, weight: float) -> None:
+        """Weight of an auxiliary loss from the next step on. KeyError: none of that name."""
+        if name not in self.loss_weights:
+            raise KeyError(f"there is no auxiliary loss {name!r}; there are {', '.join(self.loss_weights)}")
+        self.loss_weights[name] = weight
+
+    def gate_values(self) -> Tensor:
+        """The fusion gates of the last training step, (layers with a memory, tokens · width)."""
+        return torch.stack([gate.flatten() for gate in self._gates]) if self._gates else torch.empty(0, 0)
+
+    def held_out_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch, nats per scored token."""
+        return self.loss(self(batch).logits, batch["targets"])
+
+    def memory_contribution(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean loss with the memory, and with its output zeroed, where attention cannot see the whole past (C1b)."""
+        starts = batch.get("document_start")
+        return losses_with_and_without_memory(self.model, batch["input_ids"], batch["targets"], starts)
+
+    def write_and_read(
+        self, keys: Tensor, values: Tensor, query: Tensor, batch: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """What every memory answers after learning pairs (SPEC C1), with its gates open, or as `batch` opens them.
+
+        See `needles.write_and_read`.
+        """
+        return write_and_read(self.model, keys, values, query, None if batch is None else batch["input_ids"])
+
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Layers with a memory, heads, dimension of keys and values."""
+        layers = 0 if self.model_config.memory == "none" else self.model_config.layers
+        return layers, self.model_config.heads, self.model_config.head_dim
+
+    def persistent_memory(self) -> list[Tensor]:
+        """The persistent keys of every layer, (heads, keys, dim) each (SPEC M10)."""
+        blocks: list[Any] = [block for block in self.model.blocks if block.memory is not None]
+        return [block.memory.hierarchy.persistent_keys.detach() for block in blocks]
+
+    # Training
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def forward(self, batch: dict[str, Tensor]) -> Output:
+        return self.model(batch["input_ids"], document_start_BT=batch.get("document_start"))
+
+    def loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean negative log likelihood over the scored tokens, nats."""
+        return nnf.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=UNSCORED)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        output = self(batch)
+        self._gates = tuple(gate.detach() for gate in output.gates)
+        self._polarise(output.gates)
+        loss = self.loss(output.logits, batch["targets"])
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/ppl", loss.detach().exp(), prog_bar=True)
+        self.log("optim/lr", self.trainer.optimizers[0].param_groups[-1]["lr"])
+        return loss
+
+    def _polarise(self, gates: tuple[Tensor, ...]) -> None:
+        """Add the capped gradient of the polarisation loss where the main gradient passes the gates (SPEC M15)."""
+        weight = self.loss_weights["polarisation"]
+        if weight == 0 or not gates:
+            return
+        if self._trainer is not None:  # Lightning divides the main loss so, not what hooks add to its gradient
+            weight /= self.trainer.accumulate_grad_batches
+        cap = self.model_config.polarisation_cap
+        for gate in gates:
+            gate.register_hook(partial(_with_polarisation, gate.detach(), weight, cap))
+        self.log("train/polarisation", torch.stack([(1 - (2 * g.detach() - 1).abs()).mean() for g in gates]).mean())
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        now = time.perf_counter()
+        if self._last_step_ended is not None:
+            rate = batch["input_ids"].numel() * self.trainer.world_size / (now - self._last_step_ended)
+            self.log("perf/tokens_per_second", rate, prog_bar=True)
+        self.log("train/global_step", float(self.trainer.global_step))  # goes back at a rollback; the loggers' step not
+        self._last_step_ended = now
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of this step's gradients before clipping, over all shards; computed when first asked for."""
+        norm = self._norm()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _norm(self) -> Tensor:
+        gradients = [p.grad for p in self._optimized() if p.grad is not None]
+        now = [(id(gradient), gradient._version) for gradient in gradients]  # a callback may drop or change some
+        if self._known_norm is None or self._known_norm[0] != now:
+            self._known_norm = now, torch.nn.utils.get_total_norm(gradients), gradients
+        return self._known_norm[1]
+
+    def _optimized(self) -> list[Tensor]:
+        """In the order in which Lightning clips them."""
+        return [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
+
+    def on_after_backward(self) -> None:
+        self._known_norm = None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if any(p.grad is not None for p in self._optimized()):  # a guard may have taken them away: the step is skipped
+            self.log("optim/grad_norm", self.gradient_norm())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips by norm, with the norm that is known already."""
+        plugin = type(self.trainer.precision_plugin)
+        plain = plugin.clip_grad_by_norm is Precision.clip_grad_by_norm
+        plain &= plugin.clip_gradients in (Precision.clip_gradients, MixedPrecision.clip_gradients)
+        if plain and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(self._optimized(), gradient_clip_val, self._norm())
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._known_norm = None
+
+    def on_validation_start(self) -> None:
+        self._last_step_ended = None  # a validation is no training time
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        output = self(batch)
+        targets = batch["targets"]
+        scored = (targets != UNSCORED).sum()
+        self.val_loss.update(self.loss(output.logits, targets), weight=scored)
+        self.val_ppl.update(output.logits.float(), targets)
+        if self.bytes_per_token is None:
+            right = (output.logits.argmax(-1) == targets)[targets != UNSCORED]
+            self.recall.update(right.float())
+        if batch_idx == 0 and output.gates and not self.trainer.sanity_checking:
+            self._draw_gates(output.gates)
+            if not self._sharded():  # a stream's first state is built of whole parameters
+                self._log_memory(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_loss.compute()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/ppl", self.val_ppl.compute(), sync_dist=True)
+        if self.bytes_per_token is not None:
+            bits = loss / math.log(2) / self.bytes_per_token
+            self.log("val/bits_per_byte", bits, prog_bar=True, sync_dist=True)
+        else:
+            self.log("recall/accuracy", self.recall.compute(), prog_bar=True, sync_dist=True)
+        for metric in (self.val_loss, self.val_ppl, self.recall):
+            metric.reset()
+
+    def _draw_gates(self, gates: tuple[Tensor, ...]) -> None:
+        for board in self._boards():
+            for i, gate in enumerate(gates):
+                finite = gate.float()[gate.isfinite()]  # a histogram of nothing is an error of TensorBoard's
+                if finite.numel():
+                    board.add_histogram(f"memory/gate/layer_{i}", finite, self._logging_step())
+
+    def _log_memory(self, batch: dict[str, Tensor]) -> None:
+        """How far the fast weights have moved from W_init behind the first sequence, per layer: ‖W − W_init‖."""
+        starts = batch.get("document_start")
+        state = self.model.initial_state(1)
+        after = self.model(batch["input_ids"][:1], state, None if starts is None else starts[:1]).state
+        for i, block in enumerate(after):
+            memories = (block.memory.global_memory, *block.memory.local_memories)
+            norm = sum(change.square().sum() for memory in memories for change in memory.change) ** 0.5
+            self.log(f"memory/norm/layer_{i}", norm, sync_dist=True)
+
+    def _boards(self) -> list[Any]:
+        """The TensorBoard writers of this run, on rank 0."""
+        return [logger.experiment for logger in self.loggers if isinstance(logger, TensorBoardLogger)] * (
+            self.global_rank == 0
+        )
+
+    def _logging_step(self) -> int:
+        """The step of all loggers, which never goes back; `global_step` does at a rollback."""
+        return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+
+    def on_validation_end(self) -> None:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        boards = self._boards()
+        if tokenizer is None or not boards or self.trainer.sanity_checking or self._sharded():
+            return  # where parameters are sharded a forward pass takes all ranks, and the boards are on one
+        try:
+            text = continue_text(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+        except FloatingPointError as error:  # the verdict says so too; a sample is no reason to lose the run
+            text = f"({error})"
+        for board in boards:
+            board.add_text("sample", f"```\n{SAMPLE_PROMPT}{text}\n```", self._logging_step())
+
+    def _sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Chunk sizes change while training goes on; who uses the weights wants those of the end."""
+        checkpoint["local_chunks"] = list(self.local_chunks)
+        checkpoint["sharded"] = self._trainer is not None and self._sharded()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed run trains with the optimizer's settings that it is given, not with those of its checkpoint."""
+        if "optimizer_states" not in checkpoint:  # of a rollback, which restores settings of this run
+            return
+        apply_settings(checkpoint, build_optimizer(self.model, self.optim_config), self.optim_config)
+        if self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer:
+            # a strategy that shards parameters has loaded the optimizer by itself, before this hook
+            for optimizer, state in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+                for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                    group.update({name: value for name, value in saved.items() if name != "params"})
+
+    def configure_model(self) -> None:
+        """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""
+        if not self._sharded() or isinstance(self.model, FSDPModule):  # Lightning asks again before it validates
+            return
+        assert isinstance(self.trainer.strategy, ModelParallelStrategy)
+        mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.optim_config)
+        schedule = build_schedule(optimizer, self.optim_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _plain(config: ModelConfig | OptimConfig) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in vars(config).items()}

@@ -1,0 +1,129 @@
+"""The state of a run in memory, and the way back to it inside `fit`.
+
+The oracle (SPEC C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the
+other callbacks' state are bitwise those of a run that never saw the batches in between. The data is not touched: it
+moves on.
+
+Lightning has no public way to do this; everything private that it takes stands in this file, and
+`tests/callbacks/test_spike_rollback.py` holds it to that oracle.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer import call
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from callbacks.support.probing import reshard
+
+# Each rank keeps its own shard, in main memory: a ring of snapshots has no place on a GPU.
+OPTIONS = StateDictOptions(cpu_offload=True)
+
+
+class Snapshot(NamedTuple):
+    """One moment of a run, complete and independent of what training does next."""
+
+    step: int  # optimizer steps done
+    checkpoint: dict[str, Any]  # model and callbacks, in the layout that Lightning's hooks expect of a checkpoint
+    buffers: dict[str, Tensor]  # also those that state dicts leave out
+    optimizers: list[Any]
+    schedulers: list[Any]
+    precision: dict[str, Any]  # the loss scaler
+    progress: tuple[Any, Any]  # optimizer steps, scheduler steps
+
+
+def copied(tree: Any) -> Any:
+    """A deep copy of nested containers of tensors; sharded tensors stay sharded."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x), tree)
+
+
+def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
+    """The run as it is at this border between two steps; to be called on every rank.
+
+    Callbacks with a true attribute `survives_rollback` are left out: they count what happened, and that stays so.
+    """
+    checkpoint = {
+        "state_dict": get_model_state_dict(pl_module, options=OPTIONS),
+        "callbacks": {c.state_key: c.state_dict() for c in _rewound(trainer)},
+        "pytorch-lightning_version": lightning.__version__,
+    }
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_save_checkpoint(trainer, pl_module, checkpoint)  # averaged weights travel this way
+    pl_module.on_save_checkpoint(checkpoint)
+    loop = trainer.fit_loop.epoch_loop
+    return Snapshot(
+        trainer.global_step,
+        copied(checkpoint),
+        {name: copied(buffer) for name, buffer in pl_module.named_buffers()},
+        [_optimizer_state(pl_module, optimizer) for optimizer in trainer.optimizers],
+        [copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        copied(trainer.precision_plugin.state_dict()),
+        (
+            copied(loop.automatic_optimization.optim_progress.state_dict()),
+            copied(loop.scheduler_progress.state_dict()),
+        ),
+    )
+
+
+def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> None:
+    """Go back to `snapshot`, which stays usable; to be called on every rank, between two optimizer steps."""
+    checkpoint = copied(snapshot.checkpoint)
+    call._call_callbacks_on_load_checkpoint(trainer, checkpoint)
+    pl_module.on_load_checkpoint(checkpoint)
+    reshard(pl_module)
+    set_model_state_dict(pl_module, checkpoint["state_dict"])
+    for callback in _rewound(trainer):
+        state = checkpoint["callbacks"].get(callback.state_key)
+        if state:
+            callback.load_state_dict(state)
+    with torch.no_grad():
+        for name, buffer in pl_module.named_buffers():
+            buffer.copy_(snapshot.buffers[name])
+    for optimizer, state in zip(trainer.optimizers, snapshot.optimizers, strict=True):
+        _load_optimizer_state(pl_module, optimizer, copied(state))
+        optimizer.zero_grad(set_to_none=True)
+    for config, state in zip(trainer.lr_scheduler_configs, snapshot.schedulers, strict=True):
+        config.scheduler.load_state_dict(copied(state))
+    trainer.precision_plugin.load_state_dict(copied(snapshot.precision))
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.load_state_dict(copied(snapshot.progress[0]))
+    loop.scheduler_progress.load_state_dict(copied(snapshot.progress[1]))
+    for callback in trainer.checkpoint_callbacks:  # the steps behind this one will be saved again
+        if hasattr(callback, "_last_global_step_saved"):
+            callback._last_global_step_saved = 0
+    # batch_progress, epoch_progress, the loaders and the loggers' step stay: the data and the records move on
+
+
+def _rewound(trainer: Trainer) -> list[Any]:
+    """Without those that count what has happened, and Lightning's clock, which would count the same time twice."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if not (getattr(c, "survives_rollback", False) or isinstance(c, Timer))]
+
+
+def _optimizer_state(pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+    """Moments and groups. Before the first step there are no moments, and asking for them would make some."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    moments = get_optimizer_state_dict(pl_module, optimizer, options=OPTIONS) if optimizer.state else None
+    return {"groups": copied(groups), "moments": copied(moments)}
+
+
+def _load_optimizer_state(pl_module: LightningModule, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    if saved["moments"] is None:
+        optimizer.state.clear()
+    else:
+        set_optimizer_state_dict(pl_module, optimizer, saved["moments"])
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(values)  # torch's state dicts by name forget groups that hold no parameter
