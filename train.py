@@ -19,21 +19,12 @@ from atlas_lm.cli import errors as cli
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.run_tokenizer import keep_tokenizer
+from atlas_lm.runs.lifecycle import close_run_folder, result_of_sweep, run_folder, settle_in
 from atlas_lm.runs.report import Report, judge
-from atlas_lm.runs.resume import continue_records
+from atlas_lm.runs.resume import continue_records, starting_point
 from atlas_lm.runs.stats import RunRecorder
 from atlas_lm.training.module import AtlasModule
-from atlas_lm.training.trainer import (
-    build_trainer,
-    close_run_folder,
-    prepare_process,
-    requeue_exit_code,
-    result_of_sweep,
-    run_folder,
-    second_look,
-    settle_in,
-    starting_point,
-)
+from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, second_look
 
 ROOT = Path(__file__).parent
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.request
 
-from atlas_lm.runs.folder import resolve_run
+from atlas_lm.runs.resolve import resolve_run
 
 SIZE = "1500,1460"  # pixels: the whole page
 SECONDS = 25_000  # virtual milliseconds for the page to load its charts

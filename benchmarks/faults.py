@@ -31,9 +31,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atlas_lm.checkpoints.io import CheckpointError, read_checkpoint
+from atlas_lm.checkpoints.content import CheckpointError
+from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.checkpoints.listing import checkpoints_in
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs.folder import checkpoints_in
 from benchmarks import measuring
 from benchmarks.injection import STRUCK
 
@@ -343,7 +344,7 @@ def scenario_disk_full(run: Run) -> dict[str, Any]:
 def scenario_shard_flipped(run: Run) -> dict[str, Any]:
     shards = run.folder / "shards"
     prepared = subprocess.run(
-        [sys.executable, "-m", "atlas_lm.data.prepare", "source=stdlib", f"out={shards}"],
+        [sys.executable, "-m", "atlas_lm", "prepare", "source=stdlib", f"out={shards}"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if prepared.returncode:

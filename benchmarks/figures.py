@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs.folder import resolve_run
+from atlas_lm.runs.resolve import resolve_run
 
 RUN = "`python train.py +experiment="
 
@@ -30,7 +30,7 @@ def safeguards() -> list[tuple[str, str, str]]:
     stage2 = report("stage2")
     records = read_rows(resolve_run("stage1") / "metrics.jsonl")
     contribution = [row["memory/contribution"] for row in records if row.get("memory/contribution") is not None][-1]
-    judged = "`python -m atlas_lm.exit_gates "
+    judged = "`python -m atlas_lm gates "
 
     def passed(found: dict[str, dict[str, Any]]) -> str:
         return f"{sum(gate['passed'] for gate in found.values())}/{len(found)}"

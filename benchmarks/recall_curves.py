@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from atlas_lm.runs.folder import resolve_run
+from atlas_lm.runs.resolve import resolve_run
 
 CURVES = {"recall": "with memory", "recall_twin": "same parameters, no memory"}
 

@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_lm.checkpoints.io import (
-    AtomicCheckpointIO,
-    CheckpointError,
-    SaveError,
-    build_module,
-    check_same_model,
-    differences,
-    load_weights,
-    read_checkpoint,
-)
+from atlas_lm.checkpoints.content import CheckpointError
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError, read_checkpoint
+from atlas_lm.training.load import build_module, check_same_model, differences, load_weights
 from launching import files_no_larger_than
 
 

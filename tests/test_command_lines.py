@@ -12,8 +12,8 @@ import pytest
 
 from atlas_lm.cli import arguments as options
 from atlas_lm.cli import calibrate, compare, generate
+from atlas_lm.cli import gates as command
 from atlas_lm.data import prepare
-from atlas_lm.exit_gates import command
 from launching import only_run, small_run, write_corpus
 
 ODD = [
@@ -163,7 +163,7 @@ TWO_LINES = (
 
 
 def test_a_reader_that_goes_away_and_an_output_that_is_full() -> None:
-    ours, prepared = f'{sys.executable} -c "{TWO_LINES}"', f"{sys.executable} -m atlas_lm.data.prepare --help"
+    ours, prepared = f'{sys.executable} -c "{TWO_LINES}"', f"{sys.executable} -m atlas_lm prepare --help"
     for line in (f"{ours} | true", f"{ours} | head -c 1 > /dev/null", f"{ours} >&-", f"{prepared} | true"):
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
         assert done.stderr == "", line

@@ -13,9 +13,10 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from atlas_lm.checkpoints.io import AtomicCheckpointIO
+from atlas_lm.cli import gates as command
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.config.validate import check_targets
-from atlas_lm.exit_gates import chunk_sizes, command
+from atlas_lm.exit_gates import chunk_sizes
 from atlas_lm.exit_gates import measured_gates as measures
 from atlas_lm.exit_gates import recorded_gates as records
 from atlas_lm.exit_gates import rollback_drill as rollback

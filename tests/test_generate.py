@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from atlas_lm.cli import generate
-from atlas_lm.runs.folder import resolve_checkpoint
+from atlas_lm.model import sampling
+from atlas_lm.runs.load import load_model
+from atlas_lm.runs.resolve import resolve_checkpoint
 from launching import FEW_STEPS, SMALL_MODEL, launch, only_run, small_run
 
 
@@ -31,9 +33,9 @@ def test_a_run_continues_a_prompt(run: Path, capsys: pytest.CaptureFixture[str])
 
 def test_decoding_is_the_argmax_of_the_parallel_forward(run: Path) -> None:
     """Greedy decoding token by token, against the logits of one call over prompt and continuation (SPEC M14)."""
-    model = generate.load(resolve_checkpoint(run))
+    model = load_model(resolve_checkpoint(run))
     prompt = torch.arange(97, 117).unsqueeze(0)
-    written = generate.generate(model, prompt, tokens=30, temperature=0)
+    written = sampling.generate_tokens(model, prompt, tokens=30, temperature=0)
     both = torch.cat([prompt, written], dim=1)
     with torch.inference_mode():
         logits = model(both, model.initial_state(1)).logits
@@ -43,9 +45,9 @@ def test_decoding_is_the_argmax_of_the_parallel_forward(run: Path) -> None:
 def test_top_k_and_temperature() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.0, 5.0, 4.0, -1.0]])
-    drawn = {int(generate.draw(logits, 10.0, 2, generator)) for _ in range(200)}
+    drawn = {int(sampling.draw(logits, 10.0, 2, generator)) for _ in range(200)}
     assert drawn == {1, 2}
-    assert int(generate.draw(logits, 0.0, 4, generator)) == 1
+    assert int(sampling.draw(logits, 0.0, 4, generator)) == 1
 
 
 @pytest.mark.parametrize(
@@ -69,14 +71,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     out = capsys.readouterr().out
-    assert out.startswith("usage: python -m atlas_lm.cli.generate run=... [key=value ...]")
+    assert out.startswith("usage: python -m atlas_lm generate run=... [key=value ...]")
     assert "temperature=0.8  0: always the likeliest token" in out
 
 
 def test_an_empty_prompt_is_refused(run: Path) -> None:
-    model = generate.load(resolve_checkpoint(run))
+    model = load_model(resolve_checkpoint(run))
     with pytest.raises(ValueError, match="prompt is empty"):
-        generate.generate(model, torch.zeros(1, 0, dtype=torch.long), tokens=1)
+        sampling.generate_tokens(model, torch.zeros(1, 0, dtype=torch.long), tokens=1)
 
 
 def test_a_run_that_is_no_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import torch
 
 import train
 from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.checkpoints.listing import newest_checkpoint
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs.folder import newest_checkpoint
 from launching import only_run, report_of, small_run
 
 # Without the guard that would see the spoiled weights first: this is the ladder of those who watch the losses

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from atlas_lm.checkpoints import manifest
-from atlas_lm.checkpoints.io import AtomicCheckpointIO, CheckpointError, SaveError, newest_usable, read_checkpoint
+from atlas_lm.checkpoints.content import CheckpointError
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError, read_checkpoint
+from atlas_lm.checkpoints.listing import newest_usable
 from atlas_lm.checkpoints.manifest import MANIFEST, verify, versions
 
 

@@ -5,8 +5,8 @@ import torch
 
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.memory.kernels import norm as cpu_norm
-from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
 from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.norm import RMSNorm, normalised_heads
 
 VOCABULARY = 11
 

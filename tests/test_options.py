@@ -129,7 +129,7 @@ def test_a_command_answers_a_user_in_one_line(
 
 def test_a_module_as_a_process() -> None:
     """What the shell sees: nothing but the line on stderr, and exit code 1."""
-    command = [sys.executable, "-m", "atlas_lm.cli.compare", "ot=x"]
+    command = [sys.executable, "-m", "atlas_lm", "compare", "ot=x"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

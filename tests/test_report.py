@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import train
-from atlas_lm.runs.folder import resolve_run
 from atlas_lm.runs.report import (
     LEAST_BYTES,
     bits_per_byte,
@@ -25,6 +24,7 @@ from atlas_lm.runs.report import (
     status_of,
     verdict,
 )
+from atlas_lm.runs.resolve import resolve_run
 from launching import only_run, report_of, small_run
 
 KEYS = {

@@ -23,8 +23,9 @@ import atlas_lm.training.trainer
 import train
 from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.folder import runs_in, write_identity
+from atlas_lm.runs.lifecycle import keep_aside, locked
 from atlas_lm.runs.report import judge
-from atlas_lm.runs.resume import keep_aside, locked, run_folder, sweep_folder, unfinished_run
+from atlas_lm.runs.resolve import run_folder, sweep_folder, unfinished_run
 from callbacks.random_state import set_states, states
 from launching import (
     FEW_STEPS,

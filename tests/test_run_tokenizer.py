@@ -16,7 +16,7 @@ from atlas_lm.data.prepare import prepare
 from atlas_lm.data.run_tokenizer import COPY, keep_tokenizer, kept_tokenizer, tokenizer_of
 from atlas_lm.data.tokenizers import JsonTokenizer
 from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.runs.folder import resolve_checkpoint
+from atlas_lm.runs.resolve import resolve_checkpoint
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta"

@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlas_lm.checkpoints.io import AtomicCheckpointIO, CheckpointError
+from atlas_lm.checkpoints.content import CheckpointError
+from atlas_lm.checkpoints.io import AtomicCheckpointIO
+from atlas_lm.checkpoints.listing import newest_checkpoint, newest_intact
+from atlas_lm.files import write_atomically
 from atlas_lm.runs.environment import environment, git_state
-from atlas_lm.runs.folder import (
-    finished_runs,
-    mark_latest,
-    newest_checkpoint,
-    newest_intact,
-    number_of,
-    overrides_of,
-    resolve_checkpoint,
-    resolve_run,
-    runs_in,
-    write_atomically,
-    write_identity,
-)
+from atlas_lm.runs.folder import finished_runs, mark_latest, number_of, overrides_of, runs_in, write_identity
+from atlas_lm.runs.resolve import resolve_checkpoint, resolve_run
 
 
 def make_run(outputs: Path, experiment: str, stamp: str, checkpoints: tuple[str, ...] = ()) -> Path:

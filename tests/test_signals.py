@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_resume import OFTEN, assert_same_run
 
-from atlas_lm.training.preemption import TO_A_GROUP, outlive_signals, signals_held
+from atlas_lm.data.worker_signals import TO_A_GROUP, outlive_signals, signals_held
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, only_run, report_of, write_corpus
 
 TRAIN = Path(__file__).parents[1] / "train.py"

@@ -11,12 +11,11 @@ lies there is known whenever the process dies. `checksum` is the manifest's own:
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-from atlas_lm.runs.folder import write_atomically
+from atlas_lm.files import sha256, write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -87,21 +86,6 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _flat(entry: dict[str, Any] | None) -> list[dict[str, Any]]:
     if entry is None:
         return []
@@ -111,7 +95,6 @@ def _flat(entry: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _write(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     text = json.dumps({"files": files, "checksum": _checksum(files)}, indent=1, sort_keys=True)
     write_atomically(folder / MANIFEST, text + "\n")
-    sync_folder(folder)
 
 
 def _checksum(files: Any) -> str:

@@ -23,7 +23,7 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from atlas_lm.config.schema import nearest
+from atlas_lm.config.names import nearest
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The spike threshold that fits a run (SPEC C3): python -m atlas_lm.cli.calibrate run=stage1
+"""The spike threshold that fits a run (SPEC C3): python -m atlas_lm calibrate run=stage1
 
 Reads how far the held-out perplexity rose above its moving average in an observed run (`spike/ppl_delta`) and sets the
 threshold above what is usual there: the 99th percentile plus one standard deviation, and never below 5 %.
@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from atlas_lm.cli.arguments import call, parse
+from atlas_lm.cli.arguments import parse
 from atlas_lm.cli.figures import new_figure, save
+from atlas_lm.files import write_atomically
 from atlas_lm.loggers.jsonl import FIELDS, read_rows
-from atlas_lm.runs.folder import resolve_run, write_atomically
+from atlas_lm.runs.resolve import resolve_run
 
 LEAST_DELTAS = 20  # below, a 99th percentile says no more than the largest value
 LEAST_THRESHOLD = 0.05  # taken where even the 99th percentile is lower
@@ -179,9 +180,5 @@ def calibrate(run: Path, console: Console | None = None) -> Calibration:
 
 def main(arguments: list[str]) -> None:
     """See the module. ValueError: bad arguments, no such run, or too few deltas in it."""
-    options = parse(Options, arguments, "python -m atlas_lm.cli.calibrate")
+    options = parse(Options, arguments, "python -m atlas_lm calibrate")
     calibrate(resolve_run(options.run, options.outputs))
-
-
-if __name__ == "__main__":
-    call(main)

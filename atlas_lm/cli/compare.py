@@ -1,4 +1,4 @@
-"""Runs side by side, by chunk size: python -m atlas_lm.cli.compare outputs/stage2
+"""Runs side by side, by chunk size: python -m atlas_lm compare outputs/stage2
 
 Prints a table of all runs found; writes it to compare.md and draws the finished ones in compare.png.
 """
@@ -19,11 +19,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atlas_lm.cli.arguments import call, parse
+from atlas_lm.cli.arguments import parse
 from atlas_lm.cli.figures import new_figure, save
-from atlas_lm.config.parsing import check_numbers, read_config, read_json
-from atlas_lm.config.schema import nearest
-from atlas_lm.runs.folder import CONFIG, write_atomically
+from atlas_lm.config.names import nearest
+from atlas_lm.config.parsing import CONFIG, check_numbers, read_config, read_json
+from atlas_lm.files import write_atomically
 
 HEADINGS = ("run", "local chunks", "val ppl", "bits/byte", "tokens/s", "train time", "status")
 WIDTH = 160  # of the table where the output is no terminal
@@ -250,9 +250,5 @@ def compare(folders: Sequence[Path], out: Path | None = None, console: Console |
 
 def main(arguments: list[str]) -> None:
     """See the module. ValueError: bad arguments, or a name without a run."""
-    options = parse(Options, arguments, "python -m atlas_lm.cli.compare")
+    options = parse(Options, arguments, "python -m atlas_lm compare")
     compare(find_runs(options.runs, options.outputs), Path(options.out) if options.out else None)
-
-
-if __name__ == "__main__":
-    call(main)

@@ -23,11 +23,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from atlas_lm.config.schema import nearest
+from atlas_lm.config.names import nearest
 from atlas_lm.config.validate import find_target
+from atlas_lm.files import ROOT
 from atlas_lm.training.preemption import INTERRUPTED
 
-ROOT = Path(__file__).parents[2]
 SHOW_ALL = "ATLAS_LM_FULL_ERROR"  # what HYDRA_FULL_ERROR was before `run` took it over
 REMEDIES = {
     errno.ENOENT: "correct the path",

@@ -1,24 +1,16 @@
 """Continue a text: prefill, then decode token by token on the constant-size state (SPEC M14).
 
-python -m atlas_lm.cli.generate run=stage1 prompt="def "
+python -m atlas_lm generate run=stage1 prompt="def "
 """
-
-from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from atlas_lm.checkpoints.io import build_module, read_checkpoint
-from atlas_lm.cli.arguments import call, parse
+from atlas_lm.cli.arguments import parse
 from atlas_lm.data.losses import count_losses
-from atlas_lm.data.run_tokenizer import ARGUMENT, tokenizer_of
 from atlas_lm.data.tokenizers import Tokenizer
-from atlas_lm.model.atlas import AtlasLM, State
-from atlas_lm.runs.folder import resolve_checkpoint, resolve_run
+from atlas_lm.model import sampling
+from atlas_lm.runs.load import load
 
 
 @dataclass
@@ -48,63 +40,6 @@ class Options:
             )
 
 
-def draw(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One token per sequence (B, 1) from the `top_k` likeliest; temperature 0 takes the likeliest.
-
-    FloatingPointError: logits that are not finite.
-    """
-    if not bool(logits_BV.isfinite().all()):
-        raise FloatingPointError("the model's logits are not finite: choose an earlier checkpoint")
-    if temperature == 0:
-        return logits_BV.argmax(-1, keepdim=True)
-    values, tokens = logits_BV.float().topk(min(top_k, logits_BV.size(-1)), dim=-1)
-    choice = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
-    return tokens.gather(-1, choice)
-
-
-@torch.inference_mode()
-def generate(
-    model: AtlasLM, prompt_BT: Tensor, tokens: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0
-) -> Tensor:
-    """Continue every prompt by `tokens` tokens: (B, T) → (B, tokens). The memory keeps learning while it writes."""
-    if prompt_BT.size(1) < 1:
-        raise ValueError("the prompt is empty: give at least one token")
-    generator = torch.Generator(prompt_BT.device).manual_seed(seed)
-    state: State | None = model.initial_state(prompt_BT.size(0))
-    output = model(prompt_BT, state)
-    written = []
-    for _ in range(tokens):
-        token = draw(output.logits[:, -1], temperature, top_k, generator)
-        written.append(token)
-        output = model(token, output.state)
-    return torch.cat(written, dim=1)
-
-
-def continue_text(
-    model: AtlasLM,
-    tokenizer: Tokenizer,
-    prompt: str,
-    tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-) -> str:
-    """The continuation of a prompt as text; an empty prompt starts a document."""
-    ids = [tokenizer.separator_id, *(int(i) for i in tokenizer.encode(prompt))]
-    device = model.embed.weight.device
-    new = generate(model, torch.tensor([ids], device=device), tokens, temperature, top_k, seed)
-    return tokenizer.decode(new[0].cpu().numpy())
-
-
-def load(path: Path) -> AtlasLM:
-    """The model of a checkpoint, in eval mode."""
-    checkpoint = read_checkpoint(path)
-    module = build_module(checkpoint, path)
-    if checkpoint.get("local_chunks"):
-        module.set_local_chunks(checkpoint["local_chunks"])
-    return module.model.eval()
-
-
 def warn_of_losses(tokenizer: Tokenizer, prompt: str) -> None:
     """Say on stderr what the model does not get to see of a prompt."""
     raw = prompt.encode()
@@ -116,22 +51,8 @@ def warn_of_losses(tokenizer: Tokenizer, prompt: str) -> None:
 
 def main(arguments: list[str]) -> None:
     """Print the prompt and its continuation. ValueError: bad arguments, or a run that was not trained on text."""
-    options = parse(Options, arguments, "python -m atlas_lm.cli.generate")
-    checkpoint = resolve_checkpoint(options.run, options.outputs)
-    run = checkpoint.parent.parent if Path(options.run).is_file() else resolve_run(options.run, options.outputs)
-    content = read_checkpoint(checkpoint, lazily=True)
-    tokenizer = tokenizer_of(run, content.get("hyper_parameters", {}).get(ARGUMENT))
-    model = load(checkpoint)
-    if tokenizer.vocab_size != model.embed.num_embeddings:
-        raise ValueError(
-            f"run {str(run)!r} has a vocabulary of {model.embed.num_embeddings}, its tokenizer {tokenizer.vocab_size}: "
-            "it was not trained on text, or its tokenizer has changed since; choose another run"
-        )
+    options = parse(Options, arguments, "python -m atlas_lm generate")
+    model, tokenizer = load(options.run, options.outputs)
     warn_of_losses(tokenizer, options.prompt)
     o = options
-    text = continue_text(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed)
-    print(options.prompt + text)
-
-
-if __name__ == "__main__":
-    call(main)
+    print(o.prompt + sampling.generate(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed))

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+CONFIG = "config.yaml"  # in a run folder: its presence makes a folder a run folder
+
 
 def parse_json(text: str | bytes, where: str | Path) -> Any:
     """The value that a JSON text stands for; bytes are UTF-8. ValueError naming `where`: it is no JSON.

@@ -5,23 +5,17 @@ name a class each (`_target_`); their keys are checked against its signature, se
 that `conf/` or the user has to give.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from atlas_lm.config.names import nearest
+
 FLOAT32 = 3.4e38
 LARGEST = 2**31 - 1  # of whole numbers: the size of a matrix of two of them still fits 64 bits
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest valid name, "" when none is close."""
-    close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def choice(*names: str, default: str = MISSING) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from atlas_lm.data.interfaces import Sample, SequenceDataset, Source, Split
 from atlas_lm.data.loader import EpochSampler, ResumableLoader, SteadyLoader
 from atlas_lm.data.tokenizers import Tokenizer
-from atlas_lm.training.preemption import outlive_signals
+from atlas_lm.data.worker_signals import outlive_signals
 
 log = logging.getLogger(__name__)
 

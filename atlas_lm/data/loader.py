@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
 from atlas_lm.data.interfaces import Sample, SequenceDataset
-from atlas_lm.training.preemption import signals_held
+from atlas_lm.data.worker_signals import signals_held
 
 
 class EpochSampler(DistributedSampler[int]):

@@ -1,20 +1,9 @@
-"""Tokenize a corpus once and write it to shards for `data=tokens`.
+"""Tokenize a corpus once and write it to shards for `data=tokens`, so that a killed one resumes where it was.
 
-    python -m atlas_lm.data.prepare source=stdlib out=shards/stdlib
-    python -m atlas_lm.data.prepare source=text files='[corpus/**/*.txt]' out=shards/mine tokenizer=bpe vocab_size=4096
-
-    source       stdlib, text or hf; further keys are the source's own (conf/data/<source>.yaml explains them)
-    out          folder to write to
-    tokenizer    bytes (default), the path of a tokenizer.json, or bpe: trained on the training split
-    vocab_size   ids of a bpe tokenizer
-    block_mb     raw text per shard of a split, MB (default 64); a block is what a killed run has to repeat
-
-The same command after a kill goes on where it stopped, and the result has the same bytes as an uninterrupted run.
-After it has finished, the same command reads the corpus again, and says whether it still is the one in the shards.
+The result has the same bytes as an uninterrupted run, whatever was interrupted.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
@@ -24,13 +13,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from atlas_lm.cli.arguments import HELP, attempt
 from atlas_lm.config.parsing import read_json
-from atlas_lm.data.arguments import build_source, parse_arguments
 from atlas_lm.data.interfaces import SPLITS, Document, EmptyDocuments
 from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
+from atlas_lm.data.sources import build_source
 from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
 
@@ -45,7 +33,13 @@ def prepare(
     block_mb: float = 64,
     **options: Any,
 ) -> Path:
-    """Write shards and index.json into `out` and return it; see the module's docstring for the arguments.
+    """Write shards and index.json into `out` and return it.
+
+    source       stdlib, text or hf; further options are its own (conf/data/<source>.yaml explains them)
+    out          folder to write to
+    tokenizer    bytes, the path of a tokenizer.json, or bpe: trained on the training split
+    vocab_size   ids of a bpe tokenizer
+    block_mb     raw text per shard of a split, MB; a block is what a killed run has to repeat
 
     ValueError: bad arguments, bad documents (all are read once before the first is encoded), a folder that holds
     something else, or a corpus that is not the one an interrupted run began with.
@@ -264,26 +258,3 @@ def _joined(entries: Sequence[SplitEntry]) -> SplitEntry:
 def _remove_leftovers(folder: Path) -> None:
     for path in (*folder.glob("part-*.json"), *folder.glob("*.tmp"), folder / "settings.json"):
         path.unlink(missing_ok=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: key=value arguments. 0 when the shards are written, 1 with a one-line message when not."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    ending = attempt(lambda: _command(words))
-    if isinstance(ending, str):
-        print(ending, file=sys.stderr)
-        return 1
-    return ending
-
-
-def _command(words: Sequence[str]) -> None:
-    if not words or words[0] in HELP:
-        print(__doc__)
-        return
-    folder = prepare(**parse_arguments(words, prepare))
-    for split, entry in read_index(folder)["splits"].items():
-        print(f"{split}: {entry['tokens']} tokens, {entry['bytes']} bytes")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from atlas_lm.config.parsing import read_config
+from atlas_lm.config.parsing import CONFIG, read_config
 from atlas_lm.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
-from atlas_lm.runs.folder import CONFIG, write_atomically
+from atlas_lm.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ validation-00000.tokens, .raw (the documents' bytes), .lengths (uint32 raw bytes
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -22,9 +21,10 @@ from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
 from atlas_lm.data.shard_overlap import compare_splits
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
+from atlas_lm.files import write_atomically
 
 FORMAT = "atlas-lm tokens 1"
-AGAIN = "delete the folder and run atlas_lm.data.prepare again"
+AGAIN = "delete the folder and run python -m atlas_lm prepare again"
 
 
 class FileEntry(TypedDict):
@@ -80,7 +80,7 @@ class ShardedArray:
 
 
 class TokensSource:
-    """Shards written by `python -m atlas_lm.data.prepare`.
+    """Shards written by `python -m atlas_lm prepare`.
 
     All checksums are verified in `setup`, which reads every file once (about a second per GB).
     ValueError: no index, a damaged or missing file, another tokenizer than the shards were written with.
@@ -152,7 +152,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The content of index.json. ValueError: missing, damaged, or of another format."""
     path = folder / "index.json"
     if not path.is_file():
-        raise ValueError(f"no token shards in {str(folder)!r}: write them with python -m atlas_lm.data.prepare")
+        raise ValueError(f"no token shards in {str(folder)!r}: write them with python -m atlas_lm prepare")
     try:
         index = read_json(path)
     except ValueError as error:
@@ -181,17 +181,7 @@ def verify(folder: Path, entry: FileEntry) -> None:
 
 def write_durably(path: Path, data: bytes) -> FileEntry:
     """Write under a temporary name, sync, rename: the file is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(path, data, own=True)
     return {"file": path.name, "size": len(data), "blake2b": checksum(data)}
 
 

@@ -13,13 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from atlas_lm.checkpoints.io import build_module, read_checkpoint
-from atlas_lm.config.parsing import check_numbers, read_config, read_json
+from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.checkpoints.listing import intact_checkpoint
+from atlas_lm.config.parsing import CONFIG, check_numbers, read_config, read_json
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.config.validate import check_targets
 from atlas_lm.data.run_tokenizer import ARGUMENT, COPY, another_tokenizer
 from atlas_lm.loggers.jsonl import read_rows
-from atlas_lm.runs.folder import CONFIG, intact_checkpoint
+from atlas_lm.training.load import build_module
 
 BATCH = 4  # validation sequences at a time
 

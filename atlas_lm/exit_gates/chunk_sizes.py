@@ -19,8 +19,9 @@ from torch.nn import functional as nnf
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.exit_gates.artifacts import Evidence
 from atlas_lm.exit_gates.result import Finding
+from atlas_lm.files import ROOT
 from atlas_lm.model.atlas import AtlasLM
-from atlas_lm.training.trainer import ROOT, prepare_process
+from atlas_lm.training.trainer import prepare_process
 
 Chunks = tuple[int, ...]
 
@@ -147,7 +148,7 @@ def entry(config: ModelConfig, rates: dict[Chunks, float], options: Options) -> 
 
 *Question.* Which set of local chunk sizes does this model train with?
 
-*Measured* (`python -m atlas_lm.exit_gates chunk_sizes {command}`): forward and backward of {options.batch_size} ×
+*Measured* (`python -m atlas_lm gates chunk_sizes {command}`): forward and backward of {options.batch_size} ×
 {options.seq_len:,} random tokens, float32, {device}; median of {options.steps}, sets taken in turn.
 
 | local chunks | tokens/s | against the configured set | |
@@ -172,7 +173,7 @@ def find_decision(text: str, config: ModelConfig) -> dict[str, str]:
         others.append(values.get("model", "?") + " of dim " + values.get("dim", "?"))
     about = ", ".join(f"{key}={value}" for key, value in wanted.items())
     there = f"; there are decisions on {', '.join(dict.fromkeys(others))}" if others else ""
-    raise ValueError(f"no decision on {about}{there}: python -m atlas_lm.exit_gates chunk_sizes model={config.name}")
+    raise ValueError(f"no decision on {about}{there}: python -m atlas_lm gates chunk_sizes model={config.name}")
 
 
 def judge(text: str, config: ModelConfig) -> Finding:
@@ -190,7 +191,7 @@ def judge(text: str, config: ModelConfig) -> Finding:
 def locked(run: Evidence) -> Finding:
     """G2-1."""
     if not run.decisions.is_file():
-        raise ValueError(f"there is no {run.decisions}: python -m atlas_lm.exit_gates chunk_sizes model=<name>")
+        raise ValueError(f"there is no {run.decisions}: python -m atlas_lm gates chunk_sizes model=<name>")
     return judge(run.decisions.read_text(encoding="utf-8"), run.model_config)
 
 

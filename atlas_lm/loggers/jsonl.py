@@ -23,7 +23,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from atlas_lm.config.parsing import check_numbers, is_number
-from atlas_lm.runs.folder import write_atomically
+from atlas_lm.files import write_atomically
 
 # The fields of SPEC C9 and the names under which their values are logged; null in a step that did not log one.
 FIELDS = {

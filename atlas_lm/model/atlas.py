@@ -23,12 +23,12 @@ from torch.nn import functional as nnf
 
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.memory.hierarchy import HierarchyState, MemorySpec
-from atlas_lm.memory.kernels.norm import RMSNorm
 from atlas_lm.memory.network import Network
 from atlas_lm.memory.projection import ProjectionState
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
 from atlas_lm.model.attention import AttentionState
 from atlas_lm.model.block import Block, BlockState
+from atlas_lm.model.norm import RMSNorm
 
 State = tuple[BlockState, ...]
 # torch.save(state) and torch.load(path, weights_only=True): these hold tensors, numbers and names alone

@@ -13,9 +13,9 @@ from torch.nn import functional as nnf
 from atlas_lm.memory.features import unit
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 from atlas_lm.memory.kernels import convolution as cpu_convolution
-from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
 from atlas_lm.memory.state import fit
 from atlas_lm.model.attention import AttentionState, SlidingWindowAttention
+from atlas_lm.model.norm import RMSNorm, normalised_heads
 
 FUSIONS = ("multiplicative", "normalised_product", "convex")
 

@@ -15,8 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from atlas_lm.checkpoints.listing import newest_checkpoint
 from atlas_lm.data.datamodule import TokenDataModule
-from atlas_lm.runs.folder import newest_checkpoint, write_atomically
+from atlas_lm.files import write_atomically
 from atlas_lm.runs.stats import RunRecorder
 
 log = logging.getLogger(__name__)

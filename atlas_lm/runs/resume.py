@@ -1,91 +1,23 @@
 """Going on with a run where it ended: in its folder, from its newest intact checkpoint, behind its last record."""
 
-import fcntl
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import OmegaConf
 
-from atlas_lm.checkpoints.io import check_same_model, position, read_checkpoint, steps_recorded
+from atlas_lm.checkpoints.content import steps_recorded
+from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.checkpoints.listing import newest_intact
 from atlas_lm.config.schema import TrainConfig
-from atlas_lm.runs.folder import (
-    CONFIG,
-    has_ended_well,
-    newest_checkpoint,
-    newest_intact,
-    overrides_of,
-    resolve_checkpoint,
-    resolve_run,
-    runs_in,
-)
+from atlas_lm.runs.init_from import weights_to_start_from
+from atlas_lm.runs.resolve import AUTO, resolve_checkpoint
+from atlas_lm.training.load import check_same_model, load_weights
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
-LOCK, REPORT = ".lock", "report.json"
 SHARDED = "atlas_lm.training.strategies.FullySharded"  # the strategy of trainer=fsdp
-
-
-def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
-    """Where a run writes: the folder of the run that it goes on with, else outputs/name/new.
-
-    It goes on there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
-    one, or under another name, a run of its own begins, and the first one stays as it is.
-    """
-    experiment = Path(outputs) / name
-    found = _run_of(resume, outputs, experiment) if resume else None
-    same = found is not None and found.parent.resolve() == experiment.resolve()
-    return str(found.resolve() if found is not None and same else experiment / new)
-
-
-def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
-    """The run folder that `resume` goes on with; None where a new one begins, or where it is wrong (told later)."""
-    if resume == AUTO:
-        return unfinished_run(experiment)
-    path = Path(resume)
-    if path.is_file():
-        run = path.resolve().parent.parent
-        newest = newest_intact(run)[0] if (run / CONFIG).is_file() else None
-        # several files may hold the same moment: last.ckpt, interrupted.ckpt, a snapshot
-        return run if newest is not None and position(path) == position(newest) else None
-    try:
-        return resolve_run(path, outputs)
-    except ValueError:
-        return None
-
-
-def unfinished_run(experiment: Path) -> Path | None:
-    """The newest run of an experiment, if it has not ended well. Starts without a checkpoint do not count."""
-    newest = next((run for run in runs_in(experiment) if newest_checkpoint(run) is not None), None)
-    return None if newest is None or has_ended_well(newest) else newest
-
-
-def sweep_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str]) -> str:
-    """Where a run of a sweep writes, below `outputs`: with `auto` the folder of the newest run that was started with
-    the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it."""
-    experiment = Path(outputs) / name
-    if resume == AUTO:
-        wanted = started_with(overrides)
-        for run in runs_in(experiment):
-            before = overrides_of(run)
-            same = before is not None and started_with(before) == wanted
-            if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
-                return f"{name}/{run.name}"
-    return f"{name}/{new}"
-
-
-def started_with(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a run that say what is trained, in any order: `resume` only says from where."""
-    return sorted(override for override in map(str, overrides) if not override.startswith("resume="))
-
-
-OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
 
 
 def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path | None:
@@ -161,35 +93,19 @@ def continue_records(trainer: Trainer, checkpoint: Path) -> int:
     return step
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the kernel lets it go, however the process ends.
+def starting_point(config: TrainConfig, module: LightningModule) -> Path | None:
+    """Load what `init_from` names into the module; the checkpoint that `resume` names.
 
-    ValueError: another process holds it.
+    ValueError if either does not fit the model.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
-            ) from None
-        yield
-
-
-def keep_aside(path: Path, text: str) -> None:
-    """Rename `path` to <stem>.<n><suffix> if it holds something other than `text`."""
-    if not path.is_file() or path.read_text(encoding="utf-8") == text:
-        return
-    n = 1
-    while (aside := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists():
-        n += 1
-    path.rename(aside)
-    log.info("%s differs from that of the run so far, which is kept as %s", path.name, aside.name)
-
-
-def withdraw_report(run: Path) -> None:
-    """What a run was before it goes on is no verdict on it any more."""
-    for name in (REPORT, "report.md"):
-        (run / name).unlink(missing_ok=True)
+    outputs = config.paths.outputs
+    checkpoint = checkpoint_to_resume(config, module)
+    if checkpoint:
+        if config.init_from:  # +experiment=stage2 resume=... has both
+            rank_zero_info("resume=%s: init_from=%s is what that run began with", config.resume, config.init_from)
+        return checkpoint
+    if config.init_from:
+        source = weights_to_start_from(config.init_from, module, outputs)
+        load_weights(module, source)
+        rank_zero_info("starting from the weights of %s", source)
+    return None

@@ -21,10 +21,10 @@ from torch.nn import functional as nnf
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
-from atlas_lm.cli.generate import continue_text
 from atlas_lm.config.schema import ModelConfig, OptimConfig
 from atlas_lm.model.atlas import AtlasLM, Output
 from atlas_lm.model.probes import losses_with_and_without_memory, write_and_read
+from atlas_lm.model.sampling import generate
 from atlas_lm.training.flat_storage import side_by_side
 from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
 
@@ -279,7 +279,7 @@ class AtlasModule(L.LightningModule):
         if tokenizer is None or not boards or self.trainer.sanity_checking or self._sharded():
             return  # where parameters are sharded a forward pass takes all ranks, and the boards are on one
         try:
-            text = continue_text(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+            text = generate(self.model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
         except FloatingPointError as error:  # the verdict says so too; a sample is no reason to lose the run
             text = f"({error})"
         for board in boards:

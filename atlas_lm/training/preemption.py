@@ -16,7 +16,6 @@ from typing import Any
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
 INTERRUPTED = 130  # as shells have it: ended by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-TO_A_GROUP = {*SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}  # what terminals and schedulers send to groups
 
 
 def exit_when_preempted() -> None:
@@ -61,29 +60,3 @@ def preemptible(code: int = REQUEUE) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold signals to this thread while this is open; processes that it starts begin so, see `outlive_signals`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_A_GROUP)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def outlive_signals(worker: int) -> None:
-    """A loader worker (`worker_init_fn`) works on until the process that it works for ends it, or has ended.
-
-    A signal to the whole process group is meant for that process, which needs its workers to finish the step.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, TO_A_GROUP)
-    threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
-
-
-def _end_when_the_parent_asks() -> None:
-    while True:
-        sent = signal.sigwaitinfo({signal.SIGTERM})
-        if sent.si_pid == os.getppid():
-            os._exit(0)

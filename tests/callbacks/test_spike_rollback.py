@@ -16,7 +16,7 @@ from toys import Line
 from two_ranks import run_on_two_ranks, shared_folder
 
 from atlas_lm.checkpoints.io import read_checkpoint
-from atlas_lm.runs.folder import checkpoints_in
+from atlas_lm.checkpoints.listing import checkpoints_in
 from callbacks.spike_rollback import SpikeRollback, TrainingUnstable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*GPU available.*")

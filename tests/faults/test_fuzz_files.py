@@ -16,13 +16,14 @@ import torch
 from faults import mutated, outcome
 
 from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
+from atlas_lm.checkpoints.listing import newest_intact
 from atlas_lm.checkpoints.manifest import MANIFEST
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.data.interfaces import SPLITS
 from atlas_lm.data.prepare import prepare
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokens import TokensSource
-from atlas_lm.runs.folder import newest_intact, resolve_checkpoint
+from atlas_lm.runs.resolve import resolve_checkpoint
 
 SECONDS = 30  # more is a hang
 

@@ -20,7 +20,7 @@ from atlas_lm.checkpoints import manifest
 from atlas_lm.checkpoints.io import read_checkpoint
 from atlas_lm.cli import arguments as options
 from atlas_lm.cli import calibrate, compare, generate
-from atlas_lm.exit_gates import command
+from atlas_lm.cli import gates as command
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, with_all_safeguards
 
 MARKER = "it_ran"

@@ -14,11 +14,11 @@ from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.kernels import features as cpu_features
-from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.loop.types import Chunks, Plan
 from atlas_lm.memory.network import Network
 from atlas_lm.model.attention import angles
+from atlas_lm.model.norm import RMSNorm, normalised_heads
 
 ROOT = Path(__file__).parents[2]
 

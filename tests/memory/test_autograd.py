@@ -14,11 +14,11 @@ from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
-from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.newton_schulz import newton_schulz
 from atlas_lm.model.attention import SlidingWindowAttention
 from atlas_lm.model.block import Block, MemoryBranch
+from atlas_lm.model.norm import RMSNorm, normalised_heads
 
 
 @pytest.fixture(params=["compiled", "torch"])

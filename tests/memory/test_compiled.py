@@ -19,10 +19,10 @@ from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.kernels import features as cpu_features
-from atlas_lm.memory.kernels.norm import RMSNorm, normalised_heads
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.model.attention import SlidingWindowAttention
 from atlas_lm.model.block import MemoryBranch
+from atlas_lm.model.norm import RMSNorm, normalised_heads
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.01}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels.compiled import WIDE, Field, Function, once_differentiable, plain
@@ -30,40 +30,14 @@ _norm = Function(
 BLOCK = 256  # tokens of a piece of work
 
 
-class RMSNorm(nn.RMSNorm):
-    """As PyTorch's, of (…, D). ValueError for another D."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check(self, x)
-        if x.dim() == 3 and _can_run(x, self.weight):
-            return _compiled(x.unsqueeze(1), self.weight, _epsilon(self, x))
-        return super().forward(x)
-
-
-def normalised_heads(norm: nn.RMSNorm, x_BHTD: Tensor) -> Tensor:
-    """Every head normalised, then all side by side: (B, H, T, D) → (B, T, H·D)."""
-    _check(norm, x_BHTD)
-    if _can_run(x_BHTD, norm.weight):
-        return _compiled(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
-    return norm(x_BHTD).transpose(1, 2).flatten(2)
-
-
-def _check(norm: nn.RMSNorm, x: Tensor) -> None:
-    if x.dim() < 1 or x.shape[-1:] != norm.weight.shape:
-        shapes = f"{tuple(x.shape)} for a norm of {tuple(norm.weight.shape)}"
-        raise ValueError(f"the last axis must be as wide as the norm's weight, got {shapes}")
-
-
 @torch.compiler.disable  # it calls into a library with addresses
-def _compiled(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return _Norm.apply(x, weight, epsilon)
+def normalise(x_BHTD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Every head over its root mean square: (B, H, T, D) → (B, T, H·D). Only where `can_run` says so."""
+    return _Norm.apply(x_BHTD, weight_D, epsilon)
 
 
-def _epsilon(norm: nn.RMSNorm, x: Tensor) -> float:
-    return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-
-
-def _can_run(x: Tensor, weight: Tensor) -> bool:
+def can_run(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled code takes these: on a CPU, of one dtype that it knows, and not empty."""
     known = x.device.type == "cpu" and x.dtype == weight.dtype and (x.dtype, x.dtype) in compiled.KINDS
     return known and x.numel() > 0 and compiled.library() is not None
 

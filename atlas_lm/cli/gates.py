@@ -15,19 +15,20 @@ from rich.text import Text
 
 from atlas_lm.cli.arguments import HELP, parse
 from atlas_lm.cli.errors import explain
+from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import read_json
-from atlas_lm.config.schema import nearest
 from atlas_lm.exit_gates import chunk_sizes
 from atlas_lm.exit_gates import measured_gates as measures
 from atlas_lm.exit_gates import recorded_gates as records
 from atlas_lm.exit_gates import rollback_drill as rollback
 from atlas_lm.exit_gates.artifacts import Evidence
 from atlas_lm.exit_gates.result import Finding, Gate
-from atlas_lm.runs.folder import resolve_run, write_atomically
+from atlas_lm.files import write_atomically
+from atlas_lm.runs.resolve import resolve_run
 from atlas_lm.training.trainer import prepare_process
 
 RESULTS = "exit_gates.json"
-COMMAND = "python -m atlas_lm.exit_gates"
+COMMAND = "python -m atlas_lm gates"
 
 
 class Check(NamedTuple):

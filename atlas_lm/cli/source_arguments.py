@@ -9,21 +9,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atlas_lm.config.schema import nearest
 from atlas_lm.config.validate import fits, in_words
-from atlas_lm.data.hf import HuggingFaceSource
-from atlas_lm.data.packed import PackedSource
-from atlas_lm.data.stdlib import StdlibSource
-from atlas_lm.data.text import TextSource
+from atlas_lm.data.sources import SOURCES
 
 EXAMPLE = "source=stdlib out=shards/stdlib"
-
-
-SOURCES: dict[str, Callable[..., PackedSource]] = {
-    "stdlib": StdlibSource,
-    "text": TextSource,
-    "hf": HuggingFaceSource,
-}
 
 
 def parse_arguments(words: Sequence[str], function: Callable[..., Any]) -> dict[str, Any]:
@@ -78,18 +67,3 @@ def _checked(key: str, value: Any, raw: str | None, kinds: dict[str, Any], given
             if not isinstance(item, str):
                 raise ValueError(f"{key}={raw}: {item!r} is no text: put quotes around it, e.g. {key}=['{item}']")
     return value
-
-
-def build_source(name: str, options: dict[str, Any]) -> PackedSource:
-    """The source of that name. ValueError: it is unknown, has no such option, or refuses it."""
-    if name not in SOURCES:
-        raise ValueError(f"source={name} is unknown: use one of {', '.join(SOURCES)}")
-    known = set(inspect.signature(SOURCES[name]).parameters) - {"tokenizer"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        close = nearest(unknown[0], known) if len(unknown) == 1 else ""
-        raise ValueError(f"source={name} has no {', '.join(unknown)}{close}: it knows {', '.join(sorted(known))}")
-    try:
-        return SOURCES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"source={name}: {error}; it knows {', '.join(sorted(known))}") from error

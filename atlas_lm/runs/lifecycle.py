@@ -1,0 +1,124 @@
+"""A run folder from when a run begins in it, or is resumed, to when it ends."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from atlas_lm.config.parsing import CONFIG
+from atlas_lm.files import next_free, write_atomically
+from atlas_lm.runs.environment import environment
+from atlas_lm.runs.folder import FINISHED, finished_runs, has_ended_well, mark_latest, write_identity
+from atlas_lm.runs.report import Report
+from atlas_lm.runs.resolve import AUTO
+
+log = logging.getLogger(__name__)
+
+
+LOCK, REPORT = ".lock", "report.json"
+
+
+@contextmanager
+def run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
+    """Hold the run's folder. Whether a run goes on there: until it trains nothing in it changes, see `settle_in`.
+
+    ValueError if another run lies there, or another process writes there.
+    """
+    run = Path(cfg.paths.run)
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield bool(cfg.resume)
+        return
+    with locked(run):
+        goes_on = (run / CONFIG).exists()
+        if goes_on and not cfg.resume:
+            raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
+        if not goes_on:
+            write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
+            write_identity(run, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+            write_atomically(run / CONFIG, configuration(cfg))
+        yield goes_on
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the kernel lets it go, however the process ends.
+
+    ValueError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
+            ) from None
+        yield
+
+
+def configuration(cfg: DictConfig) -> str:
+    """What a run folder holds of its configuration. `resume` is left out: it says how this process came to the run."""
+    return OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True)
+
+
+@rank_zero_only
+def settle_in(cfg: DictConfig, root: Path) -> None:
+    """Training goes on: its configuration and environment are the run's now, and its old report is withdrawn."""
+    run = Path(cfg.paths.run)
+    now = environment(root)
+    try:
+        then = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        then = {}
+    if {**then, "command": None} != {**now, "command": None}:
+        text = json.dumps(now, indent=2) + "\n"
+        keep_aside(run / "environment.json", text)
+        write_atomically(run / "environment.json", text)
+    text = configuration(cfg)
+    keep_aside(run / CONFIG, text)
+    write_atomically(run / CONFIG, text)
+    withdraw_report(run)
+
+
+def keep_aside(path: Path, text: str) -> None:
+    """Rename `path` to <stem>.<n><suffix> if it holds something other than `text`."""
+    if not path.is_file() or path.read_text(encoding="utf-8") == text:
+        return
+    aside = next_free(path)
+    path.rename(aside)
+    log.info("%s differs from that of the run so far, which is kept as %s", path.name, aside.name)
+
+
+def withdraw_report(run: Path) -> None:
+    """What a run was before it goes on is no verdict on it any more."""
+    for name in (REPORT, "report.md"):
+        (run / name).unlink(missing_ok=True)
+
+
+def result_of_sweep(cfg: DictConfig) -> Report | None:
+    """The report of a run that a sweep which is resumed has finished before; None: there is something to train."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra is None or hydra.mode != RunMode.MULTIRUN or cfg.resume != AUTO:
+        return None
+    run = Path(cfg.paths.run)
+    if not has_ended_well(run):
+        return None
+    log.info("resume=auto: %s is finished and stays as it is; without resume=auto it is trained again", run)
+    return json.loads((run / "report.json").read_bytes())
+
+
+@rank_zero_only
+def close_run_folder(cfg: DictConfig, report: dict[str, Any]) -> None:
+    """The newest finished run of the experiment becomes its `latest`."""
+    run, experiment = Path(cfg.paths.run), Path(cfg.paths.outputs) / cfg.name
+    if report["status"] in FINISHED:
+        inside = run.resolve().parent == experiment.resolve()  # hydra.run.dir may have put it elsewhere
+        mark_latest(finished_runs(experiment)[0] if inside else run, experiment)

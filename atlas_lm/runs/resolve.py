@@ -1,0 +1,107 @@
+"""From what the user named to run folders and checkpoints; where a run, or a run of a sweep, writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from atlas_lm.checkpoints.listing import newest_checkpoint, newest_intact, position
+from atlas_lm.config.names import nearest
+from atlas_lm.config.parsing import CONFIG
+from atlas_lm.runs.folder import LATEST, has_ended_well, overrides_of, runs_in
+
+AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
+
+
+def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
+    """The run folder that a path, or an experiment's name, stands for: the name means its newest finished run.
+
+    ValueError: neither, an experiment without a finished run, or a folder that is no run's.
+    """
+    path = Path(name_or_path)
+    if (path / CONFIG).is_file():
+        return path.resolve()
+    is_name = path.name == str(name_or_path)
+    experiment = Path(outputs) / path if is_name and not path.is_dir() else path
+    if (experiment / LATEST / CONFIG).is_file():
+        return (experiment / LATEST).resolve()
+    if experiment.is_dir():
+        unfinished = runs_in(experiment)
+        if unfinished:
+            raise ValueError(f"{str(experiment)!r} has no finished run; give the path of one, e.g. {unfinished[0]}")
+        raise ValueError(f"{str(experiment)!r} is no run folder (no {CONFIG} in it): give one, or an experiment's name")
+    known = sorted(f.name for f in Path(outputs).iterdir() if f.is_dir()) if Path(outputs).is_dir() else []
+    has = f"{str(outputs)!r} has {', '.join(known)}" if known else f"{str(outputs)!r} has no runs yet: train one first"
+    raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")
+
+
+def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
+    """A checkpoint file: the path itself, or the newest intact one of a run. ValueError: there is none, or damaged."""
+    from atlas_lm.checkpoints.io import check_intact  # imports torch, which takes seconds
+    from atlas_lm.checkpoints.listing import intact_checkpoint
+
+    path = Path(name_or_path)
+    if path.is_file():
+        check_intact(path)
+        return path.absolute()
+    if path.suffix == ".ckpt":
+        beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
+        raise ValueError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
+    return intact_checkpoint(resolve_run(path, outputs))
+
+
+def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
+    """Where a run writes: the folder of the run that it goes on with, else outputs/name/new.
+
+    It goes on there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
+    one, or under another name, a run of its own begins, and the first one stays as it is.
+    """
+    experiment = Path(outputs) / name
+    found = _run_of(resume, outputs, experiment) if resume else None
+    same = found is not None and found.parent.resolve() == experiment.resolve()
+    return str(found.resolve() if found is not None and same else experiment / new)
+
+
+def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
+    """The run folder that `resume` goes on with; None where a new one begins, or where it is wrong (told later)."""
+    if resume == AUTO:
+        return unfinished_run(experiment)
+    path = Path(resume)
+    if path.is_file():
+        run = path.resolve().parent.parent
+        newest = newest_intact(run)[0] if (run / CONFIG).is_file() else None
+        # several files may hold the same moment: last.ckpt, interrupted.ckpt, a snapshot
+        return run if newest is not None and position(path) == position(newest) else None
+    try:
+        return resolve_run(path, outputs)
+    except ValueError:
+        return None
+
+
+def unfinished_run(experiment: Path) -> Path | None:
+    """The newest run of an experiment, if it has not ended well. Starts without a checkpoint do not count."""
+    newest = next((run for run in runs_in(experiment) if newest_checkpoint(run) is not None), None)
+    return None if newest is None or has_ended_well(newest) else newest
+
+
+def sweep_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str]) -> str:
+    """Where a run of a sweep writes, below `outputs`: with `auto` the folder of the newest run that was started with
+    the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it."""
+    experiment = Path(outputs) / name
+    if resume == AUTO:
+        wanted = started_with(overrides)
+        for run in runs_in(experiment):
+            before = overrides_of(run)
+            same = before is not None and started_with(before) == wanted
+            if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
+                return f"{name}/{run.name}"
+    return f"{name}/{new}"
+
+
+def started_with(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run that say what is trained, in any order: `resume` only says from where."""
+    return sorted(override for override in map(str, overrides) if not override.startswith("resume="))
+
+
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
