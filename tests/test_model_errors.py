@@ -89,7 +89,7 @@ def test_chunk_sizes_of_a_model_without_memory():
 @pytest.mark.parametrize("through_torch", [False, True])
 def test_a_norm_of_another_width(through_torch, monkeypatch):
     if through_torch:
-        monkeypatch.setattr(cpu_norm, "_can_run", lambda *_: False)
+        monkeypatch.setattr(cpu_norm, "can_run", lambda *_: False)
     for call in (
         lambda: RMSNorm(4)(torch.rand(2, 3, 64)),
         lambda: normalised_heads(RMSNorm(4), torch.rand(2, 3, 5, 64)),

@@ -105,26 +105,26 @@ def _run_all(
         return x.flatten(0, 1).to(dtype)
 
     each = fold.Decays(*(flat(gate, wide) if token else None for gate in gates))  # type: ignore[arg-type]
-    chunks = loop.Chunks(
+    chunks = loop.ChunkBatch(
         phi=flat(blocks.phi, low),
         v=flat(blocks.v - blocks.k if residual else blocks.v, low),
         phi_q=flat(phi_q_BHKCF, low),
         gamma=flat(blocks.gates.gamma, wide),
-        same=None if keeps is None else flat(keeps.same, torch.bool),
-        old=None if keeps is None else flat(keeps.old, torch.bool),
+        same_segment=None if keeps is None else flat(keeps.same_segment, torch.bool),
+        in_start_segment=None if keeps is None else flat(keeps.in_start_segment, torch.bool),
         decay=flat(_decay(rule, steps), wide),
         eta=flat(steps.eta, wide),
-        on=flat(_on(rule, steps), wide),
+        write_coef=flat(_write_coef(rule, steps), wide),
         token_eta=each.eta,
         intake=each.intake,
         retain=each.retain,
         carry=each.carry,
     )
-    plan = loop.Plan(
+    config = loop.LoopConfig(
         rule.network, rule.context, rule.update, rule.newton_schulz_steps, rule.radius, low,
         complete=complete, train=torch.is_grad_enabled(),
     )  # fmt: skip
-    y_GTD, after = loop.run(plan, before, initial, chunks)
+    y_GTD, after = loop.run(config, before, initial, chunks)
     y_BHTD = y_GTD.unflatten(0, q_BHTD.shape[:2])[:, :, filled:length]
     return y_BHTD + q_BHTD if residual else y_BHTD, after
 
@@ -136,10 +136,12 @@ def _decay(rule: Rule, steps: Steps) -> Tensor:
     return torch.stack([steps.weights, momentum, zero, steps.carry], dim=-1).unflatten(-1, (2, 2))
 
 
-def _on(rule: Rule, steps: Steps) -> Tensor:
+def _write_coef(rule: Rule, steps: Steps) -> Tensor:
     """How they depend on each token's gradient: (B, H, K, 2, N)."""
-    on = steps.on_weights
-    return torch.stack([torch.zeros_like(on) if rule.update == "newton_schulz" else -on, steps.on_momentum], dim=-2)
+    write_coef = steps.write_weights
+    return torch.stack(
+        [torch.zeros_like(write_coef) if rule.update == "newton_schulz" else -write_coef, steps.write_momentum], dim=-2
+    )
 
 
 def _precisions(like: Tensor) -> tuple[torch.dtype, torch.dtype]:

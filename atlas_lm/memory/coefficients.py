@@ -21,8 +21,8 @@ from atlas_lm.memory.state import Rule, Tokens, without_autocast
 class Segments(NamedTuple):
     """Where restarts cut a block. Tokens after one have W_init as their W_ξ, and see nothing from before it."""
 
-    same: Tensor  # (B, H, K, N, N) bool: both tokens lie in one segment
-    old: Tensor  # (B, H, K, N, 1) bool: in the segment that the chunk's W_ξ belongs to
+    same_segment: Tensor  # (B, H, K, N, N) bool: both tokens lie in one segment
+    in_start_segment: Tensor  # (B, H, K, N, 1) bool: in the segment that the chunk's W_ξ belongs to
     cut: Tensor  # (B, H, K, C) bool: restarts at this token
 
 
@@ -31,8 +31,8 @@ def segments(rule: Rule, blocks: Tokens) -> Segments | None:
         return None
     segment = blocks.restart.long().cumsum(-1)
     belongs = segment[..., rule.halo - 1 : rule.halo] if rule.halo else torch.zeros_like(segment[..., :1])
-    same = segment.unsqueeze(-1) == segment.unsqueeze(-2)
-    return Segments(same, (segment == belongs).unsqueeze(-1), blocks.restart[..., rule.halo :])
+    same_segment = segment.unsqueeze(-1) == segment.unsqueeze(-2)
+    return Segments(same_segment, (segment == belongs).unsqueeze(-1), blocks.restart[..., rule.halo :])
 
 
 class Decays(NamedTuple):
@@ -85,14 +85,14 @@ def _from_end(x: Tensor, decay: Tensor) -> Tensor:
     return x
 
 
-def _band(gamma: Tensor, chunk: int, context: int, same: Tensor | None) -> Tensor:
+def _band(gamma: Tensor, chunk: int, context: int, same_segment: Tensor | None) -> Tensor:
     """Ω[j, i] = γ_i for j−c < i ≤ j: (…, N) → (…, C, N). SPEC M4."""
     N = gamma.size(-1)
     ones = torch.ones(N, N, dtype=torch.bool, device=gamma.device)
     band = (ones.tril() & ones.triu(1 - context))[N - chunk :]
     gamma = gamma.unsqueeze(-2)
     omega = torch.where(band, gamma, torch.zeros_like(gamma))
-    return omega if same is None else omega * same[..., N - chunk :, :]
+    return omega if same_segment is None else omega * same_segment[..., N - chunk :, :]
 
 
 def _to_end(decay_BHKC: Tensor) -> Tensor:
@@ -108,14 +108,14 @@ class Reads(NamedTuple):
     gradients: Tensor  # (…, C, N) Γ
 
 
-def reads(gates: Decays, gamma: Tensor, context: int, same: Tensor | None) -> Reads:
-    """γ (…, N) and `same` (…, N, N) or None: of blocks."""
+def reads(gates: Decays, gamma: Tensor, context: int, same_segment: Tensor | None) -> Reads:
+    """γ (…, N) and `same_segment` (…, N, N) or None: of blocks."""
     eta, intake, retain, carry = gates
     A = _Products.apply(retain)
     folded = (A * eta.unsqueeze(-2)) @ _Products.apply(carry)  # A diag(η) Θ
     momentum = folded[..., 0] * carry[..., :1]
     weights = A[..., 0] * retain[..., :1]
-    gradients = (folded * intake.unsqueeze(-2)) @ _band(gamma, eta.size(-1), context, same)
+    gradients = (folded * intake.unsqueeze(-2)) @ _band(gamma, eta.size(-1), context, same_segment)
     return Reads(weights, momentum, gradients)
 
 
@@ -126,8 +126,8 @@ class Steps(NamedTuple):
     momentum: Tensor  # (B, H, K) of S_ξ in W
     carry: Tensor  # (B, H, K) of S_ξ in S
     eta: Tensor  # (B, H, K) mean write strength, for Newton–Schulz
-    on_weights: Tensor  # (B, H, K, N) of each gradient in W
-    on_momentum: Tensor  # (B, H, K, N) of each gradient in S
+    write_weights: Tensor  # (B, H, K, N) of each gradient in W
+    write_momentum: Tensor  # (B, H, K, N) of each gradient in S
 
 
 def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
@@ -135,7 +135,7 @@ def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
     eta, intake, retain, carry = decays(rule, blocks, keeps)
     retain_to_end, carry_to_end = _to_end(retain), _to_end(carry)
     on_intake = _from_end(retain_to_end * eta, carry)
-    last = torch.ones_like(eta) if keeps is None else keeps.same[..., rule.halo :, -1].to(eta)
+    last = torch.ones_like(eta) if keeps is None else keeps.same_segment[..., rule.halo :, -1].to(eta)
     omega = _band_sum(rule, blocks, keeps, torch.stack([on_intake, carry_to_end], -2) * intake.unsqueeze(-2))
     return Steps(
         retain_to_end[..., 0] * retain[..., 0],
@@ -152,6 +152,6 @@ def _band_sum(rule: Rule, blocks: Tokens, keeps: Segments | None, x_BHKRC: Tenso
     if rule.context == 1 and keeps is None:
         return x_BHKRC * blocks.gates.gamma.unsqueeze(-2)
     if keeps is not None:
-        return x_BHKRC @ _band(blocks.gates.gamma, rule.chunk, rule.context, keeps.same)
+        return x_BHKRC @ _band(blocks.gates.gamma, rule.chunk, rule.context, keeps.same_segment)
     windows = nnf.pad(x_BHKRC, (rule.halo, rule.halo)).unfold(-1, rule.context, 1).sum(-1)
     return windows * blocks.gates.gamma.unsqueeze(-2)

@@ -85,7 +85,7 @@ class _Chunk:
         self.weights = _add(initial, change)  # W_ξ
         self.first = self.t = first  # the first token whose gradient counts: the halo's, or that of a restart
         zero = row.gates.alpha[..., :0]
-        self.on_weights, self.on_momentum = zero, zero  # of gradient i in W_t and S_t: (B, H, N)
+        self.write_weights, self.write_momentum = zero, zero  # of gradient i in W_t and S_t: (B, H, N)
         one = torch.ones_like(row.k[..., 0, 0])
         self.a, self.b, self.carry = (
             one,
@@ -107,11 +107,11 @@ class _Chunk:
         self.t = t
         i = torch.arange(self.first, t + 1)
         gamma_BHN = self.row.gates.gamma[..., self.first : t + 1]
-        grow = t + 1 - self.first - self.on_momentum.size(-1)
+        grow = t + 1 - self.first - self.write_momentum.size(-1)
         zeros = torch.zeros_like(gamma_BHN[..., :grow])
         window = torch.where(i > t - self.rule.context, gamma_BHN, torch.zeros_like(gamma_BHN))
-        self.on_momentum = theta * torch.cat([self.on_momentum, zeros], -1) + (1 - theta) * window
-        self.on_weights = alpha * torch.cat([self.on_weights, zeros], -1) + eta * self.on_momentum
+        self.write_momentum = theta * torch.cat([self.write_momentum, zeros], -1) + (1 - theta) * window
+        self.write_weights = alpha * torch.cat([self.write_weights, zeros], -1) + eta * self.write_momentum
         self.carry = theta[..., 0] * self.carry
         self.b = alpha[..., 0] * self.b + eta[..., 0] * self.carry
         self.a = alpha[..., 0] * self.a
@@ -137,7 +137,7 @@ class _Chunk:
 
     def change_now(self) -> Weights:
         b = self.b[..., None, None]
-        step = self._sum(self.on_weights)
+        step = self._sum(self.write_weights)
         return tuple(w - b * s - d for w, s, d in zip(self._kept(), self.momentum, step, strict=True))
 
     def read(self, q_BH1D: Tensor, phi_q_BH1F: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class _Chunk:
 
     def end(self) -> tuple[Weights, Weights]:
         """W − W_init and S at the chunk's end, where the next chunk begins."""
-        step = self._sum(self.on_momentum)
+        step = self._sum(self.write_momentum)
         momentum = tuple(self.carry[..., None, None] * s + d for s, d in zip(self.momentum, step, strict=True))
         if self.rule.update == "gradient":
             return bounded(self.rule, self.change_now()), momentum

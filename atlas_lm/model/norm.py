@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor, nn
 
-from atlas_lm.memory.kernels.norm import can_run, normalise
+from atlas_lm.memory.kernels import norm as kernel
 
 
 class RMSNorm(nn.RMSNorm):
@@ -13,16 +13,16 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(self, x)
-        if x.dim() == 3 and can_run(x, self.weight):
-            return normalise(x.unsqueeze(1), self.weight, _epsilon(self, x))
+        if x.dim() == 3 and kernel.can_run(x, self.weight):
+            return kernel.normalise(x.unsqueeze(1), self.weight, _epsilon(self, x))
         return super().forward(x)
 
 
 def normalised_heads(norm: nn.RMSNorm, x_BHTD: Tensor) -> Tensor:
     """Every head normalised, then all side by side: (B, H, T, D) → (B, T, H·D)."""
     _check(norm, x_BHTD)
-    if can_run(x_BHTD, norm.weight):
-        return normalise(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
+    if kernel.can_run(x_BHTD, norm.weight):
+        return kernel.normalise(x_BHTD, norm.weight, _epsilon(norm, x_BHTD))
     return norm(x_BHTD).transpose(1, 2).flatten(2)
 
 

@@ -68,7 +68,7 @@ def forward(model: AtlasLM, tokens: Tensor, state: State | None, through_torch: 
         if through_torch:
             for module in modules:
                 stack.enter_context(patch.object(module, "can_run", lambda *_: False))
-            stack.enter_context(patch.object(cpu_norm, "_can_run", lambda *_: False))
+            stack.enter_context(patch.object(cpu_norm, "can_run", lambda *_: False))
         return model(tokens, state)
 
 

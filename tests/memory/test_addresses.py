@@ -15,7 +15,7 @@ from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.loop import cpu as cpu_loop
-from atlas_lm.memory.loop.types import Chunks, Plan
+from atlas_lm.memory.loop.types import ChunkBatch, LoopConfig
 from atlas_lm.memory.network import Network
 from atlas_lm.model.attention import angles
 from atlas_lm.model.norm import RMSNorm, normalised_heads
@@ -60,31 +60,31 @@ def test_many_pairs_under_the_address_sanitizer(tmp_path, monkeypatch):
 # What each function is given.
 
 
-def chunks(**changes: Tensor | None) -> Chunks:
+def chunks(**changes: Tensor | None) -> ChunkBatch:
     """Of G = 4 sequences and heads, K = 3 chunks of C = 5 with a halo of 2, F = 6 features and D = 4 outputs."""
     G, K, C, N, F, D = 4, 3, 5, 7, 6, 4
     sizes = dict(
         phi=(G, K, N, F), v=(G, K, N, D), phi_q=(G, K, C, F), gamma=(G, K, N), decay=(G, K, 2, 2), eta=(G, K),
-        on=(G, K, 2, N), token_eta=(G, K, C), intake=(G, K, C), retain=(G, K, C), carry=(G, K, C),
+        write_coef=(G, K, 2, N), token_eta=(G, K, C), intake=(G, K, C), retain=(G, K, C), carry=(G, K, C),
     )  # fmt: skip
-    flags = dict(same=(G, K, N, N), old=(G, K, N, 1))
+    flags = dict(same_segment=(G, K, N, N), in_start_segment=(G, K, N, 1))
     made = {name: torch.rand(*shape) for name, shape in sizes.items()}
     made |= {name: torch.ones(*shape, dtype=torch.bool) for name, shape in flags.items()}
-    return Chunks(**(made | changes))
+    return ChunkBatch(**(made | changes))
 
 
 def run_loop(states: tuple = ((4, 12, 10), (4, 10, 4)), initial: tuple = ((2, 6, 10), (2, 5, 4)), **changes) -> None:
-    plan = Plan(Network("gated_mlp", False), 3, "gradient", 5, 8.0, torch.float32, complete=3, train=True)
+    plan = LoopConfig(Network("gated_mlp", False), 3, "gradient", 5, 8.0, torch.float32, complete=3, train=True)
     given = [x if isinstance(x, Tensor) else torch.rand(*x) for x in states]
     cpu_loop.run(plan, given, tuple(torch.rand(*shape) for shape in initial), chunks(**changes))
 
 
 def test_a_loop_whose_tensors_fit_runs():
     run_loop()
-    run_loop(same=None, old=None)
+    run_loop(same_segment=None, in_start_segment=None)
 
 
-@pytest.mark.parametrize("name", Chunks._fields)
+@pytest.mark.parametrize("name", ChunkBatch._fields)
 @pytest.mark.parametrize("change", ["shorter", "longer", "double", "meta"])
 def test_the_loop_refuses_tensors_of_another_size(name, change):
     """One axis of one tensor is another, or its numbers are wider than the others'."""

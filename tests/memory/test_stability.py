@@ -12,7 +12,8 @@ from torch.nn import functional as nnf
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.features import build_features
 from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
-from atlas_lm.memory.loop.types import Inputs, Plan, learn_and_read
+from atlas_lm.memory.loop.forward import learn_and_read
+from atlas_lm.memory.loop.types import LoopConfig, LoopInputs
 from atlas_lm.memory.network import build_network, read, split_matrices
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens, initial_state
 
@@ -166,12 +167,13 @@ def test_no_direction_is_overshot(network, strength):
     change = [strength * torch.randn(1, 1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
     initial = [strength * torch.randn(1, *shape).double() for shape in net.shapes(DIM, F, HIDDEN)]
     none, coefficients = torch.zeros(1, 1, C, 1), torch.zeros(1, 1, 2, C)
-    inputs = Inputs(
-        phi=phi, v=v, phi_q=phi, gamma=gates.gamma, same=None, old=None, decay=none, eta=none, on=coefficients,
-        scores=None, at=None, over=None, initial_out=None if len(initial) == 1 else initial[1],
+    inputs = LoopInputs(
+        phi=phi, v=v, phi_q=phi, gamma=gates.gamma, same_segment=None, in_start_segment=None, decay=none,
+        eta=none, write_coef=coefficients, scores=None, read_coef=None, grad_coef=None,
+        initial_out=None if len(initial) == 1 else initial[1],
         by_initial=phi @ initial[0], q_by_initial=phi @ initial[0],
     )  # fmt: skip
-    plan = Plan(net, 1, "gradient", 5, math.inf, torch.float64, complete=1, train=True)
+    plan = LoopConfig(net, 1, "gradient", 5, math.inf, torch.float64, complete=1, train=True)
     states = [torch.cat([w, w], dim=-2)[0] for w in change]
     learned = learn_and_read(plan, inputs, 0, states)[1]
 

@@ -20,42 +20,45 @@ from atlas_lm.memory.coefficients import Decays
 from atlas_lm.memory.kernels.compiled import once_differentiable
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.loop.backward import gradients
-from atlas_lm.memory.loop.types import STATES, Chunks, Inputs, Plan, check_records, learn_and_read, update
+from atlas_lm.memory.loop.forward import learn_and_read, update
+from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, LoopInputs, check_records
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.state import without_autocast
 
 
-def run(plan: Plan, states: list[Tensor] | None, initial: Weights, chunks: Chunks) -> tuple[Tensor, list[Tensor]]:
+def run(
+    config: LoopConfig, states: list[Tensor] | None, initial: Weights, chunks: ChunkBatch
+) -> tuple[Tensor, list[Tensor]]:
     """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q).
 
     `initial` is W_init (H, R, Q) per layer. Without states the memory is empty, and none are given back.
     """
-    if cpu_loop.can_run(plan, chunks):
-        return cpu_loop.run(plan, states, initial, chunks)
-    inputs = _inputs(plan, initial, chunks)
+    if cpu_loop.can_run(config, chunks):
+        return cpu_loop.run(config, states, initial, chunks)
+    inputs = _inputs(config, initial, chunks)
     G, wide = chunks.phi.size(0), chunks.decay.dtype
     given = states or [w.new_zeros(G, 2 * w.size(1), w.size(2), dtype=wide) for w in initial]
-    y, *after = _Loop.apply(plan, len(given), *given, *inputs)
+    y, *after = _Loop.apply(config, len(given), *given, *inputs)
     return y, after if states else []
 
 
-def _inputs(plan: Plan, initial: Weights, chunks: Chunks) -> Inputs:
+def _inputs(config: LoopConfig, initial: Weights, chunks: ChunkBatch) -> LoopInputs:
     """What does not depend on the fast weights is computed for all chunks at once."""
     low, wide = chunks.phi.dtype, chunks.decay.dtype
-    scores = at = over = None
+    scores = read_coef = grad_coef = None
     if chunks.token_eta is not None:
         with without_autocast(chunks.phi):  # products of gates stay wide
             gates = Decays(chunks.token_eta, chunks.intake, chunks.retain, chunks.carry)
-            reads = coefficients.reads(gates, chunks.gamma, plan.context, chunks.same)
-            at, over = torch.stack([reads.weights, -reads.momentum], dim=-2), reads.gradients
+            reads = coefficients.reads(gates, chunks.gamma, config.context, chunks.same_segment)
+            read_coef, grad_coef = torch.stack([reads.weights, -reads.momentum], dim=-2), reads.gradients
             scores = chunks.phi_q @ chunks.phi.mT
     known = chunks._asdict()
-    return Inputs(
-        **{name: known[name] for name in Inputs._fields if name in known and name != "gamma"},
+    return LoopInputs(
+        **{name: known[name] for name in LoopInputs._fields if name in known and name != "gamma"},
         gamma=chunks.gamma.detach(),
         scores=scores,
-        at=at,
-        over=over,
+        read_coef=read_coef,
+        grad_coef=grad_coef,
         initial_out=None if len(initial) == 1 else _of_sequences(initial[1], chunks.phi.size(0)).to(wide),
         by_initial=_times_initial(chunks.phi, initial[0].to(low)),
         q_by_initial=_times_initial(chunks.phi_q, initial[0].to(low)),
@@ -76,8 +79,8 @@ def _of_sequences(w: Tensor, count: int) -> Tensor:
 
 class _Loop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, layers: int, *tensors: Tensor) -> Any:
-        states, x = list(tensors[:layers]), Inputs(*tensors[layers:])
+    def forward(ctx: Any, config: LoopConfig, layers: int, *tensors: Tensor) -> Any:
+        states, x = list(tensors[:layers]), LoopInputs(*tensors[layers:])
         K = x.phi.size(1)
         stride = -(-K // STATES)
         outputs, records, kept = [], [], []
@@ -85,29 +88,29 @@ class _Loop(torch.autograd.Function):
             for n in range(K):
                 if n % stride == 0:
                     kept += states
-                y, record = learn_and_read(plan, x, n, states)
-                if n < plan.complete:
-                    states, hit = update(plan, x, n, states, record)
+                y, record = learn_and_read(config, x, n, states)
+                if n < config.complete:
+                    states, hit = update(config, x, n, states, record)
                     record = record._replace(bounded=hit)
                 outputs.append(y)
-                if plan.train:
+                if config.train:
                     records.append(record)
-        if plan.train:
-            ctx.plan, ctx.layers, ctx.records, ctx.stride = plan, layers, records, stride
+        if config.train:
+            ctx.config, ctx.layers, ctx.records, ctx.stride = config, layers, records, stride
             ctx.save_for_backward(*tensors, *kept)
-        if plan.complete == 0:  # an input that is returned as it is would count as a view of itself
+        if config.complete == 0:  # an input that is returned as it is would count as a view of itself
             states = [z.clone() for z in states]
         return (torch.stack(outputs, dim=1).flatten(1, 2), *states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
-        plan, layers, records, stride = ctx.plan, ctx.layers, ctx.records, ctx.stride
+        config, layers, records, stride = ctx.config, ctx.layers, ctx.records, ctx.stride
         check_records(gone=records[0] is None)
-        saved, count = ctx.saved_tensors, layers + len(Inputs._fields)  # read once: see cpu_loop.py
-        x, kept = Inputs(*saved[layers:count]), saved[count:]
+        saved, count = ctx.saved_tensors, layers + len(LoopInputs._fields)  # read once: see cpu.py
+        x, kept = LoopInputs(*saved[layers:count]), saved[count:]
         K, C = x.phi.size(1), x.phi_q.size(2)
-        dy = dy.to(plan.operands).unflatten(1, (K, C))
+        dy = dy.to(config.operands).unflatten(1, (K, C))
         dstates = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
         dinitial = None if x.initial_out is None else torch.zeros_like(x.initial_out)
         chunks: list[dict[str, Tensor]] = [{} for _ in range(K)]
@@ -116,13 +119,13 @@ class _Loop(torch.autograd.Function):
                 first = start // stride * layers
                 states = [list(kept[first : first + layers])]
                 end = min(start + stride, K)
-                for n in range(start, min(end, plan.complete + 1) - 1):
-                    states.append(update(plan, x, n, states[-1], records[n])[0])
+                for n in range(start, min(end, config.complete + 1) - 1):
+                    states.append(update(config, x, n, states[-1], records[n])[0])
                 for n in range(end - 1, start - 1, -1):
-                    now = states.pop() if n <= plan.complete else states[-1]
-                    dstates, chunks[n] = gradients(plan, x, n, now, records[n], dy[:, n], dstates, dinitial)
+                    now = states.pop() if n <= config.complete else states[-1]
+                    dstates, chunks[n] = gradients(config, x, n, now, records[n], dy[:, n], dstates, dinitial)
                     records[n] = None  # gives its memory back
-        grads = (dinitial if name == "initial_out" else _stack(chunks, name) for name in Inputs._fields)
+        grads = (dinitial if name == "initial_out" else _stack(chunks, name) for name in LoopInputs._fields)
         return (None, None, *dstates, *grads)
 
 

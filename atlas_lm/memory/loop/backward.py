@@ -1,4 +1,4 @@
-"""The gradients of `chunk_step.py`, in closed form; D has none.
+"""The gradients of `forward.py`, in closed form; D has none.
 
 `Totals` gathers what flows back through one chunk.
 """
@@ -15,21 +15,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import network as net
-from atlas_lm.memory.loop.types import (
-    Inputs,
-    Maybe,
-    Plan,
-    Record,
-    add_outer,
-    half,
-    masked,
-    masks,
-    mix,
-    on_gradients,
-    orthogonal,
-    twice,
-    update,
-)
+from atlas_lm.memory.loop.forward import add_outer, half, masked, masks, mix, orthogonal, twice, update, write_weights
+from atlas_lm.memory.loop.types import LoopConfig, LoopInputs, Maybe, Record
 
 
 class Totals:
@@ -42,19 +29,19 @@ class Totals:
 
 
 def gradients(
-    plan: Plan, x: Inputs, n: int, states: list[Tensor], record: Record, dy: Tensor, dstates: list[Tensor],
+    config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record, dy: Tensor, dstates: list[Tensor],
     dinitial: Maybe,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:  # fmt: skip
     """The gradients of the states before a chunk, given those of the states behind it, and of its inputs."""
     totals = Totals()
-    if n < plan.complete:
-        dstates = _backward_update(plan, x, n, states, record, dstates, totals)
-    z = [state.to(plan.operands) for state in states]
-    w0 = None if x.initial_out is None else x.initial_out.to(plan.operands)
-    read = _backward_read(plan, x, n, z, w0, record, dy, totals, dinitial)
+    if n < config.complete:
+        dstates = _backward_update(config, x, n, states, record, dstates, totals)
+    z = [state.to(config.operands) for state in states]
+    w0 = None if x.initial_out is None else x.initial_out.to(config.operands)
+    read = _backward_read(config, x, n, z, w0, record, dy, totals, dinitial)
     learned = None
     if totals.errors[0] is not None:
-        learned = _backward_learn(plan, x, n, z, w0, record, totals, dinitial)
+        learned = _backward_learn(config, x, n, z, w0, record, totals, dinitial)
     for l, dz in enumerate(dstates):
         _accumulate(dz, read[l], None if learned is None else learned[l])
     return dstates, totals.found
@@ -72,25 +59,33 @@ def _accumulate(dz: Tensor, read: Outer, learned: list[Outer] | None) -> None:
 
 
 def _backward_update(
-    plan: Plan, x: Inputs, n: int, states: list[Tensor], record: Record, dstates: list[Tensor], totals: Totals
+    config: LoopConfig,
+    x: LoopInputs,
+    n: int,
+    states: list[Tensor],
+    record: Record,
+    dstates: list[Tensor],
+    totals: Totals,
 ) -> list[Tensor]:
     if record.bounded:
-        dstates = _backward_ball(plan, x, n, states, record, dstates)
-    if plan.update == "newton_schulz":
-        dstates = _backward_orthogonal(plan, x, n, states, record, dstates, totals)
-    on, before = on_gradients(x, n, record), []
+        dstates = _backward_ball(config, x, n, states, record, dstates)
+    if config.update == "newton_schulz":
+        dstates = _backward_orthogonal(config, x, n, states, record, dstates, totals)
+    write_coef, before = write_weights(x, n, record), []
     ddecay: Any = 0.0
-    don: Any = 0.0
+    dwrite_coef: Any = 0.0
     for l, (z, dz, inputs, error) in enumerate(zip(states, dstates, record.inputs, record.errors, strict=True)):
         low = dz.to(error.dtype)
-        totals.errors[l] = twice(inputs, on) @ low
+        totals.errors[l] = twice(inputs, write_coef) @ low
         left, right = (error @ low.mT).chunk(2, dim=-1)
-        totals.inputs[l] = torch.addcmul(left * on[:, 0], right, on[:, 1])
-        don = don + torch.stack([(inputs * left).sum(-1), (inputs * right).sum(-1)], dim=1).to(x.on.dtype)
+        totals.inputs[l] = torch.addcmul(left * write_coef[:, 0], right, write_coef[:, 1])
+        dwrite_coef = dwrite_coef + torch.stack([(inputs * left).sum(-1), (inputs * right).sum(-1)], dim=1).to(
+            x.write_coef.dtype
+        )
         halves, dhalves = (y.unflatten(1, (2, -1)).flatten(2) for y in (z, dz))
         ddecay = ddecay + dhalves @ halves.mT
         before.append(mix(x.decay[:, n].mT, dz))
-    totals.found["on"] = don if record.total is None else don / record.total[:, -1:]
+    totals.found["write_coef"] = dwrite_coef if record.total is None else dwrite_coef / record.total[:, -1:]
     totals.found["decay"] = ddecay
     return before
 
@@ -104,24 +99,30 @@ def _with_half(states: list[Tensor], which: int, halves: tuple[Tensor, ...]) -> 
 
 
 def _backward_ball(
-    plan: Plan, x: Inputs, n: int, states: list[Tensor], record: Record, dstates: list[Tensor]
+    config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record, dstates: list[Tensor]
 ) -> list[Tensor]:
     """Through the projection onto the ball, which acts in few chunks: by autograd."""
-    free, _ = update(plan._replace(radius=float("inf")), x, n, states, record)
+    free, _ = update(config._replace(radius=float("inf")), x, n, states, record)
     leaves = [half(z, 0).detach().requires_grad_() for z in free]
     with torch.enable_grad():
-        held = net.shrink(plan.network, tuple(leaves), plan.radius)
+        held = net.shrink(config.network, tuple(leaves), config.radius)
     return _with_half(dstates, 0, torch.autograd.grad(held, leaves, [half(dz, 0) for dz in dstates]))
 
 
 def _backward_orthogonal(
-    plan: Plan, x: Inputs, n: int, states: list[Tensor], record: Record, dstates: list[Tensor], totals: Totals
+    config: LoopConfig,
+    x: LoopInputs,
+    n: int,
+    states: list[Tensor],
+    record: Record,
+    dstates: list[Tensor],
+    totals: Totals,
 ) -> list[Tensor]:
     """Through the write −η U(s): adds to the gradient of s. By autograd, a chunk at a time."""
-    unwritten, _ = update(plan._replace(update="gradient", radius=float("inf")), x, n, states, record)
+    unwritten, _ = update(config._replace(update="gradient", radius=float("inf")), x, n, states, record)
     leaves = [half(z, 1).detach().requires_grad_() for z in unwritten]
     with torch.enable_grad():
-        writes = orthogonal(plan, leaves)
+        writes = orthogonal(config, leaves)
     dws = [half(dz, 0) for dz in dstates]
     through = torch.autograd.grad(writes, leaves, [-x.eta[:, n, None, None] * dw for dw in dws])
     along = [(u.detach() * dw).sum((-2, -1)) for u, dw in zip(writes, dws, strict=True)]
@@ -131,47 +132,49 @@ def _backward_orthogonal(
 
 
 def _backward_read(
-    plan: Plan, x: Inputs, n: int, z: list[Tensor], w0: Maybe, record: Record, dy: Tensor, totals: Totals,
+    config: LoopConfig, x: LoopInputs, n: int, z: list[Tensor], w0: Maybe, record: Record, dy: Tensor, totals: Totals,
     dinitial: Maybe,
 ) -> list[Outer]:  # fmt: skip
     """Of what a chunk's queries read; the factors of the states' gradients."""
-    act, outer = plan.network.activation, []
+    act, outer = config.network.activation, []
     dpre = dy
     if act is not None:
         hidden = record.read_hidden
-        alike = None if record.over is None else hidden @ record.inputs[1].mT
-        dhidden, factors = _backward_product(plan, x, n, 1, hidden, alike, z[1], record, dy, totals)
+        alike = None if record.grad_coef is None else hidden @ record.inputs[1].mT
+        dhidden, factors = _backward_product(config, x, n, 1, hidden, alike, z[1], record, dy, totals)
         dhidden.baddbmm_(dy, w0.mT)
         dinitial.add_(hidden.mT @ dy)
         dpre = act.backward(record.read_pre, dhidden, None)
         outer.append(factors)
     scores = None if x.scores is None else x.scores[:, n]
-    totals.found["phi_q"], factors = _backward_product(plan, x, n, 0, x.phi_q[:, n], scores, z[0], record, dpre, totals)
+    totals.found["phi_q"], factors = _backward_product(
+        config, x, n, 0, x.phi_q[:, n], scores, z[0], record, dpre, totals
+    )
     totals.found["q_by_initial"] = dpre
     return [factors, *outer]
 
 
 def _backward_product(
-    plan: Plan, x: Inputs, n: int, layer: int, inputs: Tensor, alike: Maybe, z: Tensor, record: Record,
+    config: LoopConfig, x: LoopInputs, n: int, layer: int, inputs: Tensor, alike: Maybe, z: Tensor, record: Record,
     dy: Tensor, totals: Totals,
 ) -> tuple[Tensor, Outer]:  # fmt: skip
     """Of one layer of a read, [a x, −b x] z − (Γ/D ⊙ x kᵀ) e: the gradient of x, and the factors of that of z."""
-    own = masks(plan, x, n)[1]
-    if record.over is None or alike is None:
-        back = masked(dy @ z[:, : z.size(1) // 2].mT, own)
-        return back, (masked(inputs, own), dy)
-    at = x.at[:, n].unsqueeze(-1).to(dy.dtype)
+    queries_in_start = masks(config, x, n)[1]
+    if record.grad_coef is None or alike is None:
+        back = masked(dy @ z[:, : z.size(1) // 2].mT, queries_in_start)
+        return back, (masked(inputs, queries_in_start), dy)
+    read_coef = x.read_coef[:, n].unsqueeze(-1).to(dy.dtype)
     left, right = (dy @ z.mT).chunk(2, dim=-1)
-    dinputs = torch.addcmul(left * at[:, 0], right, at[:, 1])
-    dat = torch.stack([(inputs * left).sum(-1), (inputs * right).sum(-1)], dim=1).to(x.at.dtype)
+    dinputs = torch.addcmul(left * read_coef[:, 0], right, read_coef[:, 1])
+    dread_coef = torch.stack([(inputs * left).sum(-1), (inputs * right).sum(-1)], dim=1).to(x.read_coef.dtype)
     dattention = torch.bmm(dy, record.errors[layer].mT).neg_()
     before = totals.errors[layer]
-    attention = (record.over * alike).mT
+    attention = (record.grad_coef * alike).mT
     totals.errors[layer] = (
         torch.bmm(attention, dy).neg_() if before is None else before.baddbmm_(attention, dy, alpha=-1)
     )
-    dover = (dattention * alike).to(x.over.dtype) / record.total
-    dalike = dattention * record.over
+    dgrad_coef = (dattention * alike).to(x.grad_coef.dtype) / record.total
+    dalike = dattention * record.grad_coef
     if layer == 0:
         totals.found["scores"] = dalike
     else:
@@ -179,18 +182,18 @@ def _backward_product(
         sofar = totals.inputs[layer]
         totals.inputs[layer] = dalike.mT @ inputs if sofar is None else sofar.baddbmm_(dalike.mT, inputs)
     found = totals.found
-    found["at"] = dat + found["at"] if "at" in found else dat
-    found["over"] = dover + found["over"] if "over" in found else dover
-    return dinputs, (twice(inputs, at), dy)
+    found["read_coef"] = dread_coef + found["read_coef"] if "read_coef" in found else dread_coef
+    found["grad_coef"] = dgrad_coef + found["grad_coef"] if "grad_coef" in found else dgrad_coef
+    return dinputs, (twice(inputs, read_coef), dy)
 
 
 def _backward_learn(
-    plan: Plan, x: Inputs, n: int, z: list[Tensor], w0: Maybe, record: Record, totals: Totals,
+    config: LoopConfig, x: LoopInputs, n: int, z: list[Tensor], w0: Maybe, record: Record, totals: Totals,
     dinitial: Maybe,
 ) -> list[list[Outer]]:  # fmt: skip
     """Of the factors of a chunk's gradients; the factors of the states' gradients."""
-    act, phi = plan.network.activation, x.phi[:, n]
-    old = masks(plan, x, n)[0]
+    act, phi = config.network.activation, x.phi[:, n]
+    in_start_segment = masks(config, x, n)[0]
     w = [state[:, : state.size(1) // 2] for state in z]
     outer: list[list[Outer]] = []
     if act is None:
@@ -202,20 +205,20 @@ def _backward_learn(
         dback = (record.slopes.unflatten(-1, (act.width, -1)) * parts).sum(-2)
         dslopes = (record.back.unsqueeze(-2) * parts).flatten(-2)
         derror, dhidden = totals.errors[1], totals.inputs[1]
-        if old is None:
+        if in_start_segment is None:
             w_out = w0 + w[1]
             derror = derror.baddbmm_(dback, w_out)
             through = derror @ w_out.mT
         else:
-            derror = derror.baddbmm_(dback, w0).baddbmm_(dback * old, w[1])
-            through = torch.baddbmm(derror @ w0.mT, derror * old, w[1].mT)
+            derror = derror.baddbmm_(dback, w0).baddbmm_(dback * in_start_segment, w[1])
+            through = torch.baddbmm(derror @ w0.mT, derror * in_start_segment, w[1].mT)
         dhidden = through if dhidden is None else dhidden.add_(through)
         dinitial.add_(torch.baddbmm(dback.mT @ error, hidden.mT, derror))
-        outer = [[(masked(dback, old), error), (masked(hidden, old), derror)]]
+        outer = [[(masked(dback, in_start_segment), error), (masked(hidden, in_start_segment), derror)]]
         totals.found["v"] = -derror
         dpre = act.backward(record.pre, dhidden, dslopes)
     totals.found["by_initial"] = dpre
-    seen = masked(phi, old)
-    dphi = masked(dpre @ w[0].mT, old)
+    seen = masked(phi, in_start_segment)
+    dphi = masked(dpre @ w[0].mT, in_start_segment)
     totals.found["phi"] = dphi if totals.inputs[0] is None else dphi.add_(totals.inputs[0])
     return [[(seen, dpre)], *outer]

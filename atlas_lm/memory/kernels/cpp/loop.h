@@ -1,4 +1,4 @@
-// The loop over chunks: what loop.py, chunk_step.py and chunk_gradient.py compute, one (batch, head) at a time, with
+// The loop over chunks: what loop/autograd.py, forward.py and backward.py compute, one (batch, head) at a time, with
 // the fast weights in the core's cache. Equations and names are theirs. T is the type of states, coefficients and
 // arithmetic, S that of the large tensors outside: double/double, float/float, float/bf16.
 
@@ -19,13 +19,13 @@ extern "C" struct Arguments {
     I steps;  // of Newton–Schulz; 0: the update is the gradient
     double radius, smallest;
     // inputs
-    const void *initial[2], *phi, *v, *phi_q, *gamma, *same, *old, *decay, *eta, *on,
+    const void *initial[2], *phi, *v, *phi_q, *gamma, *same_segment, *in_start_segment, *decay, *eta, *write_coef,
         *gates[4], *before[2];  // gates of reads inside a chunk: eta, intake, retain, carry
     // what the forward pass gives, and keeps for the backward pass
     void *y, *after[2], *kept[2], *pre, *read_pre, *error, *back, *total, *scale;
     // gradients; dstate comes in as that of `after` and goes out as that of `before`
     const void* dy;
-    void *dstate[2], *dinitial[2], *dphi, *dv, *dphi_q, *dgamma, *ddecay, *deta, *don,
+    void *dstate[2], *dinitial[2], *dphi, *dv, *dphi_q, *dgamma, *ddecay, *deta, *dwrite_coef,
         *dgates[4];
     I rounding;  // the control word of the thread that asks: whether denormals are flushed
     I next;  // the next g that nobody has taken
@@ -58,7 +58,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
     std::vector<T> own_row;
 
     explicit Worker(Arguments& a_) : a(a_) {
-        act = a.kind > 0, token = a.token, summed = !a.old && a.N >= 6;
+        act = a.kind > 0, token = a.token, summed = !a.in_start_segment && a.N >= 6;
         layers = act ? 2 : 1;
         R[0] = a.F, Q[0] = a.P, R[1] = a.E, Q[1] = a.D;
         H2 = token ? a.C : 1;
@@ -77,7 +77,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         p.used = 0;
         I N = a.N, C = a.C, F = a.F, P = a.P, E = a.E, D = a.D, wide = std::max({F, P, E, D, N, C});
         for (int l = 0; l < layers; l++) z[l] = p.take(2 * R[l], Q[l]), w0[l] = p.take(R[l], Q[l]), sum[l] = p.take(R[l], Q[l]);
-        phi = p.take(N, F), phi_old = a.old ? p.take(N, F) : phi;
+        phi = p.take(N, F), phi_old = a.in_start_segment ? p.take(N, F) : phi;
         pre = p.take(N, P), v = p.take(N, D), e1 = p.take(N, P);
         kappa = p.take(N, N), hh = p.take(N, N), total = p.take(H2, N);
         phi_q = p.take(C, F), read_pre = p.take(C, P), y = p.take(C, D);
@@ -86,7 +86,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         if (a.steps) orthogonal.plan(p, a.steps, wide);
         if (token) over = p.take(C, N), alike = p.take(C, N), fold.sigma = p.take(C, N), fold.of_gradients = p.take(C, N);
         if (act) {
-            hidden = p.take(N, E), hidden_old = a.old ? p.take(N, E) : hidden;
+            hidden = p.take(N, E), hidden_old = a.in_start_segment ? p.take(N, E) : hidden;
             slopes = p.take(N, P), e2 = p.take(N, D), back = p.take(N, E), read_hidden = p.take(C, E);
         }
         if (!a.dy) return;
@@ -133,11 +133,11 @@ template <class T, class S> struct Worker : Operations<T, S> {
     static M first(M state) { return {state.p, state.rows / 2, state.cols, state.ld}; }
     static M second(M state) { return state.part(state.rows / 2, state.rows / 2); }
 
-    bool old(I g, I n, I i) const { return !a.old || ((const uint8_t*)a.old)[(g * a.K + n) * a.N + i]; }
+    bool in_start(I g, I n, I i) const { return !a.in_start_segment || ((const uint8_t*)a.in_start_segment)[(g * a.K + n) * a.N + i]; }
     // rows of x whose token sees W_ξ
     void mask(I g, I n, M x, M to, I shift) const {
         for (I i = 0; i < x.rows; i++) {
-            bool seen = old(g, n, i + shift);
+            bool seen = in_start(g, n, i + shift);
             for (I c = 0; c < x.cols; c++) to[i][c] = seen ? x[i][c] : T(0);
         }
     }
@@ -186,7 +186,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
 
     void learn(I g, I n) {  // factors of the chunk's gradients, and D
         load(phi, chunk<S>(a.phi, g, n, a.N * a.F));
-        if (a.old) mask(g, n, phi, phi_old, 0);
+        if (a.in_start_segment) mask(g, n, phi, phi_old, 0);
         forward_product(0, phi, phi_old, z[0], pre);
         load(v, chunk<S>(a.v, g, n, a.N * a.D));
         if (!act) {
@@ -194,12 +194,12 @@ template <class T, class S> struct Worker : Operations<T, S> {
                 for (I c = 0; c < a.P; c++) e1[i][c] = pre[i][c] - v[i][c];
         } else {
             for (I i = 0; i < a.N; i++) activate<T, true>(a.kind, a.E, pre[i], hidden[i], slopes[i]);
-            if (a.old) mask(g, n, hidden, hidden_old, 0);
+            if (a.in_start_segment) mask(g, n, hidden, hidden_old, 0);
             forward_product(1, hidden, hidden_old, z[1], e2);
             for (I i = 0; i < a.N; i++)
                 for (I c = 0; c < a.D; c++) e2[i][c] -= v[i][c];
             M e_old = e2;
-            if (a.old) mask(g, n, e2, e_old = view(two0, a.N, a.D), 0);
+            if (a.in_start_segment) mask(g, n, e2, e_old = view(two0, a.N, a.D), 0);
             backward_product(1, e2, e_old, z[1], back, false);
             first_errors();
         }
@@ -227,7 +227,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
 
     void restore(I g, I n) {  // what `learn` found, from what it kept
         load(phi, chunk<S>(a.phi, g, n, a.N * a.F));
-        if (a.old) mask(g, n, phi, phi_old, 0);
+        if (a.in_start_segment) mask(g, n, phi, phi_old, 0);
         place(g, n);
         if (!a.steps) load(total, chunk<T>(a.total, g, n, H2 * a.N));
         if (!act) {
@@ -237,7 +237,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
             return;
         }
         for (I i = 0; i < a.N; i++) activate<T, true>(a.kind, a.E, pre[i], hidden[i], slopes[i]);
-        if (a.old) mask(g, n, hidden, hidden_old, 0);
+        if (a.in_start_segment) mask(g, n, hidden, hidden_old, 0);
         first_errors();
     }
 
@@ -253,7 +253,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         T spectral = spectral_bound(w);
         for (I r = 0; r < a.E; r++) rows[r] = dot(a.D, w[r], w[r]);
         for (I i = 0; i < a.N; i++) {
-            if (a.old && old(g, n, i) != seen) continue;
+            if (a.in_start_segment && in_start(g, n, i) != seen) continue;
             const T* __restrict slope = slopes[i];
             T* __restrict squared = squares.data();
             for (I c = 0; c < a.E; c++) squared[c] = slope[c] * slope[c];
@@ -270,10 +270,10 @@ template <class T, class S> struct Worker : Operations<T, S> {
         nt(phi, phi, kappa);
         if (act) {
             sensitivity(g, n, sum[1], true);
-            if (a.old) sensitivity(g, n, w0[1], false);
+            if (a.in_start_segment) sensitivity(g, n, w0[1], false);
             nt(hidden, hidden, hh);
         }
-        const uint8_t* same = a.same ? chunk<uint8_t>(a.same, g, n, N * N) : nullptr;
+        const uint8_t* same = a.same_segment ? chunk<uint8_t>(a.same_segment, g, n, N * N) : nullptr;
         for (I i = 0; i < N; i++) {
             for (I j = 0; j < N; j++) {
                 T k = std::abs(kappa[i][j]);
@@ -312,7 +312,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         fold.eta = chunk<T>(a.gates[0], g, n, a.C), fold.intake = chunk<T>(a.gates[1], g, n, a.C);
         fold.retain = chunk<T>(a.gates[2], g, n, a.C), fold.carry = chunk<T>(a.gates[3], g, n, a.C);
         fold.gamma = chunk<T>(a.gamma, g, n, a.N);
-        fold.same = a.same ? chunk<uint8_t>(a.same, g, n, a.N * a.N) : nullptr;
+        fold.same = a.same_segment ? chunk<uint8_t>(a.same_segment, g, n, a.N * a.N) : nullptr;
         fold.fold();
         for (I i = 0; i < a.C; i++)
             for (I c = 0; c < a.N; c++) over[i][c] = fold.of_gradients[i][c] / total[i][c];
@@ -323,7 +323,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         M x0 = view(two0, a.C, a.F), x1 = view(two1, a.C, a.F);
         if (!token) {
             M x = phi_q;
-            if (a.old) mask(g, n, phi_q, x = x0, halo());
+            if (a.in_start_segment) mask(g, n, phi_q, x = x0, halo());
             forward_product(0, phi_q, x, z[0], read_pre);
         } else {
             divide_over(g, n);
@@ -340,7 +340,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         for (I i = 0; i < a.C; i++) activate<T, false>(a.kind, a.E, read_pre[i], read_hidden[i], nullptr);
         if (!token) {
             M x = read_hidden;
-            if (a.old) mask(g, n, read_hidden, x = view(two0, a.C, a.E), halo());
+            if (a.in_start_segment) mask(g, n, read_hidden, x = view(two0, a.C, a.E), halo());
             forward_product(1, read_hidden, x, z[1], y);
         } else {
             M h0 = view(two0, a.C, a.E), h1 = view(two1, a.C, a.E);
@@ -356,7 +356,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
     }
 
     void step_sizes(I g, I n) {  // ω/D
-        const T* on = chunk<T>(a.on, g, n, 2 * a.N);
+        const T* on = chunk<T>(a.write_coef, g, n, 2 * a.N);
         for (I i = 0; i < a.N; i++) {
             T d = a.steps ? T(1) : total[H2 - 1][i];
             on0[i] = on[i] / d, on1[i] = on[a.N + i] / d;
@@ -461,7 +461,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
         M* errors[2] = {&e1, &e2};
         M* dinputs[2] = {&dphi, &dhidden};
         M* derrors[2] = {&de1, &de2};
-        T* don = chunk<T>(a.don, g, n, 2 * a.N);
+        T* don = chunk<T>(a.dwrite_coef, g, n, 2 * a.N);
         std::fill(don0.begin(), don0.end(), T(0)), std::fill(don1.begin(), don1.end(), T(0));
         for (int l = 0; l < layers; l++) {
             M x = *inputs[l], e = *errors[l], de = *derrors[l], w = first(dz[l]), s = second(dz[l]);
@@ -536,7 +536,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
             if (!token) {
                 M x = read_hidden;
                 M seen = dy;
-                if (a.old) mask(g, n, dy, seen = view(two0, a.C, a.D), halo()), mask(g, n, read_hidden, x = f0, halo());
+                if (a.in_start_segment) mask(g, n, dy, seen = view(two0, a.C, a.D), halo()), mask(g, n, read_hidden, x = f0, halo());
                 backward_product(1, dy, seen, state[1], drh, false);
                 outer[1] = {x.p, nullptr, x.ld, dy.p, dy.ld, a.C};
             } else {
@@ -544,14 +544,14 @@ template <class T, class S> struct Worker : Operations<T, S> {
                 weigh(read_hidden, fold.at.data(), f0, f1, a.C);
                 outer[1] = {f0.p, f1.p, f0.ld, dy.p, dy.ld, a.C};
             }
-            if (token || a.old) tn(read_hidden, dy, dinitial[1], 1, true);
+            if (token || a.in_start_segment) tn(read_hidden, dy, dinitial[1], 1, true);
             for (I i = 0; i < a.C; i++) deactivate<T, false>(a.kind, a.E, read_pre[i], drh[i], nullptr, nullptr, drp[i]);
             d = drp;
         }
         M dx = view(two0, a.C, a.F), f2 = view(factor[2], a.C, a.F), f3 = view(factor[3], a.C, a.F);
         if (!token) {
             M x = phi_q, seen = d;
-            if (a.old) mask(g, n, d, seen = view(two1, a.C, a.P), halo()), mask(g, n, phi_q, x = f2, halo());
+            if (a.in_start_segment) mask(g, n, d, seen = view(two1, a.C, a.P), halo()), mask(g, n, phi_q, x = f2, halo());
             backward_product(0, d, seen, state[0], dx, false);
             outer[0] = {x.p, nullptr, x.ld, d.p, d.ld, a.C};
         } else {
@@ -565,7 +565,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
             fold.unfold(dover, dat0.data(), dat1.data(), dgates[0], dgates[1], dgates[2], dgates[3], dgamma);
         }
         store(chunk<S>(a.dphi_q, g, n, a.C * a.F), dx, a.F);
-        if (token || a.old) tn(phi_q, d, dinitial[0], 1, true);
+        if (token || a.in_start_segment) tn(phi_q, d, dinitial[0], 1, true);
     }
 
     int backward_learn(I g, I n, M* state, Outer<T>* outer) {  // more products for the second layer
@@ -578,15 +578,15 @@ template <class T, class S> struct Worker : Operations<T, S> {
                     if (a.kind == 2) dback[i][c] += slopes[i][a.E + c] * de1[i][a.E + c];
                 }
             M b = dback, seen = de2;
-            if (a.old) mask(g, n, dback, b = view(y0, a.N, a.E), 0);
+            if (a.in_start_segment) mask(g, n, dback, b = view(y0, a.N, a.E), 0);
             if (summed) {
                 nn(dback, sum[1], de2, 1, true);
             } else {
                 nn(dback, w0[1], de2, 1, true), nn(b, first(state[1]), de2, 1, true);
             }
-            if (a.old) mask(g, n, de2, seen = view(two0, a.N, a.D), 0);
+            if (a.in_start_segment) mask(g, n, de2, seen = view(two0, a.N, a.D), 0);
             backward_product(1, de2, seen, state[1], dhidden, true);
-            if (a.old) tn(dback, e2, dinitial[1], 1, true), tn(hidden, de2, dinitial[1], 1, true);
+            if (a.in_start_segment) tn(dback, e2, dinitial[1], 1, true), tn(hidden, de2, dinitial[1], 1, true);
             outer[count++] = {b.p, nullptr, b.ld, e2.p, e2.ld, a.N};
             outer[count++] = {hidden_old.p, nullptr, hidden_old.ld, de2.p, de2.ld, a.N};
             for (I i = 0; i < a.N; i++) deactivate<T, true>(a.kind, a.E, pre[i], dhidden[i], de1[i], back[i], dpre[i]);
@@ -596,7 +596,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
             store(chunk<S>(a.dv, g, n, a.N * a.D), de1, a.D, -1);
         }
         M seen = d;
-        if (a.old) mask(g, n, d, seen = view(y1, a.N, a.P), 0), tn(phi, d, dinitial[0], 1, true);
+        if (a.in_start_segment) mask(g, n, d, seen = view(y1, a.N, a.P), 0), tn(phi, d, dinitial[0], 1, true);
         backward_product(0, d, seen, state[0], dphi, token || n < a.complete);
         store(chunk<S>(a.dphi, g, n, a.N * a.F), dphi, a.F);
         return count;
@@ -608,7 +608,7 @@ template <class T, class S> struct Worker : Operations<T, S> {
 
     void backward_chunk(I g, I n, M* state) {
         bool ends = n < a.complete;
-        if (!ends) nothing<T>(a.don, g, n, 2 * a.N);
+        if (!ends) nothing<T>(a.dwrite_coef, g, n, 2 * a.N);
         if (!ends && a.deta) nothing<T>(a.deta, g, n, 1);
         if (!learns(n)) nothing<S>(a.dphi, g, n, a.N * a.F), nothing<S>(a.dv, g, n, a.N * a.D);
         if (ends) backward_update(g, n, state);
@@ -632,8 +632,8 @@ template <class T, class S> struct Worker : Operations<T, S> {
             by[0] = decay[0], by[1] = decay[2], by[2] = decay[1], by[3] = decay[3];
             ddecay = chunk<T>(a.ddecay, g, n, 4);
         }
-        blend(Mix<T>{dz[0], dz[0], by, in, ins, a.old ? 0 : ins - less, dinitial[0], state[0], ddecay});
-        if (act) blend(Mix<T>{dz[1], dz[1], by, out, outs, a.old ? 0 : outs - less, dinitial[1], state[1], ddecay});
+        blend(Mix<T>{dz[0], dz[0], by, in, ins, a.in_start_segment ? 0 : ins - less, dinitial[0], state[0], ddecay});
+        if (act) blend(Mix<T>{dz[1], dz[1], by, out, outs, a.in_start_segment ? 0 : outs - less, dinitial[1], state[1], ddecay});
     }
 
     void backward(I g) {
