@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from atlas_lm.training.trainer import ROOT
+from atlas_lm.files import ROOT
 from launching import SMALL_DATA, SMALL_MODEL, launch, write_corpus
 
 SECONDS = 60  # more is a hang
