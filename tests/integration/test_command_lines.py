@@ -14,22 +14,12 @@ from atlas_lm.cli import arguments as options
 from atlas_lm.cli import calibrate, compare, generate
 from atlas_lm.cli import gates as command
 from atlas_lm.data import prepare
-from tests.support.launching import only_run, small_run, write_corpus
+from tests.support.launching import write_corpus
 
 ODD = [
     "", "abc", "-1", "0", "1e300", "nan", "inf", "-inf", "9" * 26, "null", "[1]", "{a: 1}", "afile", "afolder",
     "/proc/nope/x", "afile/sub", "x" * 300, "${nope}", "???", "[", "'", "a=b", "ñ", "~", "bad.ckpt", "1.5", "true",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py"])
-        assert small_run(folder, "name=x", "callbacks=basic") == 0
-    return only_run(folder / "outputs")
 
 
 @pytest.fixture(autouse=True)
@@ -54,38 +44,38 @@ def is_one_line(line: str) -> bool:
 
 
 @pytest.mark.parametrize("key", ["prompt", "temperature", "top_k", "seed", "run", "outputs", "nope"])
-def test_generate(run: Path, key: str) -> None:
+def test_generate(basic_run: Path, key: str) -> None:
     for value in ODD:
-        words = {"run": str(run), "tokens": "1", key: value}
+        words = {"run": str(basic_run), "tokens": "1", key: value}
         line = answered(generate.main, *(f"{name}={value}" for name, value in words.items()))
         assert line == "" or is_one_line(line), (key, value)
 
 
-def test_compare_calibrate_and_gates(run: Path) -> None:
+def test_compare_calibrate_and_gates(basic_run: Path) -> None:
     for value in ODD:
         for main, arguments in (
-            (compare.main, [str(run), f"out={value}"]),
+            (compare.main, [str(basic_run), f"out={value}"]),
             (compare.main, [value]),
             (calibrate.main, [f"run={value}"]),
-            (calibrate.main, [f"run={run}", f"nope={value}"]),
+            (calibrate.main, [f"run={basic_run}", f"nope={value}"]),
             (command.main, [value]),
             (command.main, ["phase4", f"run={value}"]),
-            (command.main, ["phase4", f"run={run}", f"sequences={value}x"]),
+            (command.main, ["phase4", f"run={basic_run}", f"sequences={value}x"]),
             (command.main, ["chunk_sizes", f"out={value}"]),
         ):
             line = answered(main, *arguments)
             assert line == "" or is_one_line(line), arguments
 
 
-def test_outputs_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+def test_outputs_that_cannot_be_written(basic_run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(basic_run, tmp_path / "run", symlinks=True))
     rows = "".join(f'{{"step": {i}, "seq": {i}, "ppl_delta": 0.01}}\n' for i in range(40))
     (copy / "metrics.jsonl").write_text(rows)
     for name in ("calibration.json", "compare.md"):
         (copy / name).mkdir()
     assert "a folder lies where a file is wanted" in answered(calibrate.main, f"run={copy}")
-    assert "a folder lies where a file is wanted" in answered(compare.main, str(run), f"out={copy}")
-    assert "in the way" in answered(compare.main, str(run), "out=afile")
+    assert "a folder lies where a file is wanted" in answered(compare.main, str(basic_run), f"out={copy}")
+    assert "in the way" in answered(compare.main, str(basic_run), "out=afile")
     shutil.move(copy / "metrics.jsonl", copy / "aside")
     (copy / "metrics.jsonl").mkdir()
     assert is_one_line(answered(calibrate.main, f"run={copy}"))

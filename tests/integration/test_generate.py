@@ -10,30 +10,22 @@ from atlas_lm.cli import generate
 from atlas_lm.model import sampling
 from atlas_lm.runs.load import load_model
 from atlas_lm.runs.resolve import resolve_checkpoint
-from tests.support.launching import FEW_STEPS, SMALL_MODEL, launch, only_run, small_run
+from tests.support.launching import FEW_STEPS, SMALL_MODEL, launch, only_run
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert small_run(tmp_path) == 0
-    return only_run(tmp_path / "outputs")
-
-
-def test_a_run_continues_a_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generate.main([f"run={run}", "prompt=the quick", "tokens=20"])
+def test_a_run_continues_a_prompt(basic_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate.main([f"run={basic_run}", "prompt=the quick", "tokens=20"])
     first = capsys.readouterr().out
     assert first.startswith("the quick")
-    generate.main([f"run={resolve_checkpoint(run)}", "prompt=the quick", "tokens=20"])
+    generate.main([f"run={resolve_checkpoint(basic_run)}", "prompt=the quick", "tokens=20"])
     assert capsys.readouterr().out == first, "a checkpoint and its run say the same, seed for seed"
-    generate.main([f"run={run}", "prompt=the quick", "tokens=20", "seed=1"])
+    generate.main([f"run={basic_run}", "prompt=the quick", "tokens=20", "seed=1"])
     assert capsys.readouterr().out != first
 
 
-def test_decoding_is_the_argmax_of_the_parallel_forward(run: Path) -> None:
+def test_decoding_is_the_argmax_of_the_parallel_forward(basic_run: Path) -> None:
     """Greedy decoding token by token, against the logits of one call over prompt and continuation (SPEC M14)."""
-    model = load_model(resolve_checkpoint(run))
+    model = load_model(resolve_checkpoint(basic_run))
     prompt = torch.arange(97, 117).unsqueeze(0)
     written = sampling.generate_tokens(model, prompt, tokens=30, temperature=0)
     both = torch.cat([prompt, written], dim=1)
@@ -75,8 +67,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "temperature=0.8  0: always the likeliest token" in out
 
 
-def test_an_empty_prompt_is_refused(run: Path) -> None:
-    model = load_model(resolve_checkpoint(run))
+def test_an_empty_prompt_is_refused(basic_run: Path) -> None:
+    model = load_model(resolve_checkpoint(basic_run))
     with pytest.raises(ValueError, match="prompt is empty"):
         sampling.generate_tokens(model, torch.zeros(1, 0, dtype=torch.long), tokens=1)
 

@@ -1,6 +1,7 @@
 """train.py as a user meets it: resume, Ctrl-C, full disk, damaged and foreign checkpoints, sweeps, precision."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import train
 from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError
 from atlas_lm.training.trainer import resolve_precision
 from callbacks.rank_agreement import RanksDiverged
-from tests.support.launching import files_no_larger_than, report_of, small_run
+from tests.support.launching import files_no_larger_than, finished_run, report_of, small_run
 
 pytestmark = [
     pytest.mark.usefixtures("in_tmp"),
@@ -37,6 +38,19 @@ def assert_same(ours: Path, theirs: Path) -> None:
     for i in moments_a:
         for name, value in moments_a[i].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments_b[i][name])), (i, name)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be read only."""
+    return finished_run(tmp_path_factory.mktemp("first"), "name=first", "optim.total_steps=2")
+
+
+@pytest.fixture
+def finished(first: Path, in_tmp: Path) -> Path:
+    """The checkpoint of a finished run below the working directory."""
+    shutil.copytree(first.parents[1], in_tmp / "outputs", symlinks=True)
+    return run_of(in_tmp, "first") / "checkpoints" / "last.ckpt"
 
 
 def run_of(in_tmp: Path, name: str) -> Path:
@@ -112,27 +126,18 @@ def test_a_full_disk_while_saving(
     assert "Traceback" not in captured.out
 
 
-def test_a_disk_that_is_really_full(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_really_full(finished: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Writing fails in the kernel, in the middle of the file, and not in a function of ours."""
-    assert small_run(in_tmp, "name=x", "optim.total_steps=2") == 0
-    good = run_of(in_tmp, "x") / "checkpoints" / "last.ckpt"
-    before = good.read_bytes()
+    before = finished.read_bytes()
     with files_no_larger_than(len(before) // 2):
-        assert small_run(in_tmp, "name=y", "optim.total_steps=4", f"resume={good}") == 1
+        assert small_run(in_tmp, "name=y", "optim.total_steps=4", f"resume={finished}") == 1
     captured = capsys.readouterr()
     line = next(line for line in captured.err.splitlines() if line.startswith("error"))
     assert "cannot save" in line
     assert "File too large" in line
-    assert good.read_bytes() == before
+    assert finished.read_bytes() == before
     assert list((run_of(in_tmp, "y") / "checkpoints").iterdir()) == []
     assert "Traceback" not in captured.err + captured.out
-
-
-@pytest.fixture
-def finished(in_tmp: Path) -> Path:
-    """The checkpoint of a finished run."""
-    assert small_run(in_tmp, "name=first", "optim.total_steps=2") == 0
-    return run_of(in_tmp, "first") / "checkpoints" / "last.ckpt"
 
 
 def error_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
@@ -221,12 +226,12 @@ def test_the_checkpoints_of_a_run_are_written_by_the_atomic_plugin(
     assert [Path(path).name for path in written] == ["snapshot-0000000.ckpt", "step-0000001.ckpt"]
 
 
-def test_the_saved_configuration_is_resolved_and_complete(finished: Path) -> None:
-    saved = OmegaConf.load(finished.parents[1] / "config.yaml")
+def test_the_saved_configuration_is_resolved_and_complete(first: Path) -> None:
+    saved = OmegaConf.load(first / "config.yaml")
     assert "${" not in OmegaConf.to_yaml(saved)
     assert saved.model.dim == 16
     assert saved.trainer.max_steps == 2
-    assert saved.paths.run == str(finished.parents[1])
+    assert saved.paths.run == str(first)
 
 
 @pytest.mark.parametrize(("fast", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])

@@ -50,15 +50,20 @@ def small_run(folder: Path, *overrides: str) -> int:
     return launch("data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *overrides)
 
 
-def with_all_safeguards(folder: Path, *overrides: str) -> Path:
-    """The folder of a finished `small_run` with all safeguards of stage 2, started in `folder`."""
+def finished_run(folder: Path, *overrides: str) -> Path:
+    """The folder of a finished `small_run` started in `folder`, whatever the working directory is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py"])
-        often = ["callbacks.niah_probe.every_n_steps=2", "callbacks.spike_rollback.every_n_steps=2"]
-        longer = ["data.seq_len=48", "callbacks.chunk_size.gamma=0.9"]
-        assert small_run(folder, "callbacks=stage2", *often, *longer, *overrides) == 0
-        return only_run(folder / "outputs")
+        assert small_run(folder, *overrides) == 0
+    return only_run(folder / "outputs")
+
+
+def with_all_safeguards(folder: Path, *overrides: str) -> Path:
+    """A `finished_run` with all safeguards of stage 2."""
+    often = ["callbacks.niah_probe.every_n_steps=2", "callbacks.spike_rollback.every_n_steps=2"]
+    longer = ["data.seq_len=48", "callbacks.chunk_size.gamma=0.9"]
+    return finished_run(folder, "callbacks=stage2", *often, *longer, *overrides)
 
 
 def report_of(run: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.model.atlas import AtlasLM, State
+from tests.support import ROOT
 
 VOCABULARY = 11
 CHOICES = {
@@ -124,6 +125,14 @@ def run(pairs: int, seed: int) -> None:
     for i in range(pairs):
         counts[check_pair(random.Random(f"{seed} {i}"))] += 1
     print(f"{pairs} pairs: {counts['continued']} continued, {counts['refused']} refused, none crashed")
+
+
+def pairs(*arguments: str) -> str:
+    """What this file prints as a process of its own; a crash of that process is its exit status."""
+    command = [sys.executable, "-m", "tests.support.state_pairs", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def main(pairs: int, seed: int, sanitize: bool) -> int:

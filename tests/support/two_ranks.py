@@ -1,4 +1,4 @@
-"""Runs functions on two gloo ranks of this machine, all in one pair of processes: starting Python takes seconds.
+"""Runs functions on two gloo ranks of this machine, all in one pair of processes.
 
 As a script this is one of the ranks: `python -m tests.support.two_ranks <module:function> …`.
 """
@@ -7,7 +7,6 @@ import importlib
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT
+from tests.support.forking import Forked, start
 
 FOLDER = "TWO_RANKS_FOLDER"
 TAIL = 3000  # characters of a rank's stderr that a failure shows
@@ -49,9 +49,7 @@ def run_on_two_ranks(*scenarios: Callable[[], Any], timeout: float = 180) -> lis
         ranks = []
         for rank in range(2):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (folder / f"stderr{rank}").open("wb") as stderr:  # a pipe that nobody reads would fill up
-                command = [sys.executable, "-m", "tests.support.two_ranks", *names]
-                ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=stderr))
+            ranks.append(start("tests.support.two_ranks", *names, env=env, stderr=folder / f"stderr{rank}"))
         ended = _wait(ranks, timeout)
         if ended != [0, 0]:
             said = [(folder / f"stderr{rank}").read_text(errors="replace")[-TAIL:] for rank in range(2)]
@@ -60,7 +58,7 @@ def run_on_two_ranks(*scenarios: Callable[[], Any], timeout: float = 180) -> lis
     return [list(both) for both in zip(*results, strict=True)]
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> list[int | str]:
+def _wait(ranks: list[Forked], timeout: float) -> list[int | str]:
     """Exit codes; a rank whose partner has died, or that takes too long, is killed."""
     until = time.monotonic() + timeout
     try:

@@ -21,22 +21,17 @@ from atlas_lm.checkpoints.io import read_checkpoint
 from atlas_lm.cli import arguments as options
 from atlas_lm.cli import calibrate, compare, generate
 from atlas_lm.cli import gates as command
-from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, with_all_safeguards
+from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch
 
 MARKER = "it_ran"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_all_safeguards(tmp_path_factory.mktemp("run"))
-
-
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(guarded_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a run, to be spoiled; what runs leaves MARKER in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    return Path(shutil.copytree(guarded_run, tmp_path / "run", symlinks=True))
 
 
 def called(main: Callable[[list[str]], None], *arguments: str) -> tuple[int, str]:
@@ -102,31 +97,38 @@ def put(config: Path, place: str, value: Any) -> None:
     config.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# Each target once and each place three times; all of them are slow
+FAST_PLACES = {(name, [*PLACES][i % len(PLACES)]) for i, name in enumerate(TARGETS)}
+EVERYWHERE = [
+    pytest.param(name, place, marks=() if (name, place) in FAST_PLACES else pytest.mark.slow)
+    for name in TARGETS
+    for place in PLACES
+]
+
+
+@pytest.mark.parametrize(("name", "where"), EVERYWHERE)
 def test_a_config_from_elsewhere_runs_nothing(
-    run: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, name: str, where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = (run / "config.yaml").read_bytes()
-    for place in PLACES.values():
-        (run / "config.yaml").write_bytes(whole)
-        put(run / "config.yaml", place, TARGETS[name])
-        capsys.readouterr()
-        gate, code = ("G2-6", "phase2") if place.startswith("callbacks") else ("G4-4", "phase4")
-        code, line = COMMANDS[code](run)
-        captured = capsys.readouterr()
-        assert code == 1
-        assert not line, "the other gates are judged"
-        (said,) = [text for text in captured.out.splitlines() if text.startswith(f"[{gate}]")]
-        assert "FAILED" in said
-        assert place.split(".")[0] in said
-        assert "config.yaml" in said or "_target_" in said or "the run has no data" in said
-        assert "Traceback" not in captured.err
-        # these build nothing from the config: they do their work, or say in one line what they cannot read
-        for other in ("generate", "calibrate", "compare"):
-            code, line = COMMANDS[other](run)
-            assert code == 0 or line.startswith("error: ")
-            assert "\n" not in line
-        assert not Path(MARKER).exists(), (name, place)
+    place = PLACES[where]
+    put(run / "config.yaml", place, TARGETS[name])
+    capsys.readouterr()
+    gate, code = ("G2-6", "phase2") if place.startswith("callbacks") else ("G4-4", "phase4")
+    code, line = COMMANDS[code](run)
+    captured = capsys.readouterr()
+    assert code == 1
+    assert not line, "the other gates are judged"
+    (said,) = [text for text in captured.out.splitlines() if text.startswith(f"[{gate}]")]
+    assert "FAILED" in said
+    assert place.split(".")[0] in said
+    assert "config.yaml" in said or "_target_" in said or "the run has no data" in said
+    assert "Traceback" not in captured.err
+    # these build nothing from the config: they do their work, or say in one line what they cannot read
+    for other in ("generate", "calibrate", "compare"):
+        code, line = COMMANDS[other](run)
+        assert code == 0 or line.startswith("error: ")
+        assert "\n" not in line
+    assert not Path(MARKER).exists(), (name, place)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from callbacks.support import fingerprint as bit_sums
 from callbacks.support.fingerprint import ROW, BitSums, stretches
+from tests.support.pairwise import every_pair
 
 
 @pytest.fixture
@@ -45,12 +46,11 @@ KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int6
          torch.complex64, torch.complex128, torch.float8_e4m3fn]  # fmt: skip
 
 
-any_rows = pytest.mark.parametrize("row", [8, 16, ROW], ids=["summed", "summed and copied", "copied"])
+ROWS = [8, 16, ROW]  # summed, summed and copied, copied
+any_rows = pytest.mark.parametrize("row", ROWS, ids=["summed", "summed and copied", "copied"])
 
 
-@any_rows
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 33])
+@every_pair(size=[1, 2, 3, 7, 8, 9, 33], dtype=KINDS, row=ROWS)
 def test_every_single_bit_counts(dtype: torch.dtype, size: int, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bit_sums, "ROW", row)
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (size * dtype.itemsize,), dtype=torch.uint8)

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from callbacks.hang_watch import GRACE_S, HangWatch, Judge, RankSilent, Sign, birth_of
 from callbacks.support import collectives as ranks
 from tests.support import ROOT
+from tests.support.forking import start
 from tests.support.toys import STEPS, Line, Lines, loader
 from tests.support.two_ranks import run_on_two_ranks, shared_folder
 
@@ -329,10 +329,9 @@ def launch(scenario: str, folder: Path, **env: str) -> dict[str, Any]:
     }  # fmt: skip
     processes = []
     for rank in range(2):
-        with (folder / f"stderr{rank}").open("wb") as stderr:
-            command = [sys.executable, "-m", "tests.unit.callbacks.test_hang_watch", scenario, str(folder)]
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=stderr))
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        module = "tests.unit.callbacks.test_hang_watch"
+        processes.append(start(module, scenario, str(folder), env=own, stderr=folder / f"stderr{rank}"))
     victim, other = (int(scenario[-1]), 1 - int(scenario[-1]))
     ended: list[float] = [0.0, 0.0]
     codes: list[int | None] = [None, None]

@@ -1,8 +1,5 @@
 """Exact resume: the batches after a checkpoint are the ones that an uninterrupted run would have seen."""
 
-import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.data.loader import EpochSampler, ResumableLoader
 from atlas_lm.data.recall import RecallSource
-from tests.support import ROOT
+from tests.support.two_ranks import run_on_two_ranks, shared_folder
 
 SAMPLES, BATCH = 50, 4  # 12 full batches, 2 samples left out
 
@@ -215,23 +212,9 @@ def test_overfit_batches_runs_but_is_not_resumed(tmp_path: Path) -> None:
         fit(tmp_path, tmp_path / "step=4.ckpt", overfit_batches=2)
 
 
-@pytest.mark.parametrize("injected", [True, False])
-def test_two_ranks_in_lightning(tmp_path: Path, injected: bool) -> None:
-    """With use_distributed_sampler on and off: the samplers stay ours, and each rank goes on exactly."""
-    command = [sys.executable, "-m", "tests.unit.data.test_resume", str(tmp_path), str(int(injected))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert run.returncode == 0, run.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    alone = list(chain(*epochs(loader(batch_size=8), 2)))
-    for step, batch in enumerate(alone):
-        assert sorted(batch) == sorted(ranks[0]["whole"][step] + ranks[1]["whole"][step])
-    for rank in ranks:
-        assert rank["resumed"] == rank["whole"][4:]
-
-
-def two_ranks(folder: Path, injected: bool) -> None:
-    seen = {}
+def on_two_ranks(injected: bool) -> dict[str, list[list[int]]]:
+    """What this rank sees of a whole run and of the same one resumed in the middle."""
+    folder, seen = shared_folder() / f"injected_{injected}", {}
     for name, resume in (("whole", None), ("resumed", folder / "step=4.ckpt")):
         saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
         module = Recorder()
@@ -241,8 +224,28 @@ def two_ranks(folder: Path, injected: bool) -> None:
         )  # fmt: skip
         trainer.fit(module, datamodule=datamodule(), ckpt_path=resume)
         seen[name] = module.seen
-    torch.save(seen, folder / f"rank{trainer.global_rank}.pt")
+    return seen
 
 
-if __name__ == "__main__":
-    two_ranks(Path(sys.argv[1]), bool(int(sys.argv[2])))
+def with_injection() -> dict[str, list[list[int]]]:
+    return on_two_ranks(True)
+
+
+def without_injection() -> dict[str, list[list[int]]]:
+    return on_two_ranks(False)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[bool, list[dict[str, list[list[int]]]]]:
+    return dict(zip((True, False), run_on_two_ranks(with_injection, without_injection), strict=True))
+
+
+@pytest.mark.parametrize("injected", [True, False])
+def test_two_ranks_in_lightning(ranks: dict[bool, list[dict[str, list[list[int]]]]], injected: bool) -> None:
+    """With use_distributed_sampler on and off: the samplers stay ours, and each rank goes on exactly."""
+    first, second = ranks[injected]
+    alone = list(chain(*epochs(loader(batch_size=8), 2)))
+    for step, batch in enumerate(alone):
+        assert sorted(batch) == sorted(first["whole"][step] + second["whole"][step])
+    for rank in (first, second):
+        assert rank["resumed"] == rank["whole"][4:]

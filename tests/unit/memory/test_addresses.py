@@ -1,8 +1,5 @@
 """Compiled code gets addresses: what does not fit is refused first, and so is a state of another model."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +13,9 @@ from atlas_lm.memory.loop.types import ChunkBatch, LoopConfig
 from atlas_lm.memory.network import Network
 from atlas_lm.model.attention import angles
 from atlas_lm.model.norm import RMSNorm, normalised_heads
-from tests.support import ROOT
 from tests.support.hierarchy_cases import SPEC, make_hierarchy, make_inputs, stream, tensors
 from tests.support.model_cases import build_model, make_tokens
+from tests.support.state_pairs import pairs
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -29,30 +26,8 @@ def path(request, monkeypatch):
         assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
 
 
-def pairs(*arguments: str) -> str:
-    """What state_pairs.py prints; a crash of its process is its exit status."""
-    command = [sys.executable, "-m", "tests.support.state_pairs", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_pairs_of_models_and_states():
     assert "40 pairs" in pairs("40", "0")
-
-
-@pytest.mark.slow
-def test_many_pairs_of_models_and_states():
-    assert "500 pairs" in pairs("500", "1")
-
-
-@pytest.mark.slow
-def test_many_pairs_under_the_address_sanitizer(tmp_path, monkeypatch):
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    if "/" not in found:
-        pytest.skip("g++ has no libasan.so here")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "500 pairs" in pairs("500", "0", "--sanitize")
 
 
 # What each function is given.

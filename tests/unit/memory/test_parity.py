@@ -1,4 +1,7 @@
-"""The chunked form against the reference, one token at a time: outputs, final state and every gradient (SPEC M7)."""
+"""The chunked form against the reference, one token at a time: outputs, final state and every gradient (SPEC M7).
+
+The fast suite has each pair of parameter values; `-m "slow or not slow"` has them all.
+"""
 
 import pytest
 import torch
@@ -9,13 +12,17 @@ from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.state import Rule
 from tests.support.hierarchy_cases import SPEC, Inputs, make_hierarchy, make_inputs
 from tests.support.memory_cases import everything, gradients, make_case, relative_errors, run
+from tests.support.pairwise import every_pair
 
 WHOLE = 0  # a chunk as long as the sequence
 CHUNKS = (1, 2, 7, 16, 32, 64, WHOLE)
 KINDS = ("gated_mlp", "mlp", "linear")
+UPDATES = ("gradient", "newton_schulz")
+READS = ("token", "chunk")
+PATHS = ("compiled", "torch")
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Both ways that the loop over chunks can take on a CPU."""
     if request.param == "torch":
@@ -39,26 +46,26 @@ def compare(case, rule, tolerance: float, cuts: tuple[int, ...] = ()) -> None:
 ETA = {"gradient": 1.0, "newton_schulz": 0.01}
 
 
-@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
-@pytest.mark.parametrize("context", [1, 4, 20])  # 20 reaches back over more than one chunk of 7 or 16
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("T", [1, 7, 63, 100, pytest.param(2000, marks=pytest.mark.slow)])
+@every_pair(
+    T=[1, 7, 63, 100, 2000],
+    chunk=CHUNKS,
+    context=[1, 4, 20],  # 20 reaches back over more than one chunk of 7 or 16
+    update=UPDATES,
+    path=PATHS,
+    slow=lambda T, **_: T == 2000,
+)
 def test_chunked_equals_reference(T, chunk, context, update, path):
     case = make_case("gated_mlp", T, eta_max=ETA[update])
     compare(case, rule_of(case, T, chunk, context, update), 1e-9)
 
 
-@pytest.mark.parametrize("read", ["token", "chunk"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [1, 7, 32])
+@every_pair(chunk=[1, 7, 32], kind=KINDS, read=READS, path=PATHS)
 def test_every_network_and_read(kind, chunk, read, path):
     case = make_case(kind, 63)
     compare(case, rule_of(case, 63, chunk, 4, "gradient", read), 1e-9)
 
 
-@pytest.mark.parametrize("read", ["token", "chunk"])
-@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
-@pytest.mark.parametrize("chunk", [1, 7, 16])
+@every_pair(chunk=[1, 7, 16], update=UPDATES, read=READS, path=PATHS)
 def test_on_the_ball(chunk, update, read, path):
     """Where the radius holds W − W_init back, its projection is part of the gradient."""
     case = make_case("gated_mlp", 63, eta_max=ETA[update])
@@ -69,18 +76,13 @@ def test_on_the_ball(chunk, update, read, path):
     compare(case, rule, 1e-9)
 
 
-@pytest.mark.parametrize("read", ["token", "chunk"])
-@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+@every_pair(chunk=[1, 7, 16, 64], update=UPDATES, read=READS, path=PATHS)
 def test_restarts_inside_chunks(chunk, update, read, path):
     case = make_case("gated_mlp", 63, eta_max=ETA[update], restarts=(3, 5, 40))
     compare(case, rule_of(case, 63, chunk, 4, update, read), 1e-9)
 
 
-@pytest.mark.parametrize("gate", [0.0, 1e-13, 1e-6])
-@pytest.mark.parametrize("read", ["token", "chunk"])
-@pytest.mark.parametrize("chunk", [7, 32])
-@pytest.mark.parametrize("name", ["alpha", "eta", "theta", "gamma"])
+@every_pair(name=["alpha", "eta", "theta", "gamma"], chunk=[7, 32], read=READS, gate=[0.0, 1e-13, 1e-6], path=PATHS)
 def test_gates_that_are_closed_or_nearly(name, chunk, read, gate, path):
     """A gate of 0 still has a gradient, through products in which it is the only zero and those with a second one."""
     case = make_case("gated_mlp", 63)
@@ -90,24 +92,20 @@ def test_gates_that_are_closed_or_nearly(name, chunk, read, gate, path):
     compare(case, rule_of(case, 63, chunk, 4, "gradient", read), 1e-9)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (20, 21), (7, 14, 50)])
-@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
+@every_pair(cuts=[(1,), (20, 21), (7, 14, 50)], update=UPDATES, path=PATHS)
 def test_pieces_equal_one_call(cuts, update, path):
     """A stream may be cut anywhere, also in the middle of a chunk (SPEC M14)."""
     case = make_case("gated_mlp", 63, eta_max=ETA[update])
     compare(case, rule_of(case, 63, 7, 4, update), 1e-9, cuts)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("T", [1, 7, 63, 100])
+@every_pair(T=[1, 7, 63, 100], chunk=CHUNKS, path=PATHS)
 def test_float32(T, chunk, path):
     case = make_case("gated_mlp", T, dtype=torch.float32)
     compare(case, rule_of(case, T, chunk, 4, "gradient"), 1e-4)
 
 
-@pytest.mark.parametrize("persistent_keys", [0, 5])
-@pytest.mark.parametrize("restarts", [(), (0, 70)])
-@pytest.mark.parametrize("T", [1, 7, 63, 100, 200])
+@every_pair(T=[1, 7, 63, 100, 200], restarts=[(), (0, 70)], persistent_keys=[0, 5])
 def test_projection_equals_reference(T, restarts, persistent_keys):
     """Q–K projection in blocks against TNT eq 13–15 token by token, with and without persistent keys (SPEC M9)."""
     torch.manual_seed(0)
@@ -126,10 +124,7 @@ def test_projection_equals_reference(T, restarts, persistent_keys):
     assert max(relative_errors(*results)) <= 1e-9
 
 
-@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
-@pytest.mark.parametrize("persistent_keys", [0, 3])
-@pytest.mark.parametrize("context", [1, 4])
-@pytest.mark.parametrize("T", [1, 7, 63, 100])
+@every_pair(T=[1, 7, 63, 100], context=[1, 4], persistent_keys=[0, 3], update=UPDATES)
 def test_whole_hierarchy_equals_reference(T, context, persistent_keys, update, monkeypatch):
     """Global and local memories, shards, Q–K projection, features and gates: outputs and every gradient."""
     inputs = Inputs(*(x.requires_grad_() for x in make_inputs(T)))
