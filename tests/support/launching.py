@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 import train
 from atlas_lm.cli import errors as cli
+from atlas_lm.training import module
 
 SMALL_MODEL = [
     "model.dim=16", "model.layers=1", "model.heads=2", "model.head_dim=8", "model.window=8", "model.local_chunks=[4]",
@@ -33,7 +36,18 @@ def launch(*overrides: str) -> int:
     for happen in before_launch:
         happen()
     GlobalHydra.instance().clear()
-    return cli.run(train.main, overrides)
+    with patch.object(Hydra, "get_mode", _mode), patch.object(module, "SAMPLE_TOKENS", 8):
+        return cli.run(train.main, overrides)
+
+
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Whether the configuration asks for a sweep: Hydra composes all of it to find out, and then again to run."""
+    if any(word in override for override in overrides for word in ("hydra.mode", "sweep", "hydra.searchpath")):
+        return _get_mode(hydra, config_name, overrides)
+    return None
+
+
+_get_mode = Hydra.get_mode
 
 
 def write_corpus(folder: Path, documents: int = 60) -> str:
@@ -52,9 +66,9 @@ def small_run(folder: Path, *overrides: str) -> int:
 
 def finished_run(folder: Path, *overrides: str) -> Path:
     """The folder of a finished `small_run` started in `folder`, whatever the working directory is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["train.py"])
         assert small_run(folder, *overrides) == 0
     return only_run(folder / "outputs")
 

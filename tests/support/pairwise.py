@@ -18,7 +18,10 @@ def every_pair(*, slow: Callable[..., bool] | None = None, **values: Sequence[An
     rows = [tuple(column[i] for column, i in zip(columns, index, strict=True)) for index in indices]
     quick = [n for n, row in enumerate(rows) if slow is None or not slow(**dict(zip(values, row, strict=True)))]
     fast = {quick[n] for n in covering([indices[n] for n in quick])}
-    marked = [pytest.param(*row, marks=() if n in fast else pytest.mark.slow) for n, row in enumerate(rows)]
+    marked = [
+        pytest.param(*row, id="-".join(map(str, row)), marks=() if n in fast else pytest.mark.slow)
+        for n, row in enumerate(rows)
+    ]
     return pytest.mark.parametrize(tuple(values), marked, indirect=[name for name in values if name == "path"])
 
 

@@ -23,6 +23,7 @@ from atlas_lm.model.norm import RMSNorm, normalised_heads
 from tests.support import ROOT
 from tests.support.hierarchy_cases import make_hierarchy, make_inputs
 from tests.support.memory_cases import relative_errors
+from tests.support.pairwise import every_pair
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.01}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -116,9 +117,7 @@ def test_norm(dtype):
         assert max(relative_errors(expected, found)) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("network", ["gated_mlp", "mlp", "linear"])
-@pytest.mark.parametrize("chunk", [1, 8, 16, 64, 256])
-@pytest.mark.parametrize("restarts", [(), (3, 70)])
+@every_pair(chunk=[1, 8, 16, 64, 256], network=["gated_mlp", "mlp", "linear"], restarts=[(), (3, 70)])
 def test_bfloat16_loop_is_as_exact_as_pytorchs(chunk, network, restarts, monkeypatch):
     """Its errors against float32, beside those of PyTorch's operations in bfloat16."""
     T, heads, head_dim = 300, 2, 16

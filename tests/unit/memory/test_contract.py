@@ -25,6 +25,7 @@ from tests.support.hierarchy_cases import (
     stream,
 )
 from tests.support.model_cases import VOCABULARY, build_model, make_tokens, stream_model
+from tests.support.pairwise import every_pair
 
 FACTORS = {
     "network": ("gated_mlp", "mlp", "linear"),
@@ -107,14 +108,23 @@ def test_evaluation_is_training_bitwise(variant):
         assert all(torch.equal(a, b) for a, b in zip(training, other, strict=True))
 
 
+# Every position in chunks of 3, and most in those of 7 and 8; all splits are slow
+every_split = pytest.mark.parametrize(
+    "splits",
+    [(*range(1, SPEC.shard, 5), SPEC.shard - 1), pytest.param(range(1, SPEC.shard), marks=pytest.mark.slow)],
+    ids=["six splits", "every split"],
+)
+
+
 @every_variant
-def test_a_stream_is_the_parallel_forward_from_any_split(variant):
+@every_split
+def test_a_stream_is_the_parallel_forward_from_any_split(variant, splits):
     """Inside one shard; any split point lies in the middle of some chunk (SPEC M14)."""
     hierarchy, inputs = build(variant), make_inputs(SPEC.shard)
     T = SPEC.shard
     with torch.inference_mode():
         truth = hierarchy(*inputs)[0]
-        for split in range(1, T):
+        for split in splits:
             for pieces in ([split, T], list(range(split, T + 1))):  # then the rest at once, or token by token
                 assert (stream(hierarchy, inputs, pieces)[0] - truth).abs().max() <= STREAMED
 
@@ -170,7 +180,10 @@ def test_model_is_causal(changes, T):
             assert moved[:, t].max() > 1e-6
 
 
-@pytest.fixture(params=["compiled", "torch"])
+PATHS = ["compiled", "torch"]
+
+
+@pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Both ways through the model on a CPU; a GPU takes the second."""
     if request.param == "torch":
@@ -181,8 +194,7 @@ def path(request, monkeypatch):
         assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
 
 
-@every_model
-@pytest.mark.parametrize("sizes", [{}, {"global_chunk": 96, "shard": 192, "local_chunks": [16, 7]}], ids=str)
+@every_pair(changes=MODELS, sizes=[{}, {"global_chunk": 96, "shard": 192, "local_chunks": [16, 7]}], path=PATHS)
 def test_float32_model_is_bitwise_causal(changes, sizes, path):
     """A later token leaves not even its rounding behind, in its own block of the projection or another."""
     model, tokens = build_model(torch.float32, **(sizes | changes)), make_tokens(150)
@@ -222,11 +234,12 @@ def test_model_evaluates_as_it_trains_bitwise(changes):
 
 
 @every_model
-def test_model_streams_what_it_computes_in_parallel(changes):
+@every_split
+def test_model_streams_what_it_computes_in_parallel(changes, splits):
     model, tokens = build_model(**changes), make_tokens(24)
     with torch.inference_mode():
         truth = model(tokens).logits
-        for split in range(1, 24):
+        for split in splits:
             for pieces in ([split, 24], list(range(split, 25))):
                 assert (stream_model(model, tokens, pieces)[0] - truth).abs().max() <= STREAMED
 
@@ -276,9 +289,12 @@ def test_the_gate_depends_on_the_memory_alone_and_zero_takes_it_out(fusion):
 # What is not finite.
 
 
-@every_model
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("where", ["qkv", "attention values", "memory values", "stream"])
+@every_pair(
+    changes=MODELS,
+    where=["qkv", "attention values", "memory values", "stream"],
+    value=[torch.nan, torch.inf],
+    path=PATHS,
+)
 def test_what_is_not_finite_reaches_no_earlier_token(changes, where, value, path):
     """Bitwise: 0 · NaN in a masked product is NaN."""
     model, tokens = build_model(torch.float32, **changes), make_tokens(100)
