@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from torch.nn import functional as nnf
 
 from atlas_lm.config.schema import ModelConfig
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.files import ROOT
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.trainer import prepare_process
@@ -176,7 +176,7 @@ def find_decision(text: str, config: ModelConfig) -> dict[str, str]:
     raise ValueError(f"no decision on {about}{there}: python -m atlas_lm gates chunk_sizes model={config.name}")
 
 
-def judge(text: str, config: ModelConfig) -> Finding:
+def judge(text: str, config: ModelConfig) -> GateResult:
     """G2-1, from the text of docs/decisions.md."""
     decision = find_decision(text, config)
     decided = tuple(int(size) for size in re.findall(r"\d+", decision.get("local_chunks", "")))
@@ -184,11 +184,11 @@ def judge(text: str, config: ModelConfig) -> Finding:
     if not decided or not rate > 0:
         raise ValueError("the decision names no chunk sizes or no tokens_per_second: repeat it")
     if decided != used:
-        return Finding(False, label(used), f"{label(decided)} was decided, the run has {label(used)}")
-    return Finding(True, label(used), f"{label(used)}, {rate:,.0f} tokens/s")
+        return GateResult(False, label(used), f"{label(decided)} was decided, the run has {label(used)}")
+    return GateResult(True, label(used), f"{label(used)}, {rate:,.0f} tokens/s")
 
 
-def locked(run: Evidence) -> Finding:
+def locked(run: RunArtifacts) -> GateResult:
     """G2-1."""
     if not run.decisions.is_file():
         raise ValueError(f"there is no {run.decisions}: python -m atlas_lm gates chunk_sizes model=<name>")

@@ -104,7 +104,7 @@ def test_views_follow_the_tensors() -> None:
 SHAPES = [(40, 30), (3,), (40, 30), (700,), (), (40, 30), (1025,), (1025,), (0, 5)]
 
 
-def side_by_side(gap: int, even: bool = False) -> list[Tensor]:
+def flat_storage(gap: int, even: bool = False) -> list[Tensor]:
     """Views into one storage, `gap` elements between them; `even`: none begins within a 64-bit word."""
     room, tensors, at = torch.randn(20_000), [], 0
     for shape in SHAPES:
@@ -121,7 +121,7 @@ def test_tensors_in_one_storage_have_the_sums_that_they_have_alone(
     gap: int, even: bool, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bit_sums, "ROW", row)
-    together = side_by_side(gap, even)
+    together = flat_storage(gap, even)
     assert numbers(*together) == {str(i): by_hand(x) for i, x in enumerate(together) if x.numel()}
     assert numbers(*together) == numbers(*[x.clone() for x in together])
 
@@ -195,7 +195,7 @@ def test_a_bit_is_found_and_named_wherever_it_flips(
     row: int, gap: int, even: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bit_sums, "ROW", row)
-    tensors = side_by_side(gap, even)
+    tensors = flat_storage(gap, even)
     sums = BitSums()
     before = sums(tensors, names_of(tensors))
     again = sums(tensors, names_of(tensors))
