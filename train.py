@@ -5,7 +5,6 @@ from atlas_lm.training import preemption
 if __name__ == "__main__":
     preemption.exit_when_preempted()  # before the imports below, which take seconds
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -86,4 +85,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.leave(cli.run(main))
