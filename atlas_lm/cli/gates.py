@@ -53,7 +53,7 @@ PHASES = {
     "phase2": Phase(
         "PHASE 2: Training Infrastructure",
         (
-            Check("G2-1", "Chunk sizes", "as decided in docs/decisions.md", chunk_sizes.locked, "DECIDED"),
+            Check("G2-1", "Chunk sizes", "as decided in conf/decisions", chunk_sizes.locked, "DECIDED"),
             Check("G2-2", "NIAH frequency", "< 1 % of training time, >= 5 probes", records.niah_frequency, "LOCKED"),
             Check("G2-3", "Q-K projection norm", "n == norm_persistent after a reset", measures.norm_in_projection),
             Check("G2-4", "1000 steps stable", ">= 1000 steps, no NaN, no OOM", records.stable),
@@ -87,7 +87,7 @@ class Options:
     sequences: int = 32
     """Validation sequences that the model is measured on."""
     decisions: str = ""
-    """Where chunk sizes are decided; docs/decisions.md of the repository if none is given."""
+    """Where chunk sizes are decided; conf/decisions/chunk_sizes.yaml of the repository if none is given."""
     outputs: str = "outputs"
     """Folder of all runs."""
 
