@@ -80,7 +80,7 @@ PHASES = {
 
 @dataclass
 class Options:
-    """Judge a run by the exit gates of SPEC G. Exit code 0 when all pass, else 1."""
+    """Judge a run by the exit gates of its phase. Exit code 0 when all pass, else 1."""
 
     run: str
     """Run folder or experiment, for example run=stage1."""
@@ -130,7 +130,7 @@ def _progress(text: str) -> None:
 
 
 def show(name: str, gates: list[Gate], console: Console) -> None:
-    """The table as the seed documents print it."""
+    """The table: a line for each gate, then the count."""
     phase = PHASES[name]
     words = {check.id: check.word for check in phase.checks}
 

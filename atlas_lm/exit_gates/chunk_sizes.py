@@ -80,7 +80,7 @@ def model_config(name: str, overrides: list[str]) -> ModelConfig:
 
 
 def candidates(config: ModelConfig) -> list[Chunks]:
-    """The sets of SPEC G2-1, and the configured one."""
+    """The sets of G2-1, and the configured one."""
     return list(dict.fromkeys([*CANDIDATES.values(), tuple(config.local_chunks)]))
 
 
