@@ -1,4 +1,4 @@
-"""docs/resume-and-clusters.md: what a resumed run does with a setting that was changed. Every row is changed here at a resume."""
+"""docs/resume-and-clusters.md, the table of settings: every row is changed here at a resume, and judged as it says."""
 
 import fnmatch
 import inspect
