@@ -23,6 +23,7 @@ from atlas_lm.runs.lifecycle import close_run_folder, result_of_sweep, run_folde
 from atlas_lm.runs.report import Report, judge
 from atlas_lm.runs.resume import continue_records, starting_point
 from atlas_lm.runs.stats import RunRecorder
+from atlas_lm.training.lightning_internals import count_recorded_steps
 from atlas_lm.training.module import AtlasModule
 from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, second_look
 
@@ -60,7 +61,7 @@ def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
     try:
         trainer.fit(module, dm, ckpt_path=checkpoint)
         if not recorder.has_begun:  # its last step was done: Lightning leaves before it counts that
-            trainer.fit_loop.epoch_loop._batches_that_stepped = recorded
+            count_recorded_steps(trainer, recorded)
             recorder.skip_training()
         if recorder.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)

@@ -26,6 +26,7 @@ from atlas_lm.model.atlas import AtlasLM, Output
 from atlas_lm.model.probes import losses_with_and_without_memory, write_and_read
 from atlas_lm.model.sampling import generate
 from atlas_lm.training.flat_storage import side_by_side
+from atlas_lm.training.lightning_internals import logging_step
 from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
 
 UNSCORED = -100
@@ -271,7 +272,7 @@ class AtlasModule(L.LightningModule):
 
     def _logging_step(self) -> int:
         """The step of all loggers, which never goes back; `global_step` does at a rollback."""
-        return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        return logging_step(self.trainer)
 
     def on_validation_end(self) -> None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)

@@ -26,8 +26,11 @@ from toys import STEPS, Line, Lines, loader
 sys.path.append(str(Path(__file__).parents[1]))
 from two_ranks import run_on_two_ranks, shared_folder
 
-from callbacks.hang_watch import GRACE_S, HangWatch, Judge, RankSilent, Sign, birth_of
+from callbacks.hang_watch import HangWatch, RankSilent
 from callbacks.support import collectives as ranks
+from callbacks.support.connections import birth_of
+from callbacks.support.hang_judge import Judge, Sign
+from callbacks.support.heartbeat import GRACE_S
 
 TIMEOUT_S = 6.0
 SLACK_S = 20.0  # on a machine that is busy with other tests; alone it takes 3
