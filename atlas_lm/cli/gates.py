@@ -178,7 +178,7 @@ def usage() -> str:
     """What there is to call."""
     lines = [f"usage: {COMMAND} {name} run=... [key=value ...]" for name in PHASES]
     return "\n".join(
-        [*lines, f"usage: {COMMAND} chunk_sizes [key=value ...]", "", "--help behind each lists its options"]
+        [*lines, f"usage: {COMMAND} chunk_sizes [key=value ...]", "", "--help after each lists its options"]
     )
 
 

@@ -173,11 +173,11 @@ class TrainConfig:
     precision: str = choice("auto", "32-true", "bf16-mixed")
     """auto: bf16-mixed where the hardware is fast at it, else 32-true; the log says which."""
     resume: str | None = None
-    """What to go on with exactly, in its folder, behind its last record: `auto` (the newest run of this experiment if
+    """What to resume exactly, in its folder, after its last record: `auto` (the newest run of this experiment if
     it is not finished, else a new one), a run folder, an experiment (its newest finished run), or a checkpoint."""
     init_from: str | None = None
     """Checkpoint, run folder or experiment (its newest finished run of this model) whose weights to start from; all
-    else begins anew."""
+    else begins again."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """conf/model/"""
     optim: OptimConfig = field(default_factory=OptimConfig)
