@@ -141,12 +141,12 @@ Each safeguard is on because it is in the configuration; `~callbacks.<name>` rem
 """
 FOLDER_INTRO = """
 A run writes to `outputs/<experiment>/<timestamp>/`. `outputs/<experiment>/latest` links to the newest finished run, and
-`run=<experiment>` means it. Runs are ordered by their number in `run.json`: no clock, time zone or copy changes which of
-them is the newest. Every file is whole or absent, also after a power cut.
+`run=<experiment>` means it. Runs are ordered by their number in `run.json`: no clock, time zone or copy changes which
+of them is the newest. Every file is whole or absent, also after a power cut.
 """
 METRICS_INTRO = """
-TensorBoard and `metrics.jsonl` get the same values under the same names. A metric that reports an event is absent from a
-healthy run.
+TensorBoard and `metrics.jsonl` get the same values under the same names. A metric that reports an event is absent from
+a healthy run.
 """
 ROWS_INTRO = """
 A row has these columns, then a fixed set of fields (null where the step did not log one), then every metric of the step
