@@ -31,7 +31,7 @@ class LossCeiling(Callback):
         self.streak = 0
 
     def judge(self, loss: float) -> bool:
-        """Whether to stop: a decision on plain numbers, which a test needs no Trainer for. NaN is above every ceiling."""
+        """Whether to stop: a decision on plain numbers, apart from the hooks. NaN is above every ceiling."""
         self.streak = 0 if loss <= self.ceiling else self.streak + 1
         return self.streak >= self.patience
 
