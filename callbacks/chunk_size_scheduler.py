@@ -4,7 +4,7 @@ Watches:  the optimizer step, nothing else: after a rollback the sizes are those
 Acts:     sets each local memory's chunk size at the beginning of a step.
 Logs:     memory/chunk_size (the largest) at every step; a line for every change.
 Requires: HasLocalChunks. Keeps the number of changes in the checkpoint.
-Source:   TNT, stage 2; SPEC T2: C_L(t) = max(1, floor(C_start · γ^t)); T4.
+Source:   TNT, stage 2; T2: C_L(t) = max(1, floor(C_start · γ^t)); T4.
 """
 
 import logging

@@ -6,7 +6,7 @@ Acts:     fails if gates are not finite, if a layer's deviation falls below `col
           or stop (GateFailure), on all ranks together.
 Logs:     memory/gate_mean, memory/gate_std, memory/gate_polarised over all layers, when measured.
 Requires: HasGates. Keeps the baseline in the checkpoint.
-Source:   SPEC C6.
+Source:   C6.
 """
 
 import logging

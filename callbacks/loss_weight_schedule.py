@@ -6,7 +6,7 @@ Acts:     sets the weight of each named loss at the beginning of every step: hel
           metric is not finite, all weights are 0 for `rest_steps` and come back `backoff` times as large.
 Logs:     loss_weight/<name> at the steps at which Lightning logs.
 Requires: HasLossWeights. Keeps level, rest, average and best in the checkpoint.
-Source:   SPEC M15, C8: guard losses ten times the main loss have destroyed a run.
+Source:   M15, C8: guard losses ten times the main loss have destroyed a run.
 """
 
 import logging

@@ -4,7 +4,7 @@ Watches:  the loss at positions that attention cannot fully see, with and withou
 Acts:     warns when the memory makes the prediction worse by more than `tolerance` (relative, of the perplexity).
 Logs:     memory/contribution: the share by which the perplexity rises without the memory; 0.2 is 20 %.
 Requires: HasMemoryContribution and a validation loader.
-Source:   SPEC C1b. The needle says that the memory holds what is written; this says that the model uses it.
+Source:   C1b. The needle says that the memory holds what is written; this says that the model uses it.
 """
 
 import logging

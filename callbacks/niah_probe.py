@@ -8,7 +8,7 @@ Logs:     niah/accuracy (mean over layers, memories, heads and needles), niah/ac
           niah/retained (with the text's gates: how much the model chooses to write and keep; not judged),
           niah/overhead_percent; to TensorBoard a heat map, layer by depth of the needle in the haystack.
 Requires: HasWritableMemory and a validation loader.
-Source:   SPEC C1.
+Source:   C1.
 """
 
 import logging

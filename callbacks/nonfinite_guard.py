@@ -6,7 +6,7 @@ Acts:     drops the gradients on all ranks together: weights and moments stay. M
 Logs:     guard/skipped_steps, when it grows.
 Requires: any LightningModule with automatic optimization; with HasGradientNorm it takes less time. Keeps its counters
           in the checkpoint.
-Source:   SPEC C2: NaN is a failure at once, and every comparison with it is False.
+Source:   C2: NaN is a failure at once, and every comparison with it is False.
 """
 
 import math

@@ -6,8 +6,8 @@ Acts:     drops the gradients of an outlier on all ranks together: weights and m
           cost are trained after all. More than `max_consecutive` in a row raise LossOutliers on all ranks.
 Logs:     guard/outliers, when it grows.
 Requires: any LightningModule with automatic optimization. Keeps the window in the checkpoint.
-Source:   a held-out perplexity that creeps up by less than its threshold between two looks is no spike to SPEC C2, and
-          twenty batches of noise at a low learning rate do just that (docs/decisions.md).
+Source:   a held-out perplexity that creeps up by less than its threshold between two looks is no spike to C2, and
+          twenty batches of noise at a low learning rate do just that (docs/decisions/0031-outlier-guard.md).
 """
 
 import logging

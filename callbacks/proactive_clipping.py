@@ -6,7 +6,7 @@ Acts:     sets the Trainer's clip threshold of this very step to κ_base · sqrt
 Logs:     optim/clip_threshold, clip/transitions, clip/clips at every step.
 Requires: HasLocalChunks; with HasGradientNorm it takes less time. Keeps sizes, the distance to their change and counts
           in the checkpoint.
-Source:   SPEC C5.
+Source:   C5.
 """
 
 import math

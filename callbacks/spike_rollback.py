@@ -10,7 +10,7 @@ Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, s
           Another callback may `demand` a return, for a reason of its own; while one is `unsettled`, nothing is kept.
 Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed behind the
           checkpoint callbacks: it runs last of all.
-Source:   SPEC C2, C3. A failsafe, not the first defence.
+Source:   C2, C3. A failsafe, not the first defence.
 """
 
 import hashlib

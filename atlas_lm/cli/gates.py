@@ -53,7 +53,7 @@ PHASES = {
     "phase2": Phase(
         "PHASE 2: Training Infrastructure",
         (
-            Check("G2-1", "Chunk sizes", "as decided in docs/decisions.md", chunk_sizes.locked, "DECIDED"),
+            Check("G2-1", "Chunk sizes", "as decided in conf/decisions", chunk_sizes.locked, "DECIDED"),
             Check("G2-2", "NIAH frequency", "< 1 % of training time, >= 5 probes", records.niah_frequency, "LOCKED"),
             Check("G2-3", "Q-K projection norm", "n == norm_persistent after a reset", measures.norm_in_projection),
             Check("G2-4", "1000 steps stable", ">= 1000 steps, no NaN, no OOM", records.stable),
@@ -80,14 +80,14 @@ PHASES = {
 
 @dataclass
 class Options:
-    """Judge a run by the exit gates of SPEC G. Exit code 0 when all pass, else 1."""
+    """Judge a run by the exit gates of its phase. Exit code 0 when all pass, else 1."""
 
     run: str
     """Run folder or experiment, for example run=stage1."""
     sequences: int = 32
     """Validation sequences that the model is measured on."""
     decisions: str = ""
-    """Where chunk sizes are decided; docs/decisions.md of the repository if none is given."""
+    """Where chunk sizes are decided; conf/decisions/chunk_sizes.yaml of the repository if none is given."""
     outputs: str = "outputs"
     """Folder of all runs."""
 
@@ -130,7 +130,7 @@ def _progress(text: str) -> None:
 
 
 def show(name: str, gates: list[Gate], console: Console) -> None:
-    """The table as the seed documents print it."""
+    """The table: a line for each gate, then the count."""
     phase = PHASES[name]
     words = {check.id: check.word for check in phase.checks}
 
@@ -178,7 +178,7 @@ def usage() -> str:
     """What there is to call."""
     lines = [f"usage: {COMMAND} {name} run=... [key=value ...]" for name in PHASES]
     return "\n".join(
-        [*lines, f"usage: {COMMAND} chunk_sizes [key=value ...]", "", "--help behind each lists its options"]
+        [*lines, f"usage: {COMMAND} chunk_sizes [key=value ...]", "", "--help after each lists its options"]
     )
 
 

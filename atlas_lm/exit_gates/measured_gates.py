@@ -15,7 +15,7 @@ from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
 from atlas_lm.training.module import UNSCORED
 
-ACCURACY, CONTROL, HAYSTACK = 0.8, 0.3, 100  # SPEC C1
+ACCURACY, CONTROL, HAYSTACK = 0.8, 0.3, 100  # C1
 NEEDLES = 16  # trials per layer, memory and head
 SIZES, SPREAD = (1, 4, 8, 16, 32, 64), 0.10
 LOW, HIGH, POLARISED = 0.1, 0.9, 0.20
@@ -74,7 +74,7 @@ def judge_needles(found: Tensor, control: Tensor, values: Tensor, haystack: int)
     layers = [float(layer.mean()) for layer in cosine]
     accuracy, without = float(cosine.mean()), float(empty.mean())
     passed = accuracy > ACCURACY and abs(without) <= CONTROL and haystack >= HAYSTACK  # False with NaN
-    wrong = "" if haystack >= HAYSTACK else f": a haystack of {haystack} is too easy, SPEC C1 asks for {HAYSTACK}"
+    wrong = "" if haystack >= HAYSTACK else f": a haystack of {haystack} is too easy, C1 asks for {HAYSTACK}"
     per_layer = ", ".join(f"{layer:.3f}" for layer in layers)
     sign = ">" if accuracy > ACCURACY else "is not above"
     detail = f"{accuracy:.1%} {sign} {ACCURACY:.0%}, gates open; layers {per_layer}; not written {without:+.3f}{wrong}"

@@ -19,7 +19,7 @@ Rows = Sequence[dict[str, Any]]
 OVERHEAD, PROBES = 1.0, 5  # percent of the training time, probes a run
 STEPS = 1000
 ROLLBACKS, SPIKES = 3, 10
-KAPPA, REFERENCE = 0.5, 32  # SPEC C5: the threshold at a chunk of 32 tokens
+KAPPA, REFERENCE = 0.5, 32  # C5: the threshold at a chunk of 32 tokens
 CHUNKS = range(1, 65)
 WATCHED = ("train/loss", "val/loss", "optim/grad_norm", "spike/ppl", FIELDS["ppl_delta"])  # NaN in one is NaN
 
@@ -96,7 +96,7 @@ def board_values(run: Path, tag: str) -> int:
 
 
 def expected_threshold(chunk: float) -> float:
-    """κ = κ_base · sqrt(32 / C_L) (SPEC C5)."""
+    """κ = κ_base · sqrt(32 / C_L) (C5)."""
     return KAPPA * math.sqrt(REFERENCE / chunk)
 
 

@@ -86,7 +86,7 @@ class AtlasModule(L.LightningModule):
         # of the gradients of this step in these versions; as long as they are held no other has their id
         self._known_norm: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
         self._gates: tuple[Tensor, ...] = ()  # of the last training step
-        self.loss_weights = {"polarisation": 0.0}  # λ of SPEC M15, until a schedule sets it
+        self.loss_weights = {"polarisation": 0.0}  # λ of M15, until a schedule sets it
 
     # What callbacks ask for
 
@@ -96,7 +96,7 @@ class AtlasModule(L.LightningModule):
         return self.model.local_chunks
 
     def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
-        """Change them at run time (SPEC M13)."""
+        """Change them at run time (M13)."""
         self.model.set_local_chunks(chunks)
 
     def set_loss_weight(self, name: str, weight: float) -> None:
@@ -121,7 +121,7 @@ class AtlasModule(L.LightningModule):
     def write_and_read(
         self, keys: Tensor, values: Tensor, query: Tensor, batch: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """What every memory answers after learning pairs (SPEC C1), with its gates open, or as `batch` opens them.
+        """What every memory answers after learning pairs (C1), with its gates open, or as `batch` opens them.
 
         See `needles.write_and_read`.
         """
@@ -133,7 +133,7 @@ class AtlasModule(L.LightningModule):
         return layers, self.model_config.heads, self.model_config.head_dim
 
     def persistent_memory(self) -> list[Tensor]:
-        """The persistent keys of every layer, (heads, keys, dim) each (SPEC M10)."""
+        """The persistent keys of every layer, (heads, keys, dim) each (M10)."""
         blocks: list[Any] = [block for block in self.model.blocks if block.memory is not None]
         return [block.memory.hierarchy.persistent_keys.detach() for block in blocks]
 
@@ -160,7 +160,7 @@ class AtlasModule(L.LightningModule):
         return loss
 
     def _polarise(self, gates: tuple[Tensor, ...]) -> None:
-        """Add the capped gradient of the polarisation loss where the main gradient passes the gates (SPEC M15)."""
+        """Add the capped gradient of the polarisation loss where the main gradient passes the gates (M15)."""
         weight = self.loss_weights["polarisation"]
         if weight == 0 or not gates:
             return

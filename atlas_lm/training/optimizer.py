@@ -1,4 +1,4 @@
-"""The outer optimizer: AdamW, or Muon for the 2-D weights with AdamW for the rest; warm-up and cosine (SPEC T5)."""
+"""The outer optimizer: AdamW, or Muon for the 2-D weights with AdamW for the rest; warm-up and cosine (T5)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The state of a run in memory, and the way back to it inside `fit`.
 
-The oracle (SPEC C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the
+The oracle (C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the
 other callbacks' state are bitwise those of a run that never saw the batches in between. The data is not touched: it
 moves on.
 
