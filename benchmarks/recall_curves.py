@@ -1,4 +1,4 @@
-"""Draw recall accuracy against steps, with and without memory (SPEC N2): python -m benchmarks.recall_curves
+"""Draw recall accuracy against steps, with and without memory (N2): python -m benchmarks.recall_curves
 
 Reads the newest finished runs of `recall` and `recall_twin`; trains nothing.
 """

@@ -38,7 +38,7 @@ PROBES = ("niah_probe", "memory_contribution", "spike_rollback")  # at intervals
 BLOCK = 10  # steps: one at which Lightning logs, and at which gates are measured, in each
 HOOKS = (
     "on_train_start", "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
-    "on_train_batch_end", "on_step_border",
+    "on_train_batch_end", "on_step_end",
 )  # fmt: skip
 
 

@@ -1,0 +1,74 @@
+"""Safeguards for any LightningModule: `from callbacks import SpikeRollback`. What each needs: docs/safeguards.md."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from callbacks.chunk_size_scheduler import ChunkSizeScheduler
+    from callbacks.gate_monitor import GateMonitor
+    from callbacks.hang_watch import HangWatch
+    from callbacks.interrupt import Interrupt
+    from callbacks.loss_weight_schedule import LossWeightSchedule
+    from callbacks.memory_contribution import MemoryContribution
+    from callbacks.niah_probe import NiahProbe
+    from callbacks.nonfinite_guard import NonfiniteGuard
+    from callbacks.outlier_guard import OutlierGuard
+    from callbacks.persistent_memory_check import PersistentMemoryCheck
+    from callbacks.proactive_clipping import ProactiveClipping
+    from callbacks.progress import TrainingProgress
+    from callbacks.random_state import RandomState
+    from callbacks.rank_agreement import RankAgreement
+    from callbacks.spike_rollback import SpikeRollback
+    from callbacks.step_checkpoint import StepCheckpoint
+    from callbacks.weight_integrity import WeightIntegrity
+
+__all__ = [
+    "ChunkSizeScheduler",
+    "GateMonitor",
+    "HangWatch",
+    "Interrupt",
+    "LossWeightSchedule",
+    "MemoryContribution",
+    "NiahProbe",
+    "NonfiniteGuard",
+    "OutlierGuard",
+    "PersistentMemoryCheck",
+    "ProactiveClipping",
+    "RandomState",
+    "RankAgreement",
+    "SpikeRollback",
+    "StepCheckpoint",
+    "TrainingProgress",
+    "WeightIntegrity",
+]
+
+# Imported when they are asked for: a program that takes one safeguard pays for one.
+_HOME = {
+    "ChunkSizeScheduler": "callbacks.chunk_size_scheduler",
+    "GateMonitor": "callbacks.gate_monitor",
+    "HangWatch": "callbacks.hang_watch",
+    "Interrupt": "callbacks.interrupt",
+    "LossWeightSchedule": "callbacks.loss_weight_schedule",
+    "MemoryContribution": "callbacks.memory_contribution",
+    "NiahProbe": "callbacks.niah_probe",
+    "NonfiniteGuard": "callbacks.nonfinite_guard",
+    "OutlierGuard": "callbacks.outlier_guard",
+    "PersistentMemoryCheck": "callbacks.persistent_memory_check",
+    "ProactiveClipping": "callbacks.proactive_clipping",
+    "RandomState": "callbacks.random_state",
+    "RankAgreement": "callbacks.rank_agreement",
+    "SpikeRollback": "callbacks.spike_rollback",
+    "StepCheckpoint": "callbacks.step_checkpoint",
+    "TrainingProgress": "callbacks.progress",
+    "WeightIntegrity": "callbacks.weight_integrity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -4,7 +4,7 @@ Watches:  the optimizer step, nothing else: after a rollback the sizes are those
 Acts:     sets each local memory's chunk size at the beginning of a step.
 Logs:     memory/chunk_size (the largest) at every step; a line for every change.
 Requires: HasLocalChunks. Keeps the number of changes in the checkpoint.
-Source:   TNT, stage 2; SPEC T2: C_L(t) = max(1, floor(C_start · γ^t)); T4.
+Source:   TNT, stage 2; T2: C_L(t) = max(1, floor(C_start · γ^t)); T4.
 """
 
 import logging
@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.support.probing import record
+from callbacks.support.ranges import at_least, check, one_of
 
 log = logging.getLogger(__name__)
 _EXACT = Context(prec=60)  # in floats 100 · 0.7² is 48.99…, and its floor 48
@@ -57,18 +58,17 @@ class ChunkSizeScheduler(Callback):
         self.start = (start,) if isinstance(start, int) else tuple(int(size) for size in start)
         if not self.start or min(self.start) < 1:
             raise ValueError(f"start={start} of chunk_size_scheduler must be chunk sizes of at least 1 token")
-        if total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} of chunk_size_scheduler must be at least 1 step")
-        if schedule not in ("geometric", "step", "cosine"):
-            raise ValueError(f"schedule={schedule} of chunk_size_scheduler must be geometric, step or cosine")
+        check(
+            "chunk_size_scheduler", total_steps=(total_steps, at_least(1)),
+            schedule=(schedule, one_of("geometric", "step", "cosine")),
+            transition_steps=(transition_steps, at_least(0, "which changes sizes at once")),
+        )  # fmt: skip
         if gamma != "auto" and not (isinstance(gamma, float | int) and 0 < gamma <= 1):
             raise ValueError(f"gamma={gamma} of chunk_size_scheduler must be above 0 and at most 1, or auto")
         if not 1 <= end <= min(self.start):
             raise ValueError(f"end={end} must be at least 1 and at most the smallest start, {min(self.start)}")
         if (schedule == "step") != (step_every is not None) or (step_every is not None and step_every < 1):
             raise ValueError(f"step_every={step_every}: schedule=step, and no other, needs a number of at least 1")
-        if transition_steps < 0:
-            raise ValueError(f"transition_steps={transition_steps} must be at least 0, which changes sizes at once")
         self.schedule, self.end, self.step_every, self.transition_steps = schedule, end, step_every, transition_steps
         self.last_step = max(1, total_steps - 1)
         self.gamma = Decimal(str(gamma)) if gamma != "auto" else self._derived_gamma()

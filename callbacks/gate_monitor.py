@@ -6,7 +6,7 @@ Acts:     fails if gates are not finite, if a layer's deviation falls below `col
           or stop (GateFailure), on all ranks together.
 Logs:     memory/gate_mean, memory/gate_std, memory/gate_polarised over all layers, when measured.
 Requires: HasGates. Keeps the baseline in the checkpoint.
-Source:   SPEC C6.
+Source:   C6.
 """
 
 import logging
@@ -18,7 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.lightning_internals import accumulates
 from callbacks.support.probing import record
+from callbacks.support.ranges import above, at_least, check, one_of
 
 log = logging.getLogger(__name__)
 REMEDY = "raise the weight of the polarisation loss, lower optim.lr, or remove the memory of that layer"
@@ -63,16 +65,13 @@ class GateMonitor(Callback):
     ) -> None:
         if not 1 <= baseline_step < check_step:
             raise ValueError(f"baseline_step={baseline_step} must be at least 1 and before check_step={check_step}")
-        if not growth > 0:
-            raise ValueError(f"growth={growth} of gate_monitor must be positive, 1.5 means half as much again")
-        if not collapse_std >= 0:
-            raise ValueError(f"collapse_std={collapse_std} of gate_monitor must be at least 0")
+        check(
+            "gate_monitor", growth=(growth, above(0, "1.5 means half as much again")),
+            collapse_std=(collapse_std, at_least(0)), every_n_steps=(every_n_steps, at_least(1)),
+            on_failure=(on_failure, one_of("warn", "stop")),
+        )  # fmt: skip
         if not 0 <= low <= high <= 1:
             raise ValueError(f"low={low}, high={high} of gate_monitor must be gates: 0 <= low <= high <= 1")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} of gate_monitor must be at least 1")
-        if on_failure not in ("warn", "stop"):
-            raise ValueError(f"on_failure={on_failure} of gate_monitor must be warn or stop")
         self.baseline_step, self.check_step, self.growth = baseline_step, check_step, growth
         self.collapse_std, self.low, self.high = collapse_std, low, high
         self.every_n_steps, self.on_failure = every_n_steps, on_failure
@@ -126,7 +125,7 @@ class GateMonitor(Callback):
     ) -> None:
         """Measure if it is time, and act."""
         step = trainer.global_step
-        if trainer.fit_loop._should_accumulate() or not self.is_due(step):
+        if accumulates(trainer) or not self.is_due(step):
             return
         assert isinstance(pl_module, HasGates)
         mean_L, square_L, polarised_L = self.measure(trainer, pl_module.gate_values())

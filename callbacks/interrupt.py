@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.support.collectives import max_over_ranks
-from callbacks.support.step_end import open_borders, save
+from callbacks.support.step_end import open_step_ends, save
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -50,7 +50,7 @@ class Interrupt(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the borders between steps."""
-        open_borders(trainer)
+        open_step_ends(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; Lightning gives every one back when `fit` ends, in whatever way."""
@@ -66,7 +66,7 @@ class Interrupt(Checkpoint):
         hint = "; press it again to stop at once" if number == signal.SIGINT else ""
         rank_zero_info(f"\n{self._name(number)}: finishing this step and saving{hint}")
 
-    def on_step_border(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop here if a signal has reached any rank."""
         received = int(max_over_ranks(trainer, torch.tensor(float(self.received))))
         if not received:

@@ -6,7 +6,7 @@ Acts:     sets the weight of each named loss at the beginning of every step: hel
           metric is not finite, all weights are 0 for `rest_steps` and come back `backoff` times as large.
 Logs:     loss_weight/<name> at the steps at which Lightning logs.
 Requires: HasLossWeights. Keeps level, rest, average and best in the checkpoint.
-Source:   SPEC M15, C8: guard losses ten times the main loss have destroyed a run.
+Source:   M15, C8: guard losses ten times the main loss have destroyed a run.
 """
 
 import logging
@@ -18,7 +18,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.support.collectives import mean_over_ranks
-from callbacks.support.probing import is_logging_step, record
+from callbacks.support.lightning_internals import accumulates, is_logging_step
+from callbacks.support.probing import record
+from callbacks.support.ranges import Range, at_least, between, check, share
 
 log = logging.getLogger(__name__)
 
@@ -60,18 +62,13 @@ class LossWeightSchedule(Callback):
             raise ValueError(
                 f"weights={wrong or {}} of loss_weight_schedule must name losses with weights of at least 0"
             )
-        for name, value, fine, rule in (
-            ("total_steps", total_steps, total_steps >= 1, "be at least 1: the run's number of steps"),
-            ("hold", hold, 0 <= hold < 1, "lie in [0, 1): a share of the run"),
-            ("decay", decay, 1 <= decay < math.inf, "be at least 1, which decays nothing"),
-            ("tolerance", tolerance, tolerance >= 0, "be at least 0, 0.05 means 5 %"),
-            ("rest_steps", rest_steps, rest_steps >= 1, "be at least 1 step"),
-            ("backoff", backoff, 0 <= backoff <= 1, "lie in [0, 1]"),
-            ("smoothing", smoothing, 0 < smoothing <= 1, "lie in (0, 1]"),
-            ("every_n_steps", every_n_steps, every_n_steps >= 1, "be at least 1 step between two looks at the metric"),
-        ):
-            if not fine:
-                raise ValueError(f"{name}={value} of loss_weight_schedule must {rule}")
+        check(
+            "loss_weight_schedule", total_steps=(total_steps, at_least(1, "the run's number of steps")),
+            hold=(hold, Range(lambda value: 0 <= value < 1, "lie in [0, 1), a share of the run")),
+            decay=(decay, at_least(1, "which decays nothing")), tolerance=(tolerance, at_least(0, "0.05 means 5 %")),
+            rest_steps=(rest_steps, at_least(1)), backoff=(backoff, between(0, 1)), smoothing=(smoothing, share()),
+            every_n_steps=(every_n_steps, at_least(1)),
+        )  # fmt: skip
         self.total_steps, self.hold, self.decay = total_steps, hold, decay
         self.tolerance, self.rest_steps, self.backoff, self.smoothing = tolerance, rest_steps, backoff, smoothing
         self.every_n_steps = every_n_steps
@@ -149,7 +146,7 @@ class LossWeightSchedule(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Judge the watched metric if it is time."""
-        if self.watch is None or trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
+        if self.watch is None or accumulates(trainer) or trainer.global_step % self.every_n_steps:
             return
         logged = trainer.callback_metrics
         if self.watch not in logged:

@@ -4,7 +4,7 @@ Watches:  the loss at positions that attention cannot fully see, with and withou
 Acts:     warns when the memory makes the prediction worse by more than `tolerance` (relative, of the perplexity).
 Logs:     memory/contribution: the share by which the perplexity rises without the memory; 0.2 is 20 %.
 Requires: HasMemoryContribution and a validation loader.
-Source:   SPEC C1b. The needle says that the memory holds what is written; this says that the model uses it.
+Source:   C1b. The needle says that the memory holds what is written; this says that the model uses it.
 """
 
 import logging
@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.lightning_internals import accumulates
 from callbacks.support.probing import held_out_batch, record, record_start, undisturbed
+from callbacks.support.ranges import at_least, check
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,10 @@ class MemoryContribution(Callback):
     """Measures on `rows` held-out sequences per rank; keeps no state. ValueError: a value out of its range."""
 
     def __init__(self, every_n_steps: int = 1000, tolerance: float = 0.0, rows: int = 2) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("rows", rows)):
-            if value < 1:
-                raise ValueError(f"{name}={value} of memory_contribution must be at least 1")
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance={tolerance} of memory_contribution must not be negative")
+        check(
+            "memory_contribution", every_n_steps=(every_n_steps, at_least(1)), rows=(rows, at_least(1)),
+            tolerance=(tolerance, at_least(0)),
+        )  # fmt: skip
         self.every_n_steps, self.tolerance, self.rows = every_n_steps, tolerance, rows
         self._batch: Any = None
 
@@ -77,7 +78,7 @@ class MemoryContribution(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if it is time."""
-        if self._batch is None or trainer.fit_loop._should_accumulate() or trainer.global_step % self.every_n_steps:
+        if self._batch is None or accumulates(trainer) or trainer.global_step % self.every_n_steps:
             return
         gain = self.measure(trainer, pl_module)
         record(trainer, {"memory/contribution": gain})

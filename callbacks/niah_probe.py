@@ -8,7 +8,7 @@ Logs:     niah/accuracy (mean over layers, memories, heads and needles), niah/ac
           niah/retained (with the text's gates: how much the model chooses to write and keep; not judged),
           niah/overhead_percent; to TensorBoard a heat map, layer by depth of the needle in the haystack.
 Requires: HasWritableMemory and a validation loader.
-Source:   SPEC C1.
+Source:   C1.
 """
 
 import logging
@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.lightning_internals import accumulates, logging_step
 from callbacks.support.probing import begins, held_out_batch, record, undisturbed
+from callbacks.support.ranges import at_least, between, check, one_of
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +75,11 @@ class NiahProbe(Callback):
         on_failure: str = "warn",
         seed: int = 0,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("haystack", haystack), ("needles", needles)):
-            if value < 1:
-                raise ValueError(f"{name}={value} of niah_probe must be at least 1")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold} of niah_probe is a cosine: it must lie in [0, 1]")
-        if on_failure not in ("warn", "stop"):
-            raise ValueError(f"on_failure={on_failure} of niah_probe must be warn or stop")
+        check(
+            "niah_probe", every_n_steps=(every_n_steps, at_least(1)), haystack=(haystack, at_least(1)),
+            needles=(needles, at_least(1)), threshold=(threshold, between(0, 1, "it is a cosine")),
+            on_failure=(on_failure, one_of("warn", "stop")),
+        )  # fmt: skip
         self.depths = tuple(sorted({float(depth) for depth in depths}))
         if not self.depths or self.depths[0] < 0 or self.depths[-1] != 1:
             raise ValueError(
@@ -137,7 +137,7 @@ class NiahProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe if it is time."""
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.every_n_steps == 0:
+        if not accumulates(trainer) and trainer.global_step % self.every_n_steps == 0:
             self.probe(trainer, pl_module)
 
     def probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,7 +217,7 @@ class NiahProbe(Callback):
             for j, value in enumerate(row):
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.5 else "white")
         figure.colorbar(image, label="cosine")
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logging_step(trainer)
         for board in boards:
             board.experiment.add_figure("niah/layer_by_depth", figure, step, close=False)
 

@@ -6,7 +6,7 @@ Acts:     drops the gradients on all ranks together: weights and moments stay. M
 Logs:     guard/skipped_steps, when it grows.
 Requires: any LightningModule with automatic optimization; with HasGradientNorm it takes less time. Keeps its counters
           in the checkpoint.
-Source:   SPEC C2: NaN is a failure at once, and every comparison with it is False.
+Source:   C2: NaN is a failure at once, and every comparison with it is False.
 """
 
 import math
@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from callbacks.support.collectives import any_rank, gathered
 from callbacks.support.gradients import gradient_norm, gradients
 from callbacks.support.probing import record
+from callbacks.support.ranges import at_least, check
+from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
 
 
 class NonFiniteTraining(FloatingPointError):
@@ -43,8 +45,7 @@ class NonfiniteGuard(Callback):
     survives_rollback = True  # else a run that is rolled back to the same bad data would count from 0 for ever
 
     def __init__(self, max_consecutive: int) -> None:
-        if max_consecutive < 0:
-            raise ValueError(f"max_consecutive={max_consecutive} must be at least 0, which stops at the first bad step")
+        check("nonfinite_guard", max_consecutive=(max_consecutive, at_least(0, "which stops at the first bad step")))
         self.max_consecutive = max_consecutive
         self.reset()
 
@@ -52,7 +53,6 @@ class NonfiniteGuard(Callback):
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self.skipped = 0  # of the whole run
         self.streak: list[str] = []  # what was wrong, one entry per consecutive skipped step
-        self._losses: list[Tensor] = []  # of this step; reading them as they come would wait for the forward pass
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start clean."""
@@ -60,18 +60,17 @@ class NonfiniteGuard(Callback):
             self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A window that was cut short leaves nothing behind."""
-        self._losses = []
+        """A window that was cut short leaves nothing to judge."""
+        begin_step_losses(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember the losses of this accumulation window."""
-        self._losses.append(loss.detach())
+        """Note it; reading it now would wait for the forward pass."""
+        note_loss(trainer, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the window: one wait for the device, and one message between ranks unless something is wrong."""
         norm = gradient_norm(pl_module, optimizer)
-        finite = torch.cat([x.to(norm.device).reshape(-1) for x in (*self._losses, norm)]).isfinite().tolist()
-        self._losses = []
+        finite = torch.cat([x.to(norm.device).reshape(-1) for x in (*step_losses(trainer), norm)]).isfinite().tolist()
         loss, gradient = not all(finite[:-1]), not finite[-1]
         if gradient:  # or the squares of large finite ones overflow: then each is looked at, which is slower
             gradient = not bool(largest(gradients(optimizer)).isfinite())

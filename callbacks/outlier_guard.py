@@ -6,8 +6,8 @@ Acts:     drops the gradients of an outlier on all ranks together: weights and m
           cost are trained after all. More than `max_consecutive` in a row raise LossOutliers on all ranks.
 Logs:     guard/outliers, when it grows.
 Requires: any LightningModule with automatic optimization. Keeps the window in the checkpoint.
-Source:   a held-out perplexity that creeps up by less than its threshold between two looks is no spike to SPEC C2, and
-          twenty batches of noise at a low learning rate do just that (docs/decisions.md).
+Source:   a held-out perplexity that creeps up by less than its threshold between two looks is no spike to C2, and
+          twenty batches of noise at a low learning rate do just that (docs/decisions/0031-outlier-guard.md).
 """
 
 import logging
@@ -16,14 +16,15 @@ import statistics
 from collections import deque
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.support.collectives import max_over_ranks
 from callbacks.support.probing import record
+from callbacks.support.ranges import above, at_least, check
 from callbacks.support.rollback_request import who_can_roll_back
+from callbacks.support.step_loss import begin_step_losses, mean_step_loss, note_loss
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,11 @@ class OutlierGuard(Callback):
     def __init__(
         self, deviations: float = 8.0, window: int = 50, warm_up: int = 30, streak: int = 3, max_consecutive: int = 100
     ) -> None:
-        for name, value, least in (
-            ("warm_up", warm_up, 2), ("window", window, warm_up), ("streak", streak, 1),
-            ("max_consecutive", max_consecutive, streak),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}={value} of outlier_guard must be at least {least}")
-        if not deviations > 0:
-            raise ValueError(f"deviations={deviations} of outlier_guard must be above 0; 8 is far out")
+        check(
+            "outlier_guard", warm_up=(warm_up, at_least(2)), window=(window, at_least(warm_up, "which is warm_up")),
+            streak=(streak, at_least(1)), max_consecutive=(max_consecutive, at_least(streak, "which is streak")),
+            deviations=(deviations, above(0, "8 is far out")),
+        )  # fmt: skip
         self.deviations, self.warm_up, self.streak, self.max_consecutive = deviations, warm_up, streak, max_consecutive
         self.window = window
         self.reset()
@@ -60,7 +58,6 @@ class OutlierGuard(Callback):
         self.outliers = 0  # steps skipped, those of abandoned timelines included
         self.consecutive = 0
         self._training = False
-        self._step: list[Tensor] = []  # losses of this step's micro-batches
 
     def limit(self) -> float:
         """The largest loss that is no outlier; infinite until there is enough to compare with."""
@@ -90,18 +87,17 @@ class OutlierGuard(Callback):
             self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A window that was cut short leaves nothing behind."""
-        self._step, self._training = [], True
+        """A window that was cut short leaves nothing to judge."""
+        begin_step_losses(trainer)
+        self._training = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember the losses of this step."""
-        self._step.append(loss.detach() * trainer.accumulate_grad_batches)
+        """Note it."""
+        note_loss(trainer, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge them together."""
-        mean = torch.stack(self._step).float().mean()
-        self._step = []
-        loss, limit = float(max_over_ranks(trainer, mean)), self.limit()
+        loss, limit = float(max_over_ranks(trainer, mean_step_loss(trainer))), self.limit()
         if not self.judge(loss, limit):
             if self.consecutive >= self.streak:
                 self._regain(trainer, self.consecutive)

@@ -4,7 +4,7 @@ Watches:  the SHA-256 of the persistent memory's bytes, before training and when
 Acts:     raises PersistentMemoryDiffers on all ranks, before step 0.
 Logs:     nothing; the first digits are told to the console.
 Requires: HasPersistentMemory. Keeps the hash in the checkpoint.
-Source:   SPEC C7.
+Source:   C7.
 """
 
 import hashlib

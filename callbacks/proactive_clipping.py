@@ -6,7 +6,7 @@ Acts:     sets the Trainer's clip threshold of this very step to κ_base · sqrt
 Logs:     optim/clip_threshold, clip/transitions, clip/clips at every step.
 Requires: HasLocalChunks; with HasGradientNorm it takes less time. Keeps sizes, the distance to their change and counts
           in the checkpoint.
-Source:   SPEC C5.
+Source:   C5.
 """
 
 import math
@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from callbacks.support.gradients import gradient_norm
+from callbacks.support.ranges import above, at_least, check, share
 
 
 @runtime_checkable
@@ -38,14 +39,11 @@ class ProactiveClipping(Callback):
         transition_steps: int = 10,
         transition_factor: float = 0.5,
     ) -> None:
-        if not (math.isfinite(kappa_base) and kappa_base > 0):
-            raise ValueError(f"kappa_base={kappa_base} must be a number above 0; to clip nothing, remove the callback")
-        if reference_chunk < 1:
-            raise ValueError(f"reference_chunk={reference_chunk} must be at least 1 token")
-        if transition_steps < 0:
-            raise ValueError(f"transition_steps={transition_steps} must be at least 0, which ignores changes")
-        if not 0 < transition_factor <= 1:
-            raise ValueError(f"transition_factor={transition_factor} must be above 0 and at most 1")
+        check(
+            "proactive_clipping", kappa_base=(kappa_base, above(0, "to clip nothing, remove the callback")),
+            reference_chunk=(reference_chunk, at_least(1)), transition_factor=(transition_factor, share()),
+            transition_steps=(transition_steps, at_least(0, "which ignores changes")),
+        )  # fmt: skip
         self.kappa_base, self.reference_chunk = kappa_base, reference_chunk
         self.transition_steps, self.transition_factor = transition_steps, transition_factor
         self.reset()

@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
+from callbacks.support.ranges import at_least, check
+
 
 def clock(seconds: float) -> str:
     """`1:02:03` or `2:03`; `?` where the time is not known."""
@@ -36,8 +38,7 @@ class TrainingProgress(RichProgressBar):
     """
 
     def __init__(self, metrics: dict[str, str], every_n_seconds: float = 10, refresh_rate: int = 4) -> None:
-        if every_n_seconds < 0:
-            raise ValueError(f"every_n_seconds={every_n_seconds} of the progress lines must be at least 0")
+        check("progress", every_n_seconds=(every_n_seconds, at_least(0)))
         super().__init__(refresh_rate=refresh_rate, leave=True)
         self.metrics = dict(metrics)
         self.every_n_seconds = every_n_seconds

@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from callbacks.support.collectives import gathered
 from callbacks.support.fingerprint import BitSums
+from callbacks.support.lightning_internals import accumulates
+from callbacks.support.ranges import at_least, check
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,7 @@ class RankAgreement(Callback):
     """Compares every `every_n_steps` optimizer steps. ValueError: below 1."""
 
     def __init__(self, every_n_steps: int = 100) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} of rank_agreement must be at least 1")
+        check("rank_agreement", every_n_steps=(every_n_steps, at_least(1)))
         self.every_n_steps = every_n_steps
         self.reset()
 
@@ -113,7 +114,7 @@ class RankAgreement(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Compare if it is time, between two optimizer steps."""
-        if trainer.global_step % self.every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
+        if trainer.global_step % self.every_n_steps == 0 and not accumulates(trainer):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, s
           Another callback may `demand` a return, for a reason of its own; while one is `unsettled`, nothing is kept.
 Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed behind the
           checkpoint callbacks: it runs last of all.
-Source:   SPEC C2, C3. A failsafe, not the first defence.
+Source:   C2, C3. A failsafe, not the first defence.
 """
 
 import hashlib
@@ -29,10 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 from callbacks.support.checkpoint_order import Position, by_step, position, position_now
 from callbacks.support.collectives import any_rank, mean_over_ranks
-from callbacks.support.probing import begins, held_out_batch, is_logging_step, record, record_start, undisturbed
+from callbacks.support.lightning_internals import accumulates, is_logging_step, logging_step
+from callbacks.support.probing import begins, held_out_batch, record, record_start, undisturbed
+from callbacks.support.ranges import above, at_least, check, one_of, share
 from callbacks.support.rollback_request import unsettled
 from callbacks.support.snapshots import Snapshot, restore, take
-from callbacks.support.step_end import flush_records, open_borders
+from callbacks.support.step_end import flush_records, open_step_ends
+from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +89,12 @@ class SpikeRollback(Checkpoint):
         watch: str = "held_out",
         mode: str = "act",
     ) -> None:
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1), ("keep_last", keep_last, 2), ("max_rollbacks", max_rollbacks, 0),
-            ("cool_down_steps", cool_down_steps, 0), ("rows", rows, 1),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}={value} of spike_rollback must be at least {least}")
-        if not threshold > 0:
-            raise ValueError(f"threshold={threshold} of spike_rollback must be positive, 0.05 means 5 %")
-        if not 0 < smoothing <= 1:
-            raise ValueError(f"smoothing={smoothing} of spike_rollback must lie in (0, 1]")
-        if watch not in ("held_out", "training_loss"):
-            raise ValueError(f"watch={watch} of spike_rollback must be held_out or training_loss")
-        if mode not in ("act", "observe"):
-            raise ValueError(f"mode={mode} of spike_rollback must be act or observe")
+        check(
+            "spike_rollback", every_n_steps=(every_n_steps, at_least(1)), keep_last=(keep_last, at_least(2)),
+            max_rollbacks=(max_rollbacks, at_least(0)), cool_down_steps=(cool_down_steps, at_least(0)),
+            rows=(rows, at_least(1)), threshold=(threshold, above(0, "0.05 means 5 %")), smoothing=(smoothing, share()),
+            watch=(watch, one_of("held_out", "training_loss")), mode=(mode, one_of("act", "observe")),
+        )  # fmt: skip
         self.folder = Path(folder)
         self.threshold, self.every_n_steps, self.keep_last = threshold, every_n_steps, keep_last
         self.max_rollbacks, self.cool_down_steps = max_rollbacks, cool_down_steps
@@ -117,7 +112,6 @@ class SpikeRollback(Checkpoint):
         self._demanded: str | None = None
         self._unwritten = False  # the newest snapshot has no file yet, or an old one
         self._batch: Any = None
-        self._window: list[Tensor] = []  # losses of the micro-batches of this step
         self._losses: list[Tensor] = []  # of the steps since the last look
 
     # The judgement
@@ -152,11 +146,12 @@ class SpikeRollback(Checkpoint):
             )
         if not pl_module.automatic_optimization:
             raise TypeError("spike_rollback cannot rewind a module that takes its optimizer steps by itself")
-        open_borders(trainer)
+        open_step_ends(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once, and keep the state that training starts from."""
-        self._window, self._losses, self._demanded = [], [], None
+        begin_step_losses(trainer)
+        self._losses, self._demanded = [], None
         if begins(trainer):
             self.ema = None  # also of a run that is resumed from before its first step
         if self.watch == "held_out":
@@ -187,17 +182,19 @@ class SpikeRollback(Checkpoint):
             self._keep(trainer, pl_module)
             self._write_newest(trainer)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note it."""
+        note_loss(trainer, loss)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look if it is time, or if the loss was not finite."""
-        if isinstance(outputs, dict) and outputs.get("loss") is not None:
-            self._window.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return
-        alarm = any_rank(trainer, not all(math.isfinite(loss) for loss in self._window))
-        self._losses += self._window if self.watch == "training_loss" else []
-        self._window = []
+        losses = step_losses(trainer)
+        alarm = any_rank(trainer, not all(math.isfinite(loss) for loss in losses))
+        self._losses += losses if self.watch == "training_loss" else []
         due = trainer.global_step % self.every_n_steps == 0
         seen = self.watch == "held_out" or bool(self._losses)  # a training_step may skip every batch in between
         if self._demanded is not None:
@@ -207,7 +204,7 @@ class SpikeRollback(Checkpoint):
         if is_logging_step(trainer):
             record(trainer, self._counters())
 
-    def on_step_border(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file behind a new snapshot, now that the step is complete."""
         if self._unwritten:
             flush_records(trainer)
@@ -283,7 +280,7 @@ class SpikeRollback(Checkpoint):
 
     def _now(self, trainer: Trainer) -> int:
         """Training steps so far, those of abandoned timelines included."""
-        return trainer.fit_loop.epoch_loop._batches_that_stepped
+        return logging_step(trainer)
 
     def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float:
         if self.watch == "training_loss":

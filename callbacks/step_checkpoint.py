@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.support.checkpoint_order import by_step
 from callbacks.support.collectives import any_rank
-from callbacks.support.step_end import open_borders, save
+from callbacks.support.ranges import above, at_least, check
+from callbacks.support.step_end import open_step_ends, save
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,9 @@ class StepCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: str, every_n_steps: int, keep: int = 2, every_n_minutes: float | None = None) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
-            if value < 1:
-                raise ValueError(f"{name}={value} of the checkpoints must be at least 1")
-        if every_n_minutes is not None and not every_n_minutes > 0:
-            raise ValueError(f"every_n_minutes={every_n_minutes} of the checkpoints must be above 0, or null for never")
+        check("checkpoint", every_n_steps=(every_n_steps, at_least(1)), keep=(keep, at_least(1)))
+        if every_n_minutes is not None:
+            check("checkpoint", every_n_minutes=(every_n_minutes, above(0, "or null for never")))
         self.dirpath = str(folder)  # under this name a rollback looks for the folders of checkpoints
         self.every_n_steps, self.keep, self.every_n_minutes = every_n_steps, keep, every_n_minutes
         self._last_global_step_saved = 0  # so named for a rollback, which sets it back: steps that come again are saved
@@ -45,13 +44,13 @@ class StepCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the borders between steps."""
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
-        open_borders(trainer)
+        open_step_ends(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; what a resumed run starts from is saved already."""
         self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
 
-    def on_step_border(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if it is time."""
         if trainer.global_step % self.every_n_steps == 0 or self._time_is_up(trainer):
             self._save(trainer)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from callbacks.support.collectives import any_rank, gathered
 from callbacks.support.fingerprint import BitSums, Fingerprint
+from callbacks.support.lightning_internals import accumulates
 from callbacks.support.probing import record, reshard
 from callbacks.support.rollback_request import who_can_roll_back
 
@@ -78,7 +79,7 @@ class WeightIntegrity(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The state that the optimizer has left; while a rollback is due, the sums stay those before the damage."""
-        if self._demanded is None and not trainer.fit_loop._should_accumulate():
+        if self._demanded is None and not accumulates(trainer):
             self._expected = self._fingerprint(trainer)
 
     def judge(self, expected: dict[str, int], found: dict[str, int]) -> list[str]:

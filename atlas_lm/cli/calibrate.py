@@ -1,4 +1,4 @@
-"""The spike threshold that fits a run (SPEC C3): python -m atlas_lm calibrate run=stage1
+"""The spike threshold that fits a run (C3): python -m atlas_lm calibrate run=stage1
 
 Reads how far the held-out perplexity rose above its moving average in an observed run (`spike/ppl_delta`) and sets the
 threshold above what is usual there: the 99th percentile plus one standard deviation, and never below 5 %.

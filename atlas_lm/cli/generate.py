@@ -1,4 +1,4 @@
-"""Continue a text: prefill, then decode token by token on the constant-size state (SPEC M14).
+"""Continue a text: prefill, then decode token by token on the constant-size state (M14).
 
 python -m atlas_lm generate run=stage1 prompt="def "
 """

@@ -50,7 +50,7 @@ def check_values(config: Any, section: str) -> None:
 
 @dataclass
 class ModelConfig:
-    """One model (SPEC M). ValueError for a value outside its choices or range."""
+    """One model. ValueError for a value outside its choices or range."""
 
     name: str = MISSING
     """What reports call it."""
@@ -67,11 +67,11 @@ class ModelConfig:
     ffn_multiple: float = number(minimum=0)
     """Hidden width of the SwiGLU feed-forward, as a multiple of `dim`."""
     fusion: str = choice("multiplicative", "normalised_product", "convex")
-    """How attention and memory meet (SPEC M12)."""
+    """How attention and memory meet (M12)."""
     memory: str = choice("atlas", "none")
     """none: the twin without memory, at the same width and parameter budget."""
     local_chunks: list[int] = MISSING
-    """Chunk size of each local memory, tokens; as many local memories as entries (SPEC M8)."""
+    """Chunk size of each local memory, tokens; as many local memories as entries (M8)."""
     global_chunk: int = number(minimum=1)
     """Chunk size of the global memory, C_G, tokens."""
     shard: int = number(minimum=1)
@@ -81,21 +81,21 @@ class ModelConfig:
     residual: bool = MISSING
     """Whether the memory network adds its raw input."""
     features: str = choice("linear", "quadratic", "sketch")
-    """Feature map of keys and queries (SPEC M1)."""
+    """Feature map of keys and queries (M1)."""
     rank: int = number(minimum=1)
     """Features of the low-rank sketch; read by `features: sketch` alone."""
     memory_hidden: int = number(minimum=1)
     """Hidden width of the memory network; the linear one has none."""
     context: int = number(minimum=1)
-    """Omega context c, tokens: each inner gradient sums over the last c (SPEC M4); 1 is the delta rule."""
+    """Omega context c, tokens: each inner gradient sums over the last c (M4); 1 is the delta rule."""
     update: str = choice("gradient", "newton_schulz")
     """U of ATLAS eq 33."""
     newton_schulz_steps: int = number(5, minimum=1)
-    """Iterations of Newton–Schulz (SPEC M6)."""
+    """Iterations of Newton–Schulz (M6)."""
     persistent_keys: int = number(64, minimum=0)
-    """Learned keys behind the Q–K projection, N_p (SPEC M10); 0: none, a shard starts from its own keys alone."""
+    """Learned keys behind the Q–K projection, N_p (M10); 0: none, a shard starts from its own keys alone."""
     eta_max: float = number(minimum=0)
-    """Largest write strength, dimensionless: share of the error that one write may correct (SPEC M16)."""
+    """Largest write strength, dimensionless: share of the error that one write may correct (M16)."""
     half_life: float = number(minimum=0)
     """Tokens after which the memory has forgotten half, as its gates start out."""
     radius: float = number(minimum=0)
@@ -105,8 +105,8 @@ class ModelConfig:
     reset_at_document: bool = MISSING
     """Whether the memory starts anew where a document begins."""
     polarisation_cap: float = number(minimum=0)
-    """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient (SPEC
-    M15); its weight comes from `callbacks.loss_weights`."""
+    """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient
+    (M15); its weight comes from `callbacks.loss_weights`."""
     rope_base: float = number(minimum=1)
     """Base of the rotary position embedding."""
 
@@ -123,7 +123,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """The outer optimizer (SPEC T5). ValueError for a value outside its choices or range."""
+    """The outer optimizer (T5). ValueError for a value outside its choices or range."""
 
     name: str = choice("adamw", "muon")
     """muon: Muon for the 2-D weights of the blocks, AdamW for the rest."""
@@ -173,11 +173,11 @@ class TrainConfig:
     precision: str = choice("auto", "32-true", "bf16-mixed")
     """auto: bf16-mixed where the hardware is fast at it, else 32-true; the log says which."""
     resume: str | None = None
-    """What to go on with exactly, in its folder, behind its last record: `auto` (the newest run of this experiment if
+    """What to resume exactly, in its folder, after its last record: `auto` (the newest run of this experiment if
     it is not finished, else a new one), a run folder, an experiment (its newest finished run), or a checkpoint."""
     init_from: str | None = None
     """Checkpoint, run folder or experiment (its newest finished run of this model) whose weights to start from; all
-    else begins anew."""
+    else begins again."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """conf/model/"""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import datetime
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.nn import functional as nnf
 
+from atlas_lm.config.parsing import is_number
 from atlas_lm.config.schema import ModelConfig
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.files import ROOT
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.trainer import prepare_process
 
 Chunks = tuple[int, ...]
+Decision = dict[str, Any]  # the model (IDENTITY), local_chunks, tokens_per_second, date, device
 
-DECISIONS = ROOT / "docs" / "decisions.md"
-CANDIDATES: dict[str, Chunks] = {  # SPEC G2-1
+DECISIONS = ROOT / "conf" / "decisions" / "chunk_sizes.yaml"
+CANDIDATES: dict[str, Chunks] = {  # G2-1
     "Set A": (8, 16, 32, 64),
     "Set B": (16, 32, 64, 128),
     "Set C": (8, 32, 64),
@@ -39,7 +42,7 @@ IDENTITY = ("name", "dim", "layers", "heads", "head_dim")  # of a model: a decis
 
 @dataclass
 class Options:
-    """Measure the throughput of sets of local chunk sizes and append the decision to docs/decisions.md (SPEC G2-1)."""
+    """Measure the throughput of sets of local chunk sizes and append the decision to conf/decisions (G2-1)."""
 
     model: str = "tiny"
     """A file of conf/model."""
@@ -52,7 +55,7 @@ class Options:
     batch_size: int = 2
     """Sequences per pass."""
     decisions: str = ""
-    """File to append to; docs/decisions.md of the repository if none is given."""
+    """File to append to; conf/decisions/chunk_sizes.yaml of the repository if none is given."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size"):
@@ -77,7 +80,7 @@ def model_config(name: str, overrides: list[str]) -> ModelConfig:
 
 
 def candidates(config: ModelConfig) -> list[Chunks]:
-    """The sets of SPEC G2-1, and the configured one."""
+    """The sets of G2-1, and the configured one."""
     return list(dict.fromkeys([*CANDIDATES.values(), tuple(config.local_chunks)]))
 
 
@@ -117,13 +120,30 @@ def decide(rates: dict[Chunks, float], configured: Chunks) -> Chunks:
     return fastest if rates[fastest] > MARGIN * rates[configured] else configured
 
 
-def identity(config: ModelConfig) -> dict[str, str]:
+def identity(config: ModelConfig) -> dict[str, Any]:
     """What a decision says of the model that it is for."""
-    return {("model" if name == "name" else name): str(getattr(config, name)) for name in IDENTITY}
+    return {("model" if name == "name" else name): getattr(config, name) for name in IDENTITY}
+
+
+def device_name() -> str:
+    """Where the sets are measured."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def decision(config: ModelConfig, rates: dict[Chunks, float]) -> Decision:
+    """What is decided, for the machine."""
+    chosen = decide(rates, tuple(config.local_chunks))
+    return {
+        **identity(config),
+        "local_chunks": list(chosen),
+        "tokens_per_second": round(rates[chosen]),
+        "date": datetime.date.today(),
+        "device": device_name(),
+    }
 
 
 def entry(config: ModelConfig, rates: dict[Chunks, float], options: Options) -> str:
-    """The section of docs/decisions.md; its last line is for machines."""
+    """The same for people: a page of docs/decisions."""
     configured = tuple(config.local_chunks)
     chosen = decide(rates, configured)
     stays = chosen == configured
@@ -139,70 +159,86 @@ def entry(config: ModelConfig, rates: dict[Chunks, float], options: Options) -> 
         f"{rate / rates[configured]:.2f} |{' chosen' if chunks == chosen else ''} |"
         for chunks, rate in rates.items()
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     command = " ".join([f"model={options.model}", *options.overrides])
-    about = " ".join(f"{key}={value}" for key, value in identity(config).items())
-    decided = f"local_chunks=[{','.join(map(str, chosen))}] tokens_per_second={rates[chosen]:.0f}"
-    return f"""
-## {datetime.date.today().isoformat()} · Local chunk sizes of {config.name}, dim {config.dim} (G2-1)
+    return f"""# Local chunk sizes of {config.name}, dim {config.dim} (G2-1)
 
-*Question.* Which set of local chunk sizes does this model train with?
+{datetime.date.today().isoformat()} · decided
 
-*Measured* (`python -m atlas_lm gates chunk_sizes {command}`): forward and backward of {options.batch_size} ×
-{options.seq_len:,} random tokens, float32, {device}; median of {options.steps}, sets taken in turn.
+## Question
 
-| local chunks | tokens/s | against the configured set | |
+Which set of local chunk sizes does this model train with?
+
+## Measurement
+
+`python -m atlas_lm gates chunk_sizes {command}`: forward and backward of {options.batch_size} ×
+{options.seq_len:,} random tokens, float32, {device_name()}; median of {options.steps}, sets taken in turn.
+
+| local chunks | tokens/s | share of the configured set's | |
 |---|---|---|---|
 {rows}
 
-*Rule.* The configured set stays unless another one is more than {MARGIN - 1:.0%} faster.
+## Decision
 
-*Choice.* {verdict}
-
-`decided: {about} {decided}`
+The configured set stays unless another one is more than {MARGIN - 1:.0%} faster. {verdict}
 """
 
 
-def find_decision(text: str, config: ModelConfig) -> dict[str, str]:
+def read_decisions(path: Path) -> list[Decision]:
+    """All decisions in a file, the oldest first. ValueError: it is no list of decisions. OSError: it cannot be read."""
+    try:
+        found = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(found, list | None) or not all(isinstance(item, dict) for item in found or []):
+        raise ValueError(f"{path} is no list of decisions: python -m atlas_lm gates chunk_sizes writes one")
+    return found or []
+
+
+def find_decision(decisions: list[Decision], config: ModelConfig) -> Decision:
     """The newest decision on this model. ValueError: none."""
     wanted, others = identity(config), []
-    for line in reversed(re.findall(r"^`?decided: (.*?)`?$", text, re.MULTILINE)):
-        values = dict(re.findall(r"(\w+)=(\[[^\]]*\]|\S+)", line))
-        if all(values.get(key) == value for key, value in wanted.items()):
-            return values
-        others.append(values.get("model", "?") + " of dim " + values.get("dim", "?"))
+    for found in reversed(decisions):
+        if all(found.get(key) == value for key, value in wanted.items()):
+            return found
+        others.append(f"{found.get('model', '?')} of dim {found.get('dim', '?')}")
     about = ", ".join(f"{key}={value}" for key, value in wanted.items())
     there = f"; there are decisions on {', '.join(dict.fromkeys(others))}" if others else ""
     raise ValueError(f"no decision on {about}{there}: python -m atlas_lm gates chunk_sizes model={config.name}")
 
 
-def judge(text: str, config: ModelConfig) -> Finding:
-    """G2-1, from the text of docs/decisions.md."""
-    decision = find_decision(text, config)
-    decided = tuple(int(size) for size in re.findall(r"\d+", decision.get("local_chunks", "")))
-    used, rate = tuple(config.local_chunks), float(decision.get("tokens_per_second", "nan"))
-    if not decided or not rate > 0:
-        raise ValueError("the decision names no chunk sizes or no tokens_per_second: repeat it")
+def judge(decisions: list[Decision], config: ModelConfig) -> GateResult:
+    """G2-1."""
+    found = find_decision(decisions, config)
+    sizes, rate = found.get("local_chunks"), found.get("tokens_per_second")
+    if not (isinstance(sizes, list) and sizes and all(is_number(size) for size in sizes)):
+        raise ValueError("the decision names no chunk sizes: repeat it")
+    if rate is None or not (is_number(rate) and rate > 0):
+        raise ValueError("the decision names no tokens_per_second: repeat it")
+    decided, used = tuple(sizes), tuple(config.local_chunks)
     if decided != used:
-        return Finding(False, label(used), f"{label(decided)} was decided, the run has {label(used)}")
-    return Finding(True, label(used), f"{label(used)}, {rate:,.0f} tokens/s")
+        return GateResult(False, label(used), f"{label(decided)} was decided, the run has {label(used)}")
+    return GateResult(True, label(used), f"{label(used)}, {rate:,.0f} tokens/s")
 
 
-def locked(run: Evidence) -> Finding:
+def locked(run: RunArtifacts) -> GateResult:
     """G2-1."""
     if not run.decisions.is_file():
         raise ValueError(f"there is no {run.decisions}: python -m atlas_lm gates chunk_sizes model=<name>")
-    return judge(run.decisions.read_text(encoding="utf-8"), run.model_config)
+    return judge(read_decisions(run.decisions), run.model_config)
 
 
 def run_command(options: Options) -> str:
-    """Measure, print and append the entry; returns it."""
+    """Measure, append the decision, print the page for docs/decisions; returns that."""
     config = model_config(options.model, options.overrides)
-    prepare_process(seed=0)
-    text = entry(config, measure(config, options.steps, options.batch_size, options.seq_len), options)
     path = Path(options.decisions) if options.decisions else DECISIONS
+    if path.exists():
+        read_decisions(path)  # what is no list of decisions gets none appended
+    prepare_process(seed=0)
+    rates = measure(config, options.steps, options.batch_size, options.seq_len)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:  # one write: others may append too
-        file.write(text)
-    print(f"{text.strip()}\n\nappended to {path}")
+        file.write(yaml.safe_dump([decision(config, rates)], sort_keys=False, default_flow_style=None))
+    text = entry(config, rates, options)
+    print(text)
+    print(f"appended the decision to {path}; the page above is for docs/decisions", file=sys.stderr)
     return text

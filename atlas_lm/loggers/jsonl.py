@@ -1,4 +1,4 @@
-"""Telemetry as one JSON object per logged step (SPEC C9).
+"""Telemetry as one JSON object per logged step (C9).
 
 Lightning logs training metrics, validation metrics and those of callbacks in separate calls; all calls of one step
 become one line. A line is written when the next step begins, when a checkpoint is about to be written, or when the run
@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from atlas_lm.config.parsing import check_numbers, is_number
 from atlas_lm.files import write_atomically
 
-# The fields of SPEC C9 and the names under which their values are logged; null in a step that did not log one.
+# The fields of C9 and the names under which their values are logged; null in a step that did not log one.
 FIELDS = {
     "lm_loss": "train/loss",
     "perplexity": "train/ppl",
@@ -156,7 +156,7 @@ class JsonlLogger(Logger):
         self._metrics.update({name: float(value) for name, value in metrics.items()})
 
     @rank_zero_only
-    def go_on_from(self, step: int) -> None:
+    def resume_from_step(self, step: int) -> None:
         """Before the next row is written, rows of `step` and later move out of the file: they come again."""
         self._cut_at = step
 

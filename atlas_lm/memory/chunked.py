@@ -1,4 +1,4 @@
-"""The memory a chunk at a time: training, prefill and decode all run through `scan` (SPEC M7).
+"""The memory a chunk at a time: training, prefill and decode all run through `scan` (M7).
 
 Inside a chunk every gradient is taken at W_ξ, so that all gates fold into one lower-triangular coefficient matrix and a
 read is attention-like; per-token weights are never materialised:

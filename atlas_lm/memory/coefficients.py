@@ -1,4 +1,4 @@
-"""How all gates of a chunk fold into coefficients of its gradients and of the weights that it starts from (SPEC M7).
+"""How all gates of a chunk fold into coefficients of its gradients and of the weights that it starts from (M7).
 
     Γ = A · diag(η) · Θ · diag(1 − θ) · Ω,   A[t,s] = Π_{r=s+1..t} α_r,   Θ[s,j] = Π_{r=j+1..s} θ_r
 
@@ -86,7 +86,7 @@ def _from_end(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def _band(gamma: Tensor, chunk: int, context: int, same_segment: Tensor | None) -> Tensor:
-    """Ω[j, i] = γ_i for j−c < i ≤ j: (…, N) → (…, C, N). SPEC M4."""
+    """Ω[j, i] = γ_i for j−c < i ≤ j: (…, N) → (…, C, N). M4."""
     N = gamma.size(-1)
     ones = torch.ones(N, N, dtype=torch.bool, device=gamma.device)
     band = (ones.tril() & ones.triu(1 - context))[N - chunk :]

@@ -1,4 +1,4 @@
-"""Feature maps φ that raise the capacity of a memory (SPEC M1; ATLAS §3.1).
+"""Feature maps φ that raise the capacity of a memory (M1; ATLAS §3.1).
 
 A memory that is linear in φ can hold about dim(φ) pairs, so degree 2 lifts it from O(d) to O(d²). Every map here is
 scaled so that φ of a unit vector has unit norm: write strengths then mean the same for every map.
@@ -68,7 +68,7 @@ class Monomials(nn.Module):
 
 
 class Sketch(nn.Module):
-    """1, x and a learned low-rank sketch (A x) ⊙ (B x) of the degree-2 monomials: 1 + D + R features. SPEC M1.
+    """1, x and a learned low-rank sketch (A x) ⊙ (B x) of the degree-2 monomials: 1 + D + R features. M1.
 
     (B, D) → (B, 1+D+R). The sketch is brought to unit norm, so the map of a unit vector has unit norm for every A, B.
     """

@@ -1,10 +1,10 @@
-"""The memory hierarchy of TNT: one global memory and N local ones (SPEC M8; TNT eq 5–7, 13–15).
+"""The memory hierarchy of TNT: one global memory and N local ones (M8; TNT eq 5–7, 13–15).
 
 The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights
 of its chunk's start. Each local memory takes short chunks, starts anew from its W_init at every shard, and is read with
 the projected query. Shards of one sequence run in parallel, as batch. The outputs are summed.
 
-With a state (streaming) nothing is reset: prefill and decode see one endless shard (SPEC M14).
+With a state (streaming) nothing is reset: prefill and decode see one endless shard (M14).
 """
 
 # B batch, H heads, T tokens, D head dim, F feature dim, E hidden dim, N local memories
@@ -160,7 +160,7 @@ class Hierarchy(nn.Module):
         return list(self.local_memories)  # type: ignore[arg-type]
 
     def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
-        """Change C_L of every local memory with no rebuild (SPEC M13), to any size ≥ 1. Prefill streams anew."""
+        """Change C_L of every local memory with no rebuild (M13), to any size ≥ 1. Prefill streams anew."""
         if len(chunks) != len(self.local_memories):
             raise ValueError(
                 f"the model has {len(self.local_memories)} local memories, got {len(chunks)} sizes: {list(chunks)}"

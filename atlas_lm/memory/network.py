@@ -1,4 +1,4 @@
-"""The memory networks M(W; x) with their inner gradients in closed form (SPEC M2, M3; ATLAS eq 42, 43).
+"""The memory networks M(W; x) with their inner gradients in closed form (M2, M3; ATLAS eq 42, 43).
 
 Fast weights are a tuple of matrices, one a layer: (W_in, W_out), or (W_out,) for the linear memory. The gated network
 keeps its W_gate and W_up side by side in W_in: one matrix product instead of two.
@@ -161,7 +161,7 @@ def plain_layer(w: Tensor) -> Layer:
 
 
 def gradient(network: Network, layers: list[Layer], k_BTD: Tensor, phi_BTF: Tensor, v_BTD: Tensor) -> Gradient:
-    """∇_W ½‖M(W; k) − v‖² for every token at the same weights, in closed form (SPEC M3)."""
+    """∇_W ½‖M(W; k) − v‖² for every token at the same weights, in closed form (M3)."""
     act = network.activation
     if act is None:
         y = layers[0].forward(phi_BTF)
@@ -193,7 +193,7 @@ def norm_bound(squared_BTE: Tensor, w_BED: Tensor) -> Tensor:
 
 @torch.no_grad()
 def curvature(of: Gradient, scores_BTT: Tensor) -> Tensor:
-    """κ_ij ≥ the norm of the block of tokens i, j in the curvature of Σ ℓ (SPEC M16): (B, T) tokens → (B, T, T).
+    """κ_ij ≥ the norm of the block of tokens i, j in the curvature of Σ ℓ (M16): (B, T) tokens → (B, T, T).
 
     |g_i·g_j| + |φ_i·φ_j| (1 + ‖J_i‖‖J_j‖) for two layers; the 1 stands for the product of the two layers' changes.
     `scores_BTT` are the φ_i·φ_j.

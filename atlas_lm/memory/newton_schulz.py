@@ -1,4 +1,4 @@
-"""Newton–Schulz orthogonalisation, the U of the ATLAS update (SPEC M6; ATLAS eq 32; Muon)."""
+"""Newton–Schulz orthogonalisation, the U of the ATLAS update (M6; ATLAS eq 32; Muon)."""
 
 # B batch (any leading axes), M rows, N columns
 

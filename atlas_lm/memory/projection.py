@@ -1,4 +1,4 @@
-"""Persistent memory and the Q–K projection (SPEC M9, M10; TNT App. C, eq 13–15).
+"""Persistent memory and the Q–K projection (M9, M10; TNT App. C, eq 13–15).
 
     M_t = M_persistent + Σ_{i≤t} k_i k_iᵀ,  n_t = norm_persistent + Σ_{i≤t} ‖k_i‖²,  q'_t = M_t q_t / n_t, to unit norm
 
@@ -30,7 +30,7 @@ class ProjectionState(NamedTuple):
 
 
 def persistent_state(keys_HPD: Tensor, batch: int) -> ProjectionState:
-    """M_persistent and norm_persistent, derived from the keys on use so that they cannot go stale (SPEC M10)."""
+    """M_persistent and norm_persistent, derived from the keys on use so that they cannot go stale (M10)."""
     wide = torch.promote_types(keys_HPD.dtype, torch.float32)
     keys_HPD = keys_HPD.to(wide)
     M_HDD = (keys_HPD.mT @ keys_HPD).to(wide)

@@ -1,4 +1,4 @@
-"""What goes in and out of a memory: its rule (static), gates (per token) and state (SPEC M5, M14)."""
+"""What goes in and out of a memory: its rule (static), gates (per token) and state (M5, M14)."""
 
 # B batch, H heads, T tokens, D head dim, F feature dim
 
@@ -205,7 +205,7 @@ def make_tail(rule: Rule, tokens: Tokens, filled: int) -> Tokens:
 
 
 def bounded(rule: Rule, change: Weights) -> Weights:
-    """Scale W − W_init back onto the rule's radius wherever its entries' root mean square exceeds it (SPEC M16).
+    """Scale W − W_init back onto the rule's radius wherever its entries' root mean square exceeds it (M16).
 
     A projection onto a ball: whatever the finite inputs, gates, chunk size or precision, fast weights stay bounded.
     """

@@ -205,7 +205,7 @@ class AtlasLM(nn.Module):
         return next(iter(self._hierarchies())).local_chunks if self.config.memory != "none" else ()
 
     def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
-        """Change the chunk sizes of the local memories at run time (SPEC M13).
+        """Change the chunk sizes of the local memories at run time (M13).
 
         ValueError unless there is a whole number from 1 to the shard's length for each.
         """

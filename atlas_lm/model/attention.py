@@ -1,4 +1,4 @@
-"""Sliding-window attention with rotary positions, at a cost linear in the sequence (SPEC M12)."""
+"""Sliding-window attention with rotary positions, at a cost linear in the sequence (M12)."""
 
 # B batch, H heads, T tokens, D head dim, W window, K blocks, C tokens of a block, M model width
 

@@ -1,4 +1,4 @@
-"""The MAG block: window attention and memory side by side, fused by a gate, then SwiGLU (SPEC M12; Titans §4.2)."""
+"""The MAG block: window attention and memory side by side, fused by a gate, then SwiGLU (M12; Titans §4.2)."""
 
 # B batch, H heads, T tokens, D head dim, M model width
 
@@ -173,7 +173,7 @@ class Block(nn.Module):
 
 
 class Fusion(nn.Module):
-    """How the memory acts on the attention's output; a gate g of 0 takes the memory branch out (SPEC M12).
+    """How the memory acts on the attention's output; a gate g of 0 takes the memory branch out (M12).
 
     multiplicative:      attention ⊙ g,                       g = σ(Linear(memory))
     normalised_product:  RMSNorm(attention) ⊙ g,              g = σ(memory ⊙ w), memory already normalised (Titans)

@@ -1,4 +1,4 @@
-"""Probes of a model's memory: what it retrieves of what was written, and what it is worth to a text (SPEC C1, C1b)."""
+"""Probes of a model's memory: what it retrieves of what was written, and what it is worth to a text (C1, C1b)."""
 
 # B batch, T tokens, V vocabulary, M model width, N sequences of pairs, L layers, H heads, D head dim
 
@@ -30,7 +30,7 @@ def write_and_read(
 
     The pairs are learned by the code that learns a text, with each memory's own feature map, W_init, chunk size and
     update, and asked for at the first token behind them. Random pairs have no hidden state that could open the gates,
-    so these stand open (SPEC N1: every write at full strength, nothing forgotten); with `tokens_BT` they are the ones
+    so these stand open (N1: every write at full strength, nothing forgotten); with `tokens_BT` they are the ones
     that the model opens for that text, which tells how much it chooses to write and keep.
     """
     blocks = _with_memory(model)

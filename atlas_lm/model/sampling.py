@@ -1,4 +1,4 @@
-"""Continue token sequences: prefill, then decode token by token on the state of constant size (SPEC M14)."""
+"""Continue token sequences: prefill, then decode token by token on the state of constant size (M14)."""
 
 # B batch, T tokens, V vocabulary
 

@@ -25,7 +25,8 @@ from atlas_lm.config.schema import ModelConfig, OptimConfig
 from atlas_lm.model.atlas import AtlasLM, Output
 from atlas_lm.model.probes import losses_with_and_without_memory, write_and_read
 from atlas_lm.model.sampling import generate
-from atlas_lm.training.flat_storage import side_by_side
+from atlas_lm.training.flat_storage import flat_storage
+from atlas_lm.training.lightning_internals import logging_step
 from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
 
 UNSCORED = -100
@@ -76,7 +77,7 @@ class AtlasModule(L.LightningModule):
         self.bytes_per_token = bytes_per_token
         self.model = AtlasLM(model, vocab_size)
         parameters = list(self.model.parameters())
-        for parameter, copy in zip(parameters, side_by_side(parameters), strict=True):
+        for parameter, copy in zip(parameters, flat_storage(parameters), strict=True):
             parameter.data = copy
         # torchmetrics drops NaN by default: a validation that is partly NaN would look healthy
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
@@ -85,7 +86,7 @@ class AtlasModule(L.LightningModule):
         # of the gradients of this step in these versions; as long as they are held no other has their id
         self._known_norm: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
         self._gates: tuple[Tensor, ...] = ()  # of the last training step
-        self.loss_weights = {"polarisation": 0.0}  # λ of SPEC M15, until a schedule sets it
+        self.loss_weights = {"polarisation": 0.0}  # λ of M15, until a schedule sets it
 
     # What callbacks ask for
 
@@ -95,7 +96,7 @@ class AtlasModule(L.LightningModule):
         return self.model.local_chunks
 
     def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
-        """Change them at run time (SPEC M13)."""
+        """Change them at run time (M13)."""
         self.model.set_local_chunks(chunks)
 
     def set_loss_weight(self, name: str, weight: float) -> None:
@@ -120,7 +121,7 @@ class AtlasModule(L.LightningModule):
     def write_and_read(
         self, keys: Tensor, values: Tensor, query: Tensor, batch: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """What every memory answers after learning pairs (SPEC C1), with its gates open, or as `batch` opens them.
+        """What every memory answers after learning pairs (C1), with its gates open, or as `batch` opens them.
 
         See `needles.write_and_read`.
         """
@@ -132,7 +133,7 @@ class AtlasModule(L.LightningModule):
         return layers, self.model_config.heads, self.model_config.head_dim
 
     def persistent_memory(self) -> list[Tensor]:
-        """The persistent keys of every layer, (heads, keys, dim) each (SPEC M10)."""
+        """The persistent keys of every layer, (heads, keys, dim) each (M10)."""
         blocks: list[Any] = [block for block in self.model.blocks if block.memory is not None]
         return [block.memory.hierarchy.persistent_keys.detach() for block in blocks]
 
@@ -159,7 +160,7 @@ class AtlasModule(L.LightningModule):
         return loss
 
     def _polarise(self, gates: tuple[Tensor, ...]) -> None:
-        """Add the capped gradient of the polarisation loss where the main gradient passes the gates (SPEC M15)."""
+        """Add the capped gradient of the polarisation loss where the main gradient passes the gates (M15)."""
         weight = self.loss_weights["polarisation"]
         if weight == 0 or not gates:
             return
@@ -271,7 +272,7 @@ class AtlasModule(L.LightningModule):
 
     def _logging_step(self) -> int:
         """The step of all loggers, which never goes back; `global_step` does at a rollback."""
-        return self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        return logging_step(self.trainer)
 
     def on_validation_end(self) -> None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from callbacks.support.lightning_internals import STEPPED, logged_steps, logging_step
+
 Position = tuple[int, int]  # logging steps, which never go back, and optimizer steps, which a rollback sets back
 
 
 def position_now(trainer: Trainer) -> Position:
     """The position that a checkpoint written at this moment has."""
-    loop = trainer.fit_loop.epoch_loop
-    total: Any = loop.batch_progress.total
-    return _position(loop._batches_that_stepped, total.completed, total.processed, trainer.global_step)
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return _position(logging_step(trainer), total.completed, total.processed, trainer.global_step)
 
 
 def position(path: Path) -> Position | None:
@@ -26,7 +27,7 @@ def position(path: Path) -> Position | None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         loop = content["loops"]["fit_loop"]
         total = loop["epoch_loop.batch_progress"]["total"]
-        done = loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+        done = loop["epoch_loop.state_dict"][STEPPED]
         return _position(done, total["completed"], total["processed"], content["global_step"])
     except Exception:  # what a file of somebody else's makes torch's reader raise has no end
         return None
@@ -46,5 +47,4 @@ def by_step(folder: Path, prefix: str) -> list[Path]:
 
 
 def _position(stepped: int, completed: int, processed: int, step: int) -> Position:
-    # Lightning's own rule: where a step was not complete when it was saved, its number has not been counted up yet
-    return stepped + (completed < processed), step
+    return logged_steps(stepped, completed, processed), step

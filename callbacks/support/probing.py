@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
+from callbacks.support.lightning_internals import logging_step
+
 
 @contextmanager
 def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -85,14 +87,8 @@ def record_start(trainer: Trainer, values: Mapping[str, float]) -> None:
     metrics.update({name: torch.tensor(float(value)) for name, value in values.items() if name not in metrics})
 
 
-def is_logging_step(trainer: Trainer) -> bool:
-    """Whether Lightning gives the values of this step to the loggers; a cheaper way than to offer it some each step."""
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-
-
 def send(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Give `values` to the loggers at this very step."""
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # Lightning's own step of loggers: it never goes back
+    step = logging_step(trainer)  # it never goes back
     for logger in trainer.loggers:
         logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)

@@ -1,10 +1,10 @@
 """The state of a run in memory, and the way back to it inside `fit`.
 
-The oracle (SPEC C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the
+The oracle (C2): after `restore`, weights, buffers, optimizer moments, schedulers, scaler, step counter and the
 other callbacks' state are bitwise those of a run that never saw the batches in between. The data is not touched: it
 moves on.
 
-Lightning has no public way to do this; everything private that it takes stands in this file, and
+Lightning has no public way to do this; what is private stands in `lightning_internals.py`, and
 `tests/callbacks/test_spike_rollback.py` holds it to that oracle.
 """
 
@@ -15,7 +15,6 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from callbacks.support.lightning_internals import forget_last_save, load_checkpoint_hooks
 from callbacks.support.probing import reshard
 
 # Each rank keeps its own shard, in main memory: a ring of snapshots has no place on a GPU.
@@ -81,7 +81,7 @@ def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
 def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> None:
     """Go back to `snapshot`, which stays usable; to be called on every rank, between two optimizer steps."""
     checkpoint = copied(snapshot.checkpoint)
-    call._call_callbacks_on_load_checkpoint(trainer, checkpoint)
+    load_checkpoint_hooks(trainer, checkpoint)
     pl_module.on_load_checkpoint(checkpoint)
     reshard(pl_module)
     set_model_state_dict(pl_module, checkpoint["state_dict"])
@@ -102,8 +102,7 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
     loop.automatic_optimization.optim_progress.load_state_dict(copied(snapshot.progress[0]))
     loop.scheduler_progress.load_state_dict(copied(snapshot.progress[1]))
     for callback in trainer.checkpoint_callbacks:  # the steps behind this one will be saved again
-        if hasattr(callback, "_last_global_step_saved"):
-            callback._last_global_step_saved = 0
+        forget_last_save(callback)
     # batch_progress, epoch_progress, the loaders and the loggers' step stay: the data and the records move on
 
 

@@ -24,7 +24,7 @@ def test_a_run_continues_a_prompt(basic_run: Path, capsys: pytest.CaptureFixture
 
 
 def test_decoding_is_the_argmax_of_the_parallel_forward(basic_run: Path) -> None:
-    """Greedy decoding token by token, against the logits of one call over prompt and continuation (SPEC M14)."""
+    """Greedy decoding token by token, against the logits of one call over prompt and continuation (M14)."""
     model = load_model(resolve_checkpoint(basic_run))
     prompt = torch.arange(97, 117).unsqueeze(0)
     written = sampling.generate_tokens(model, prompt, tokens=30, temperature=0)

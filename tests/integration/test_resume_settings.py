@@ -1,4 +1,4 @@
-"""docs/resume.md: what a resumed run does with a setting that was changed. Every row is changed here at a resume."""
+"""docs/resume-and-clusters.md, the table of settings: every row is changed here at a resume, and judged as it says."""
 
 import fnmatch
 import inspect
@@ -168,7 +168,7 @@ def row_of(setting: str, rows: dict[str, str]) -> str | None:
 
 def table() -> dict[str, str]:
     """setting → applies | refused | ignored by nature, as the documentation has it."""
-    text = (ROOT / "docs" / "resume.md").read_text()
+    text = (ROOT / "docs" / "resume-and-clusters.md").read_text()
     return dict(re.findall(r"^\| `([^`]+)` \| (applies|refused|ignored by nature) \|", text, re.MULTILINE))
 
 

@@ -1,4 +1,4 @@
-"""Small hierarchies of every kind, their inputs, and the properties that every memory layer must have (SPEC M17)."""
+"""Small hierarchies of every kind, their inputs, and the properties that every memory layer must have (M17)."""
 
 from __future__ import annotations
 

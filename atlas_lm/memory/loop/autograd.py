@@ -1,4 +1,4 @@
-"""The loop over chunks as one autograd function (SPEC M7).
+"""The loop over chunks as one autograd function (M7).
 
 Autograd through the loop would run some hundreds of small operations a chunk, and keep their results and the fast
 weights of every chunk. Here a chunk keeps its factors, and the fast weights are kept every few chunks: the backward

@@ -1,4 +1,4 @@
-"""One chunk of the memory: learn, read, update (SPEC M7). Without autograd; `backward.py` is the way back.
+"""One chunk of the memory: learn, read, update (M7). Without autograd; `backward.py` is the way back.
 
 w = W_ξ − W_init lies above s = S_ξ in one matrix z per layer, so that few products pass over it. Layer by layer, with
 inputs x (x₁ = φ(k), x₂ = h), errors e and the coefficients ω/D and Γ/D of `coefficients.py`:

@@ -1,4 +1,4 @@
-"""What the loop over chunks takes and keeps, whichever of its forms runs (SPEC M7)."""
+"""What the loop over chunks takes and keeps, whichever of its forms runs (M7)."""
 
 # G batch × heads, K chunks, C chunk, N = C + halo tokens of a block, F feature dim, P pre-activations, E hidden dim
 # of layer l: R rows (F or E), Q columns (P or D)

@@ -46,8 +46,8 @@ def called(main: Callable[[list[str]], None], *arguments: str) -> tuple[int, str
 
 
 COMMANDS: dict[str, Callable[[Path], tuple[int, str]]] = {
-    "phase2": lambda run: called(command.main, "phase2", f"run={run}", "sequences=4", "decisions=decisions.md"),
-    "phase4": lambda run: called(command.main, "phase4", f"run={run}", "sequences=4", "decisions=decisions.md"),
+    "phase2": lambda run: called(command.main, "phase2", f"run={run}", "sequences=4", "decisions=decisions.yaml"),
+    "phase4": lambda run: called(command.main, "phase4", f"run={run}", "sequences=4", "decisions=decisions.yaml"),
     "generate": lambda run: called(generate.main, f"run={run}", "prompt=a", "tokens=2"),
     "calibrate": lambda run: called(calibrate.main, f"run={run}"),
     "compare": lambda run: called(compare.main, str(run), "out=compared"),

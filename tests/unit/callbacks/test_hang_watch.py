@@ -21,8 +21,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from callbacks.hang_watch import GRACE_S, HangWatch, Judge, RankSilent, Sign, birth_of
+from callbacks.hang_watch import HangWatch, RankSilent
 from callbacks.support import collectives as ranks
+from callbacks.support.connections import birth_of
+from callbacks.support.hang_judge import Judge, Sign
+from callbacks.support.heartbeat import GRACE_S
 from tests.support import ROOT
 from tests.support.forking import start
 from tests.support.toys import STEPS, Line, Lines, loader

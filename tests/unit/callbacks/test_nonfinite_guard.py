@@ -104,7 +104,7 @@ def test_with_a_loss_scaler_it_only_watches(fit: Any, line: Any) -> None:
 
     class Scaled(lightning.Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            trainer.precision_plugin.scaler = object()
+            trainer.precision_plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
 
     guard, module = NonfiniteGuard(0), poison_gradient(line(), {2})
     fit(module, Scaled(), guard, max_steps=3)
@@ -136,5 +136,5 @@ def test_a_rollback_leaves_its_counters_alone() -> None:
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"max_consecutive=-1 must be at least 0"):
+    with pytest.raises(ValueError, match=r"max_consecutive=-1 of nonfinite_guard must be at least 0"):
         NonfiniteGuard(-1)

@@ -55,7 +55,7 @@ def test_resuming_into_another_folder_leaves_the_first_alone(fit: Any, line: Any
     ],
 )  # fmt: skip
 def test_counts_are_checked(name: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{name} of the checkpoints must be"):
+    with pytest.raises(ValueError, match=f"{name} of checkpoint must be"):
         StepCheckpoint(**{"folder": "x", "every_n_steps": 1, **changes})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The spike threshold from an observed run (SPEC C3)."""
+"""The spike threshold from an observed run (C3)."""
 
 import json
 import math

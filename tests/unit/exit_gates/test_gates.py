@@ -15,10 +15,11 @@ from atlas_lm.exit_gates import measured_gates as measures
 from atlas_lm.exit_gates import recorded_gates as records
 from atlas_lm.exit_gates import rollback_drill as rollback
 from atlas_lm.exit_gates.artifacts import uncovered
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.loggers.jsonl import row
 from atlas_lm.memory.projection import ProjectionState
 from callbacks.proactive_clipping import ProactiveClipping
+from tests.support.gate_cases import decided
 from tests.support.launching import SMALL_MODEL
 
 Rows = list[dict[str, Any]]
@@ -304,32 +305,48 @@ def test_g2_6_judgement(seen: rollback.ForcedSpike, count: int, reached: int, wo
 
 
 SMALL = chunk_sizes.model_config("tiny", SMALL_MODEL)
-LINE = "decided: model=tiny dim=16 layers=1 heads=2 head_dim=8 local_chunks=[{}] tokens_per_second={}"
 
 
-def test_g2_1_the_newest_decision_on_this_model_counts() -> None:
-    text = "\n".join(["# Decisions", f"`{LINE.format('8,16', 100)}`", "words", f"`{LINE.format(4, 1234)}`"])
-    assert chunk_sizes.judge(text, SMALL) == Finding(True, "{4}", "{4}, 1,234 tokens/s")
-    other = chunk_sizes.judge("\n".join([text, LINE.format("8,16,32,64", 9)]), SMALL)
+def test_g2_1_the_newest_decision_counts() -> None:
+    known = [decided([8, 16], 100), decided([4], 1234), decided([8], 5, dim=32)]
+    assert chunk_sizes.judge(known, SMALL) == GateResult(True, "{4}", "{4}, 1,234 tokens/s")
+    other = chunk_sizes.judge([*known, decided([8, 16, 32, 64], 9)], SMALL)
     assert not other.passed
     assert "Set A: {8,16,32,64} was decided, the run has {4}" in other.detail
 
 
 @pytest.mark.parametrize(
-    "text",
+    "known",
     [
-        "",
-        "we decided: model=tiny",
-        LINE.format(4, 99).replace("dim=16", "dim=32"),
-        LINE.format(4, 99).replace("model=tiny", "model=tiny2"),
-        LINE.format("", 99),
-        LINE.format(4, "nan"),
-        LINE.format(4, 99).partition(" tokens")[0],
+        [],
+        [{}],
+        [decided([4], dim=32)],
+        [decided([4], model="tiny2")],
+        [decided([])],
+        [decided("4")],
+        [decided(["4"])],
+        [decided([4], math.nan)],
+        [decided([4], None)],
+        [decided([4], "99")],
+        [decided([4], 0)],
     ],
 )
-def test_g2_1_no_decision(text: str) -> None:
+def test_g2_1_no_decision(known: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"no decision on model=tiny, dim=16|repeat it"):
-        chunk_sizes.judge(text, SMALL)
+        chunk_sizes.judge(known, SMALL)
+
+
+@pytest.mark.parametrize("text", ["a: 1", "- 3", "- [1]", "text", "- {a: [", "\xff", "- date: 2026-99-99", "[" * 2000])
+def test_g2_1_a_file_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "decisions.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"decisions\.yaml"):
+        chunk_sizes.read_decisions(path)
+
+
+def test_the_repository_has_decided_on_the_default_model() -> None:
+    known = chunk_sizes.read_decisions(chunk_sizes.DECISIONS)
+    assert chunk_sizes.judge(known, chunk_sizes.model_config("tiny", [])).passed
 
 
 @pytest.mark.parametrize(("rate", "chosen"), [(110.0, (64,)), (110.1, (8,)), (50.0, (64,))])
@@ -341,23 +358,28 @@ def test_a_decision_against_the_config_says_so() -> None:
     rates = {**dict.fromkeys(chunk_sizes.candidates(SMALL), 100.0), (8,): 150.0}
     text = chunk_sizes.entry(SMALL, rates, chunk_sizes.Options())
     assert "Set D: {8}, 50% faster than the configured {4}: model.local_chunks has to follow" in text
-    found = chunk_sizes.judge(text, SMALL)
-    assert not found.passed
-    assert chunk_sizes.judge(text, ModelConfig(**{**vars(SMALL), "local_chunks": [8]})).passed
+    known = [chunk_sizes.decision(SMALL, rates)]
+    assert not chunk_sizes.judge(known, SMALL).passed
+    assert chunk_sizes.judge(known, ModelConfig(**{**vars(SMALL), "local_chunks": [8]})).passed
 
 
 def test_chunk_sizes_are_measured_and_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "docs" / "decisions.md"
+    path = tmp_path / "conf" / "decisions.yaml"
+    asked = ["steps=2", "seq_len=32", "batch_size=1", f"decisions={path}", *SMALL_MODEL, "model.shard=128"]
     path.parent.mkdir()
     path.write_text("# Decisions\n")
-    command.main(
-        ["chunk_sizes", "steps=2", "seq_len=32", "batch_size=1", f"decisions={path}", *SMALL_MODEL, "model.shard=128"]
-    )
-    text = path.read_text()
-    assert text.startswith("# Decisions\n\n## 20")
+    command.main(["chunk_sizes", *asked])
+    page = capsys.readouterr().out
     for chunks in ("{8,16,32,64}", "{16,32,64,128}", "{8,32,64}", "{8}", "{4} (configured)"):
-        (cells,) = [line.split("|") for line in text.splitlines() if line.startswith("|") and f"{chunks} |" in line]
+        (cells,) = [line.split("|") for line in page.splitlines() if line.startswith("|") and f"{chunks} |" in line]
         assert float(cells[2].replace(",", "")) > 0
-    decision = chunk_sizes.find_decision(text, SMALL)
-    assert f"tokens_per_second={decision['tokens_per_second']}" in capsys.readouterr().out
-    assert decision["local_chunks"] in ("[4]", "[8]", "[8,32,64]", "[8,16,32,64]", "[16,32,64,128]")
+    assert path.read_text().startswith("# Decisions\n- model: tiny\n")
+    (found,) = chunk_sizes.read_decisions(path)
+    assert found["local_chunks"] in ([4], [8], [8, 32, 64], [8, 16, 32, 64], [16, 32, 64, 128])
+    assert found == {**decided(found["local_chunks"], found["tokens_per_second"]), "date": found["date"],
+                     "device": chunk_sizes.device_name()}  # fmt: skip
+    assert f"{found['tokens_per_second']:,}" in page
+    path.write_text("a: 1\n")
+    with pytest.raises(ValueError, match="no list of decisions"):
+        command.main(["chunk_sizes", *asked])
+    assert path.read_text() == "a: 1\n"

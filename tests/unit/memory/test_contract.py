@@ -1,4 +1,4 @@
-"""The behaviour contract of every memory variant and of the whole model, at awkward sizes (SPEC M17)."""
+"""The behaviour contract of every memory variant and of the whole model, at awkward sizes (M17)."""
 
 from itertools import combinations, product
 
@@ -119,7 +119,7 @@ every_split = pytest.mark.parametrize(
 @every_variant
 @every_split
 def test_a_stream_is_the_parallel_forward_from_any_split(variant, splits):
-    """Inside one shard; any split point lies in the middle of some chunk (SPEC M14)."""
+    """Inside one shard; any split point lies in the middle of some chunk (M14)."""
     hierarchy, inputs = build(variant), make_inputs(SPEC.shard)
     T = SPEC.shard
     with torch.inference_mode():
@@ -271,7 +271,7 @@ def test_every_parameter_of_the_model_learns(changes):
 
 @every_fusion
 def test_the_gate_depends_on_the_memory_alone_and_zero_takes_it_out(fusion):
-    """SPEC M12: a gate of 0 leaves nothing of the memory; multiplicative forms then leave nothing at all."""
+    """M12: a gate of 0 leaves nothing of the memory; multiplicative forms then leave nothing at all."""
     torch.manual_seed(0)
     layer = build_model(fusion=fusion).blocks[0].fusion
     attended, remembered = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Feature maps, and the capacity that they buy: a needle in a haystack at initialisation (SPEC M1, N1)."""
+"""Feature maps, and the capacity that they buy: a needle in a haystack at initialisation (M1, N1)."""
 
 from math import comb
 

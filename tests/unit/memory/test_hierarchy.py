@@ -1,4 +1,4 @@
-"""The hierarchy: shards, resets, chunk sizes at run time, documents, Omega windows (SPEC M4, M8, M9, M11, M13)."""
+"""The hierarchy: shards, resets, chunk sizes at run time, documents, Omega windows (M4, M8, M9, M11, M13)."""
 
 import math
 
@@ -44,7 +44,7 @@ def gradient_of(hierarchy: Hierarchy, inputs: Inputs, start: int, end: int, **kw
 @pytest.mark.parametrize("context", [1, 4])
 @pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
 def test_no_gradient_crosses_a_shard_border(update, context):
-    """Exactly zero through local memories and projection, Omega windows included (SPEC M11)."""
+    """Exactly zero through local memories and projection, Omega windows included (M11)."""
     found = gradient_of(local_only(update=update, context=context), make_inputs(63), SHARD, 2 * SHARD)
     for part in (found.cut(0, SHARD), found.cut(2 * SHARD, 63)):
         assert all((g == 0).all() for g in part)
@@ -69,7 +69,7 @@ def test_parallel_shards_are_each_shard_alone(T, context):
 
 @pytest.mark.parametrize("context", [1, 4])
 def test_omega_windows_cross_chunk_borders(context):
-    """With no write in the first chunk and its momentum cut off, only a window still sees its tokens (SPEC M4)."""
+    """With no write in the first chunk and its momentum cut off, only a window still sees its tokens (M4)."""
     torch.manual_seed(0)
     C, T, D = 7, 14, 4
     rule = Rule(build_network("linear", False), C, context)
@@ -87,7 +87,7 @@ def test_omega_windows_cross_chunk_borders(context):
 
 
 def test_projection_restarts_from_the_persistent_values_exactly():
-    """SPEC M9: both M and n, whatever came before."""
+    """M9: both M and n, whatever came before."""
     torch.manual_seed(0)
     persistent = persistent_state(torch.randn(2, 64, 4), 3)
     assert (persistent.n > 0).all()
@@ -119,7 +119,7 @@ def test_every_shard_begins_at_the_persistent_values():
 
 
 def test_persistent_values_follow_the_keys():
-    """Derived on use: they cannot go stale (SPEC M10)."""
+    """Derived on use: they cannot go stale (M10)."""
     hierarchy = make_hierarchy()
     with torch.no_grad():
         hierarchy.persistent_keys.mul_(3.0)
@@ -159,7 +159,7 @@ def test_what_no_memory_can_be_built_from(change, message):
 
 @pytest.mark.parametrize("chunks", [(1, 1), (5, 11), (24, 64), (100, 2)])
 def test_chunk_sizes_change_at_run_time(chunks):
-    """Any size, bitwise a hierarchy that was built with it (SPEC M13)."""
+    """Any size, bitwise a hierarchy that was built with it (M13)."""
     changed, fresh, inputs = make_hierarchy(), make_hierarchy(SPEC._replace(local_chunks=chunks)), make_inputs(63)
     with torch.inference_mode():
         before = changed(*inputs)[0]

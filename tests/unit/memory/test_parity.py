@@ -1,4 +1,4 @@
-"""The chunked form against the reference, one token at a time: outputs, final state and every gradient (SPEC M7).
+"""The chunked form against the reference, one token at a time: outputs, final state and every gradient (M7).
 
 The fast suite has each pair of parameter values; `-m "slow or not slow"` has them all.
 """
@@ -94,7 +94,7 @@ def test_gates_that_are_closed_or_nearly(name, chunk, read, gate, path):
 
 @every_pair(cuts=[(1,), (20, 21), (7, 14, 50)], update=UPDATES, path=PATHS)
 def test_pieces_equal_one_call(cuts, update, path):
-    """A stream may be cut anywhere, also in the middle of a chunk (SPEC M14)."""
+    """A stream may be cut anywhere, also in the middle of a chunk (M14)."""
     case = make_case("gated_mlp", 63, eta_max=ETA[update])
     compare(case, rule_of(case, 63, 7, 4, update), 1e-9, cuts)
 
@@ -107,7 +107,7 @@ def test_float32(T, chunk, path):
 
 @every_pair(T=[1, 7, 63, 100, 200], restarts=[(), (0, 70)], persistent_keys=[0, 5])
 def test_projection_equals_reference(T, restarts, persistent_keys):
-    """Q–K projection in blocks against TNT eq 13–15 token by token, with and without persistent keys (SPEC M9)."""
+    """Q–K projection in blocks against TNT eq 13–15 token by token, with and without persistent keys (M9)."""
     torch.manual_seed(0)
     keys = torch.randn(2, persistent_keys, 4, dtype=torch.float64, requires_grad=True)
     q, k = (torch.randn(3, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))

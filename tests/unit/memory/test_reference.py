@@ -17,7 +17,7 @@ def matrices(g: net.Gradient) -> list[torch.Tensor]:
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("kind", ["gated_mlp", "mlp", "linear"])
 def test_closed_form_gradient_is_that_of_autograd(kind, residual):
-    """SPEC M3: ∇ ½‖M(W; k) − v‖², float64."""
+    """M3: ∇ ½‖M(W; k) − v‖², float64."""
     torch.manual_seed(0)
     network = net.build_network(kind, residual)
     k, v, phi = (torch.randn(3, 1, n, dtype=torch.float64) for n in (D, D, 9))
@@ -31,7 +31,7 @@ def test_closed_form_gradient_is_that_of_autograd(kind, residual):
 
 
 def test_curvature_bounds_the_true_blocks():
-    """κ_ij against the norm of the block of tokens i, j in the curvature, built from Jacobians (SPEC M16)."""
+    """κ_ij against the norm of the block of tokens i, j in the curvature, built from Jacobians (M16)."""
     torch.manual_seed(0)
     network = net.build_network("gated_mlp", residual=False)
     T, F = 6, 9
@@ -50,7 +50,7 @@ def test_curvature_bounds_the_true_blocks():
 
 
 def by_recursion(rule, case):
-    """SPEC M5 literally, on whole matrices, without the sharing of curvature: S_t = θ S + g_t, W_t = α W − η U(S_t).
+    """M5 literally, on whole matrices, without the sharing of curvature: S_t = θ S + g_t, W_t = α W − η U(S_t).
 
     At chunk 1 the sharing is a division by c κ_tt alone.
     """
@@ -80,7 +80,7 @@ def by_recursion(rule, case):
 @pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
 @pytest.mark.parametrize("kind", ["gated_mlp", "linear"])
 def test_chunk_one_is_the_token_rule(kind, update):
-    """SPEC M7: C = 1 gives the exact token rule."""
+    """M7: C = 1 gives the exact token rule."""
     case = make_case(kind, 20, eta_max=1.0 if update == "gradient" else 0.01)
     rule = Rule(case.network, 1, 1, update)
     y, state = run(reference, rule, case)
@@ -91,7 +91,7 @@ def test_chunk_one_is_the_token_rule(kind, update):
 
 
 def test_newton_schulz_orthogonalises():
-    """SPEC M6: singular values end near 1, a zero matrix stays zero with a finite gradient."""
+    """M6: singular values end near 1, a zero matrix stays zero with a finite gradient."""
     torch.manual_seed(0)
     x = torch.randn(3, 8, 5, dtype=torch.float64)
     values = torch.linalg.svdvals(newton_schulz(x))

@@ -1,4 +1,4 @@
-"""Fast weights stay finite and bounded, and what can be learned is learned, whatever the gates (SPEC M16, P)."""
+"""Fast weights stay finite and bounded, and what can be learned is learned, whatever the gates (M16, P)."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Sizes of the model configs, and the parts around the memory: attention, RoPE, convolution (SPEC M12)."""
+"""Sizes of the model configs, and the parts around the memory: attention, RoPE, convolution (M12)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the module adds to a language model: gate polarisation (SPEC M15), one storage, one gradient norm a step."""
+"""What the module adds to a language model: gate polarisation (M15), one storage, one gradient norm a step."""
 
 import lightning
 import pytest

@@ -1,4 +1,4 @@
-"""Parameter groups, Muon and AdamW behind one interface, warm-up and cosine (SPEC T5)."""
+"""Parameter groups, Muon and AdamW behind one interface, warm-up and cosine (T5)."""
 
 import copy
 import io
@@ -88,7 +88,7 @@ def test_what_muon_takes_and_what_decays():
 
 @both
 def test_what_a_memory_hangs_on_learns_at_its_own_rate_and_does_not_decay(name):
-    """W_init and the feature map: at the rate of the other weights they lose the needle (docs/decisions.md)."""
+    """W_init and the feature map: at the rate of the other weights they lose the needle (docs/decisions/0021)."""
     spec = MemorySpec(dim=32, heads=2, head_dim=32, local_chunks=(4,), global_chunk=8, shard=8, rank=40)
     net = nn.ModuleDict({"hierarchy": Hierarchy(spec)})
     net = nn.ModuleDict({"block": net})

@@ -1,0 +1,76 @@
+"""The table of figures says what the newest runs say, and goes between the markers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atlas_lm.loggers.jsonl import row
+from benchmarks import figures
+
+
+def write_run(outputs: Path, name: str, gates: dict[str, float], **values: Any) -> None:
+    folder = outputs / name / "2026-01-01_00-00-00"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").symlink_to(folder.name)
+    report = {
+        "status": "finished", "steps": 1000, "tokens": 2_048_000, "train_seconds": 360.0, "parameters": 10,
+        "tokens_per_second": 6000.0, "val_bytes": 429_019, "val_bits_per_byte": 1.5, "gzip_bits_per_byte": 2.0,
+        "xz_bits_per_byte": 1.75, "recall_accuracy": 1.0, **values,
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "config.yaml").write_text("name: x\n")
+    rows = [row(i, 0.0, {"memory/contribution": 5.0 + i}) for i in range(2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    judged = [{"id": gate, "passed": value > 0, "measured": value} for gate, value in gates.items()]
+    phase = figures.GATES.get(name)
+    if phase:
+        (folder / "exit_gates.json").write_text(json.dumps({phase: judged}))
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    gates = {"stage1": {"G2-4": 0.0, "G2-5": 0.874}, "stage2": {"G4-4": 0.009, "G4-5": 0.23, "G4-6": 0.836}}
+    for i, name in enumerate(figures.RUNS):
+        write_run(tmp_path, name, gates.get(name, {}), val_bits_per_byte=1.5 + i / 10)
+    return tmp_path
+
+
+def test_the_table_is_written_between_the_markers(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for page in figures.PAGES:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n")
+    figures.main(["--write", "--outputs", str(outputs)], root=tmp_path)
+    printed = capsys.readouterr().out.strip()
+    for page in figures.PAGES:
+        assert (tmp_path / page).read_text() == f"before\n{figures.BEGIN}\n{printed}\n{figures.END}\nafter\n"
+    assert "| held-out source (429,019 bytes), bits per byte | **1.500** |" in printed
+    assert "| no memory, **equal time**: 1,000 steps in 6.0 min | **1.700** |" in printed
+    assert "optim.total_steps=2900 name=stage1_twin_equal_time`" in printed
+    assert "| perplexity without the memory's output, as a multiple | 7.00 |" in printed
+    assert "| exit gates of Stage 1 | **1/2** |" in printed
+    found = json.loads((tmp_path / figures.NUMBERS).read_text())
+    assert found["runs"]["stage2"] == "2026-01-01_00-00-00"
+    assert len(found["figures"]) == len(printed.splitlines()) - 2
+    assert {"what": "the same bytes, gzip -9", "values": [2.0], "command": "the same"} in found["figures"]
+
+
+def test_a_run_that_is_missing_is_named_with_its_command(outputs: Path) -> None:
+    (outputs / figures.EQUAL_TIME).rename(outputs / "away")
+    with pytest.raises(ValueError, match=r"stage1_twin_equal_time.*comes from python train\.py"):
+        figures.collect(str(outputs))
+
+
+@pytest.mark.parametrize("page", ["", figures.BEGIN, f"{figures.END} {figures.BEGIN}", figures.BEGIN * 2 + figures.END])
+def test_a_page_without_its_markers_is_not_written(page: str) -> None:
+    with pytest.raises(ValueError, match="the page needs one line"):
+        figures.inserted(page, "x")
+
+
+def test_the_pages_of_the_repository_have_their_markers() -> None:
+    for page in figures.PAGES:
+        text = (figures.ROOT / page).read_text()
+        assert figures.HEAD in figures.inserted(text, figures.HEAD)
