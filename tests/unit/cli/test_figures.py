@@ -1,6 +1,7 @@
 """Pictures are written whole or not at all."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib.image
 import pytest
@@ -20,8 +21,8 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.png").write_bytes(b"old")
     figure = new_figure(4, 2)
 
-    def half(path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
+    def half(file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
         raise OSError("full")
 
     monkeypatch.setattr(figure, "savefig", half)

@@ -248,7 +248,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     write_durably(tmp_path / "a", b"old")
     assert content(tmp_path) == {"a": b"old"}
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", lambda *_: power_cut(_))
+        patched.setattr(os, "replace", lambda *_: power_cut(_))
         with pytest.raises(KeyboardInterrupt):
             write_durably(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
