@@ -5,7 +5,6 @@ from atlas_lm.training import preemption
 if __name__ == "__main__":
     preemption.exit_when_preempted()  # before the imports below, which take seconds
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from atlas_lm.cli import errors as cli
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.run_tokenizer import keep_tokenizer
-from atlas_lm.runs.lifecycle import close_run_folder, result_of_sweep, run_folder, settle_in
+from atlas_lm.runs.lifecycle import close_run_folder, open_run_folder, result_of_sweep, write_resumed_metadata
 from atlas_lm.runs.report import Report, judge
-from atlas_lm.runs.resume import continue_records, starting_point
-from atlas_lm.runs.stats import RunRecorder
+from atlas_lm.runs.resume import load_starting_weights, rewind_loggers
+from atlas_lm.runs.stats import RunStats
 from atlas_lm.training.lightning_internals import count_recorded_steps
 from atlas_lm.training.module import AtlasModule
-from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, second_look
+from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, warn_unusual_settings
 
 ROOT = Path(__file__).parent
 
@@ -37,43 +36,44 @@ def train(cfg: DictConfig) -> Report:
     if done is not None:
         return done
     with preemption.preemptible(requeue_exit_code(cfg)):
-        with run_folder(cfg, ROOT) as goes_on:
-            report = fit(cfg, config, goes_on)
+        with open_run_folder(cfg, ROOT) as resumes:
+            report = fit(cfg, config, resumes)
         close_run_folder(cfg, report)
     return report
 
 
-def fit(cfg: DictConfig, config: TrainConfig, goes_on: bool) -> Report:
+def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     """Train in the run's folder, from the start or from where it ended; whatever becomes of it, there is a report."""
     prepare_process(config.seed)
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
-    second_look(config, dm)
+    warn_unusual_settings(config, dm)
     bytes_per_token = dm.validation_bytes / dm.validation_tokens if dm.validation_bytes else None
     module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token, dm.tokenizer_fingerprint)
-    checkpoint = starting_point(config, module)
+    point = load_starting_weights(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
 
     held_out = f"{dm.held_out_fingerprint}, {cfg.data}, {cfg.trainer}, {config.precision}"
-    recorder = RunRecorder(held_out, partial(settle_in, cfg, ROOT) if goes_on else None)
-    trainer = build_trainer(cfg, recorder)
-    recorded = continue_records(trainer, checkpoint) if checkpoint else 0
+    stats = RunStats(held_out, partial(write_resumed_metadata, cfg, ROOT) if resumes else None)
+    trainer = build_trainer(cfg, stats)
+    if point is not None:
+        rewind_loggers(trainer, point)
     try:
-        trainer.fit(module, dm, ckpt_path=checkpoint)
-        if not recorder.has_begun:  # its last step was done: Lightning leaves before it counts that
-            count_recorded_steps(trainer, recorded)
-            recorder.skip_training()
-        if recorder.validated_at != trainer.global_step:
+        trainer.fit(module, dm, ckpt_path=point.checkpoint if point else None)
+        if not stats.has_begun:  # its last step was done: Lightning leaves before it counts that
+            count_recorded_steps(trainer, point.next_step if point else 0)
+            stats.skip_training()
+        if stats.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)
     except BaseException as error:
-        if isinstance(error, Exception) or recorder.error is None:
-            recorder.error = error  # Lightning gives callbacks the first one; a safeguard may have found its cause
+        if isinstance(error, Exception) or stats.error is None:
+            stats.error = error  # Lightning gives callbacks the first one; a safeguard may have found its cause
         raise
     finally:
-        if recorder.error is None and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep has more to do
+        if stats.error is None and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep has more to do
             preemption.ignore_from_now_on()
-        if recorder.has_begun or not goes_on:  # a resume that is refused leaves the run as it was
-            report = judge(Path(config.paths.run), trainer, module, dm, recorder)
+        if stats.has_begun or not resumes:  # a resume that is refused leaves the run as it was
+            report = judge(Path(config.paths.run), trainer, module, dm, stats)
     return report
 
 
@@ -85,4 +85,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.leave(cli.run(main))

@@ -40,7 +40,7 @@ class Figure(NamedTuple):
     command: str
 
 
-class Evidence(NamedTuple):
+class RunArtifacts(NamedTuple):
     """What the newest finished runs say of themselves."""
 
     reports: dict[str, dict[str, Any]]  # by experiment
@@ -49,7 +49,7 @@ class Evidence(NamedTuple):
     folders: dict[str, str]  # by experiment, the run folder's name
 
 
-def collect(outputs: str = "outputs") -> Evidence:
+def collect(outputs: str = "outputs") -> RunArtifacts:
     """Read the runs. ValueError or OSError, naming it, where one is missing or was not judged."""
     reports, gates, folders = {}, {}, {}
     for name, command in RUNS.items():
@@ -64,10 +64,10 @@ def collect(outputs: str = "outputs") -> Evidence:
             gates[name] = {gate["id"]: gate for gate in found}
     rows = read_rows(resolve_run("stage1", outputs) / "metrics.jsonl")
     contributions = [row["memory/contribution"] for row in rows if row.get("memory/contribution") is not None]
-    return Evidence(reports, gates, contributions[-1], folders)
+    return RunArtifacts(reports, gates, contributions[-1], folders)
 
 
-def figures(found: Evidence) -> list[Figure]:
+def figures(found: RunArtifacts) -> list[Figure]:
     """The rows of the table."""
     stage1, twin, equal, recall, blind, stage2 = (found.reports[name] for name in RUNS)
     second, fourth = found.gates["stage1"], found.gates["stage2"]
@@ -129,7 +129,7 @@ def inserted(page: str, text: str) -> str:
     return f"{head}{BEGIN}\n{text}\n{END}{tail}"
 
 
-def numbers(found: Evidence, rows: list[Figure]) -> str:
+def numbers(found: RunArtifacts, rows: list[Figure]) -> str:
     """figures.json."""
     values = [{"what": r.what.replace("**", ""), "values": r.values, "command": r.command} for r in rows]
     return json.dumps({"runs": found.folders, "figures": values}, indent=2, ensure_ascii=False) + "\n"

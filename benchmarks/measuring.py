@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from atlas_lm.training.malloc import keep_freed_memory
+from atlas_lm.training.malloc import configure_malloc
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,7 +39,7 @@ def medians(steps: dict[str, Callable[[], Any]], repeats: int, warm: int = 3) ->
 
 def prepare() -> None:
     """As train.py prepares its process."""
-    keep_freed_memory()
+    configure_malloc()
     torch.set_flush_denormal(True)
 
 

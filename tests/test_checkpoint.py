@@ -147,9 +147,9 @@ def test_missing_and_foreign_checkpoints(saved: Path) -> None:
 
 
 def test_another_architecture_is_named_field_by_field(saved: Path) -> None:
-    check_same_model(saved, Tiny())
+    check_same_model(saved, read_checkpoint(saved), Tiny())
     with pytest.raises(CheckpointError) as caught:
-        check_same_model(saved, Tiny(dim=16, window=5, vocab_size=11))
+        check_same_model(saved, read_checkpoint(saved), Tiny(dim=16, window=5, vocab_size=11))
     for words in (
         "model.dim=16 but 8 in the checkpoint",
         "model.window=5 but 4",

@@ -1,6 +1,8 @@
 """Bad input: one clear line on stderr that names the value and the remedy, exit code 1, no traceback."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 from atlas_lm.cli import errors as cli
 from atlas_lm.config.validate import find_target
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, small_run, write_corpus
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -190,3 +194,25 @@ def test_a_missing_dependency_is_not_taken_for_a_misspelling(in_tmp: Path, monke
     monkeypatch.syspath_prepend(str(in_tmp))
     with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
         find_target("needs_something.C", "data")
+
+
+def test_a_process_is_left_without_taking_the_interpreter_apart(tmp_path: Path) -> None:
+    """What is to be written at the end is written; an abort while Python ends changes no exit code."""
+    script = """
+import atexit, os, sys, threading, time
+from atlas_lm.cli.errors import leave
+class Aborts:
+    def __del__(self, abort=os.abort): abort()
+kept = Aborts()
+atexit.register(lambda: print("at exit"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("end", end=" ")
+{end}
+"""
+    ended = {}
+    for name, end in (("leave", "leave(3)"), ("exit", "sys.exit(3)")):
+        command = [sys.executable, "-c", script.replace("{end}", end)]
+        ended[name] = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert ended["leave"].returncode == 3
+    assert ended["leave"].stdout.split() == ["end", "thread", "at", "exit"]
+    assert ended["exit"].returncode == -signal.SIGABRT, "the abort is a real one"

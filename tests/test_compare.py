@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_has_no_perplexity(tmp_path: Path) -> None:
 
 def test_order() -> None:
     sets = [(), (64,), (8, 64), (8, 32), (1,), (16, 8)]
-    runs = [Run(Path("x"), chunks, None, None, None, None, "finished") for chunks in sets]
+    runs = [Run(Path("x"), chunks, {}) for chunks in sets]
     assert [run.chunks for run in by_chunk_size(runs)] == [(1,), (16, 8), (8, 32), (64,), (8, 64), ()]
 
 
@@ -207,5 +207,5 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of(run)
     assert (row.folder, row.chunks, row.status) == (run.resolve(), (4,), "finished")
     assert row.perplexity == math.exp(report["val_loss"])
-    assert (row.bits_per_byte, row.tokens_per_second) == (report["val_bits_per_byte"], report["tokens_per_second"])
+    assert row.report == report
     assert table_of(run.parent / "compare.md")[0][0] == os.path.basename(run)

@@ -20,8 +20,8 @@ from atlas_lm.exit_gates import chunk_sizes
 from atlas_lm.exit_gates import measured_gates as measures
 from atlas_lm.exit_gates import recorded_gates as records
 from atlas_lm.exit_gates import rollback_drill as rollback
-from atlas_lm.exit_gates.artifacts import Evidence, uncovered
-from atlas_lm.exit_gates.result import Finding, Gate
+from atlas_lm.exit_gates.artifacts import RunArtifacts, uncovered
+from atlas_lm.exit_gates.result import Gate, GateResult
 from atlas_lm.loggers.jsonl import row
 from atlas_lm.memory.projection import ProjectionState
 from callbacks.proactive_clipping import ProactiveClipping
@@ -320,7 +320,7 @@ def decided(chunks: Any, rate: Any = 99, **changes: Any) -> dict[str, Any]:
 
 def test_g2_1_the_newest_decision_counts() -> None:
     known = [decided([8, 16], 100), decided([4], 1234), decided([8], 5, dim=32)]
-    assert chunk_sizes.judge(known, SMALL) == Finding(True, "{4}", "{4}, 1,234 tokens/s")
+    assert chunk_sizes.judge(known, SMALL) == GateResult(True, "{4}", "{4}, 1,234 tokens/s")
     other = chunk_sizes.judge([*known, decided([8, 16, 32, 64], 9)], SMALL)
     assert not other.passed
     assert "Set A: {8,16,32,64} was decided, the run has {4}" in other.detail
@@ -438,7 +438,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def judged(run: Path, phase: str) -> dict[str, Gate]:
-    gates = command.judge(command.PHASES[phase], Evidence(run, run / "decisions.yaml", sequences=4))
+    gates = command.judge(command.PHASES[phase], RunArtifacts(run, run / "decisions.yaml", sequences=4))
     return {gate.id: gate for gate in gates}
 
 
@@ -491,9 +491,9 @@ def test_a_run_that_did_not_finish_passes_no_gate(run: Path) -> None:
 def test_a_run_whose_end_was_not_saved_passes_no_gate(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     (run / "report.json").write_text(json.dumps({**report, "steps": 5}))
-    assert Evidence(run, run).unfinished() == "the newest checkpoint is of step 4, the run ended at 5"
+    assert RunArtifacts(run, run).unfinished() == "the newest checkpoint is of step 4, the run ended at 5"
     (run / "report.json").unlink()
-    assert "no report.json" in str(Evidence(run, run).unfinished())
+    assert "no report.json" in str(RunArtifacts(run, run).unfinished())
     shutil.rmtree(run / "checkpoints")
     assert not any(gate.passed for gate in judged(run, "phase2").values())
 
@@ -525,7 +525,7 @@ def test_half_the_records_are_not_enough(run: Path) -> None:
 
 
 def test_broken_weights_pass_nothing_that_is_measured(run: Path) -> None:
-    path = Evidence(run, run).checkpoint.resolve()
+    path = RunArtifacts(run, run).checkpoint.resolve()
     content = torch.load(path, weights_only=True)
     for tensor in content["state_dict"].values():
         tensor.fill_(math.nan)
@@ -551,7 +551,7 @@ def test_broken_weights_pass_nothing_that_is_measured(run: Path) -> None:
 def test_g2_6_fails_where_nothing_rolls_back(run: Path, changes: dict[str, Any], words: str) -> None:
     change_config(run, **changes)
     (check,) = [check for check in command.PHASES["phase2"].checks if check.id == "G2-6"]
-    found = command.measure(check, Evidence(run, run))
+    found = command.measure(check, RunArtifacts(run, run))
     assert not found.passed
     assert words in found.detail
 
@@ -566,14 +566,14 @@ def test_g2_6_fails_where_the_weights_do_not_come_back(run: Path, monkeypatch: p
             weight[0] = torch.nextafter(weight[0], torch.tensor(math.inf))
 
     monkeypatch.setattr(snapshots, "set_model_state_dict", nearly)
-    found = rollback.forced(Evidence(run, run))
+    found = rollback.forced(RunArtifacts(run, run))
     assert not found.passed
     assert found.detail == "the weights after the return to step 2 are not those of step 2"
 
 
 def test_the_model_is_measured_at_the_sizes_it_ended_with(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 · 0.9⁴ = 2.6; G4-4 sets its own and puts them back."""
-    evidence = Evidence(run, run, sequences=4)
+    evidence = RunArtifacts(run, run, sequences=4)
     assert evidence.final_chunks == evidence.module.local_chunks == (2,)
     seen = []
     real = measures.perplexity
@@ -589,11 +589,11 @@ def test_the_model_is_measured_at_the_sizes_it_ended_with(run: Path, monkeypatch
     assert evidence.module.local_chunks == (2,)
     change_config(run, callbacks__chunk_size=None)
     with pytest.raises(ValueError, match=r"no callbacks\.chunk_size"):
-        Evidence(run, run).final_chunks  # noqa: B018
+        RunArtifacts(run, run).final_chunks  # noqa: B018
 
 
 def test_perplexity_is_that_of_all_scored_tokens(run: Path) -> None:
-    evidence = Evidence(run, run, sequences=3)
+    evidence = RunArtifacts(run, run, sequences=3)
     (batch,) = evidence.batches
     with torch.no_grad():
         logits = evidence.module(batch).logits
@@ -622,7 +622,7 @@ def test_all_passed_reads_as_in_the_seeds(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_exit_code_0_when_all_pass(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = (command.Check("G2-1", "always", "", lambda run: Finding(True, math.inf, "fine")),)
+    checks = (command.Check("G2-1", "always", "", lambda run: GateResult(True, math.inf, "fine")),)
     monkeypatch.setitem(command.PHASES, "phase2", command.Phase("PHASE 2: x", checks))
     (run / "exit_gates.json").write_text("{broken")
     command.main(["phase2", f"run={run}"])
@@ -630,13 +630,13 @@ def test_exit_code_0_when_all_pass(run: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_gate_that_breaks_fails_and_the_others_go_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(run: Evidence) -> Finding:
+    def broken(run: RunArtifacts) -> GateResult:
         raise KeyError("a bug")
 
     phase = command.Phase(
-        "x", (command.Check("a", "a", "", broken), command.Check("b", "b", "", lambda run: Finding(True, 1, "")))
+        "x", (command.Check("a", "a", "", broken), command.Check("b", "b", "", lambda run: GateResult(True, 1, "")))
     )
-    first, second = command.judge(phase, Evidence(run, run))
+    first, second = command.judge(phase, RunArtifacts(run, run))
     assert (first.passed, second.passed) == (False, True)
     assert "KeyError: 'a bug'" in first.detail
     assert "Traceback" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_defaults() -> None:
         (["run=a", "step=1"], "unknown argument 'step=1'.*key one of run, steps.*did you mean 'steps'"),
         (["run=a", "steps"], "unknown argument 'steps': give key=value.*did you mean 'steps'"),
         (["run=a", "--steps=1"], "unknown argument '--steps=1'.*did you mean 'steps'"),
-        (["run=a", "steps=many"], "steps=many must be a number"),
+        (["run=a", "steps=many"], "steps=many must be a whole number"),
         (["run=a", "steps=1.5"], "steps=1.5 must be a whole number"),
         (["run=a", "limit=1e3"], "limit=1e3 must be a whole number"),
         (["run=a", "rate="], "rate= must be a number"),
@@ -118,7 +118,7 @@ def test_a_command_answers_a_user_in_one_line(
     monkeypatch.setattr(sys, "argv", ["tool", "run=a", "steps=x"])
     with pytest.raises(SystemExit) as ending:
         call(main)
-    assert ending.value.code == "error: steps=x must be a number"
+    assert ending.value.code == "error: steps=x must be a whole number"
 
     def bug(arguments: list[str]) -> None:
         raise KeyError("a bug keeps its traceback")

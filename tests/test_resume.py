@@ -19,11 +19,11 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 from worlds import KINDS, World
 
-import atlas_lm.training.trainer
+import atlas_lm.runs.lifecycle
 import train
 from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.folder import runs_in, write_identity
-from atlas_lm.runs.lifecycle import keep_aside, locked
+from atlas_lm.runs.lifecycle import archive_if_changed, locked
 from atlas_lm.runs.report import judge
 from atlas_lm.runs.resolve import run_folder, sweep_folder, unfinished_run
 from callbacks.random_state import set_states, states
@@ -465,20 +465,20 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
 
 def test_a_signal_before_training_asks_for_a_requeue_too(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "starting_point", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "load_starting_weights", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert small_run(in_tmp, "name=x") == 75
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_once_the_verdict_is_written_a_signal_asks_for_nothing(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is started again with resume=auto would train everything again."""
-    mark = atlas_lm.training.trainer.mark_latest
+    mark = atlas_lm.runs.lifecycle.mark_latest
 
     def late(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         mark(*args)
 
-    monkeypatch.setattr(atlas_lm.training.trainer, "mark_latest", late)
+    monkeypatch.setattr(atlas_lm.runs.lifecycle, "mark_latest", late)
     monkeypatch.setattr(train, "judge", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or judge(*args))
     assert small_run(in_tmp, "name=x") == 0
     assert report_of(only_run(in_tmp / "outputs"))["status"] == "finished"
@@ -486,7 +486,7 @@ def test_once_the_verdict_is_written_a_signal_asks_for_nothing(in_tmp: Path, mon
 
 
 def test_the_exit_code_is_the_same_before_training(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "starting_point", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "load_starting_weights", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert small_run(in_tmp, "name=x", "callbacks.interrupt.requeue_exit_code=99") == 99
 
 
@@ -552,12 +552,12 @@ def test_two_processes_do_not_write_to_one_run(in_tmp: Path) -> None:
 
 def test_what_has_changed_is_kept_aside(in_tmp: Path) -> None:
     path = in_tmp / "config.yaml"
-    keep_aside(path, "a")
+    archive_if_changed(path, "a")
     path.write_text("a")
-    keep_aside(path, "a")
+    archive_if_changed(path, "a")
     assert [p.name for p in in_tmp.iterdir()] == ["config.yaml"]
     for text in ("b", "c"):
-        keep_aside(path, text)
+        archive_if_changed(path, text)
         path.write_text(text)
     assert (in_tmp / "config.1.yaml").read_text() == "a"
     assert (in_tmp / "config.2.yaml").read_text() == "b"

@@ -15,7 +15,7 @@ from atlas_lm.cli import generate
 from atlas_lm.data.prepare import prepare
 from atlas_lm.data.run_tokenizer import COPY, keep_tokenizer, kept_tokenizer, tokenizer_of
 from atlas_lm.data.tokenizers import JsonTokenizer
-from atlas_lm.exit_gates.artifacts import Evidence
+from atlas_lm.exit_gates.artifacts import RunArtifacts
 from atlas_lm.runs.resolve import resolve_checkpoint
 from launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, only_run
 
@@ -105,17 +105,17 @@ def test_a_run_folder_alone_is_enough(
 def test_exit_gates_measure_with_the_copy(tmp_path: Path) -> None:
     assert train() == 0
     run = only_run(tmp_path / "outputs")
-    evidence = Evidence(run, tmp_path / "decisions.yaml", sequences=2)
+    evidence = RunArtifacts(run, tmp_path / "decisions.yaml", sequences=2)
     before = [batch["input_ids"] for batch in evidence.batches]
     bpe(tmp_path / "tok.json", WORDS[::-1])
-    after = [batch["input_ids"] for batch in Evidence(run, tmp_path / "decisions.yaml", sequences=2).batches]
+    after = [batch["input_ids"] for batch in RunArtifacts(run, tmp_path / "decisions.yaml", sequences=2).batches]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     Path("tok.json").unlink()
-    assert Evidence(run, tmp_path / "decisions.yaml", sequences=2).batches
+    assert RunArtifacts(run, tmp_path / "decisions.yaml", sequences=2).batches
     (run / COPY).unlink()
     bpe(tmp_path / "tok.json", WORDS[::-1])
     with pytest.raises(ValueError, match=r"fingerprint \w+ but \w+ in the checkpoint: restore its tokenizer"):
-        _ = Evidence(run, tmp_path / "decisions.yaml", sequences=2).batches
+        _ = RunArtifacts(run, tmp_path / "decisions.yaml", sequences=2).batches
 
 
 def test_a_copy_that_is_lost_or_changed_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from atlas_lm.training.flat_storage import ALIGNMENT, LARGE, side_by_side
+from atlas_lm.training.flat_storage import ALIGNMENT, LARGE, flat_storage
 
 
 def test_copies_share_one_storage_at_equal_distances() -> None:
     tensors = [torch.randn(3, 5), torch.randn(17), torch.randn(3, 5), torch.randn(()), torch.randn(5, 3).T]
-    copies = side_by_side(tensors)
+    copies = flat_storage(tensors)
     for copy, x in zip(copies, tensors, strict=True):
         assert torch.equal(copy, x)
         assert copy.stride() == x.stride()
@@ -21,17 +21,17 @@ def test_copies_share_one_storage_at_equal_distances() -> None:
 
 
 def test_large_ones_start_at_multiples_of_their_own() -> None:
-    copies = side_by_side(torch.zeros(n) for n in (3, LARGE // 4, 1000, LARGE // 4 - 1))
+    copies = flat_storage(torch.zeros(n) for n in (3, LARGE // 4, 1000, LARGE // 4 - 1))
     places = [copy.data_ptr() - copies[2].data_ptr() for copy in copies]
     assert places == [4 * LARGE, 2 * LARGE, 0, 3 * LARGE]
 
 
 def test_nothing_to_lay_out() -> None:
-    assert side_by_side([]) == []
+    assert flat_storage([]) == []
 
 
 def test_what_cannot_lie_side_by_side() -> None:
     with pytest.raises(ValueError, match=r"float64 on cpu cannot lie beside torch\.float32 on cpu"):
-        side_by_side([torch.zeros(3), torch.zeros(3, dtype=torch.float64)])
+        flat_storage([torch.zeros(3), torch.zeros(3, dtype=torch.float64)])
     with pytest.raises(ValueError, match=r"shape \(4, 3\) with strides \(6, 2\) is not dense"):
-        side_by_side([torch.randn(4, 6)[:, ::2]])
+        flat_storage([torch.randn(4, 6)[:, ::2]])

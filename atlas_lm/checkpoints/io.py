@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from atlas_lm.checkpoints import manifest
 from atlas_lm.checkpoints.content import CheckpointError, position_in, read_content
 from atlas_lm.checkpoints.direct_file import DirectFile
-from atlas_lm.checkpoints.listing import newest_usable
+from atlas_lm.checkpoints.listing import Usable, newest_usable
 from atlas_lm.config.names import nearest
 from atlas_lm.files import replace
 
@@ -58,9 +58,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with contextlib.suppress(OSError):  # saved it is, and the manifest is right without it
             manifest.settle(folder, target.name)
 
+    verified: Path | None = None
+    """A file whose bytes this process has just verified, to resume from it: they are read once, not verified again."""
+
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint's content, tensors on `map_location`."""
-        return read_checkpoint(path, map_location)
+        known, self.verified = self.verified, None
+        return read_checkpoint(path, map_location, verify=known is None or Path(path).resolve() != known.resolve())
 
 
 @contextlib.contextmanager
@@ -80,7 +84,9 @@ def _save_message(target: Path, cause: OSError) -> str:
     return f"cannot save {str(target)!r} ({cause.strerror or cause}): free space on that disk{kept}"
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", lazily: bool = False, verify: bool = True
+) -> dict[str, Any]:
     """Content of a checkpoint; `lazily` leaves the tensors on disk until they are used, and its bytes unverified.
 
     CheckpointError: missing, truncated, not the bytes that were written, not a checkpoint, or holding more than tensors
@@ -90,7 +96,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = 
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
         raise CheckpointError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
-    if not lazily:
+    if verify and not lazily:
         check_intact(path)
         if not manifest.versions(path.resolve()):
             _say_unknown(path)
@@ -98,6 +104,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", lazily: bool = 
         return read_content(path, map_location, lazily)
     except CheckpointError as error:
         raise CheckpointError(f"{error}: {_remedy(path)}") from error
+
+
+def read_header(path: Path) -> Usable:
+    """A checkpoint's header, its bytes verified. CheckpointError as of `read_checkpoint`."""
+    check_intact(path)
+    return Usable(path, read_checkpoint(path, lazily=True))
 
 
 def check_intact(path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from atlas_lm.checkpoints import manifest
 from atlas_lm.checkpoints.content import CheckpointError, position_in, read_content
@@ -40,13 +41,26 @@ def position(path: Path) -> manifest.Position:
         return manifest.position_of(known[0]) if known else (math.inf, 0)
 
 
+class Usable(NamedTuple):
+    """A checkpoint whose bytes were verified. `header`: its content, the tensors left on disk."""
+
+    path: Path
+    header: dict[str, Any]
+
+
+def examine(path: Path) -> Usable:
+    """Verify a checkpoint's bytes and read its header, each once. CheckpointError, OSError: it cannot be used."""
+    file = path.resolve()  # what is damaged is the file, not the link
+    wrong = manifest.verify(file)
+    if wrong:
+        raise CheckpointError(f"{str(file)!r} is damaged, {wrong}")
+    return Usable(path, read_content(file, "cpu", lazily=True))
+
+
 def why_unusable(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None: its bytes are verified and its structure read, its tensors are not."""
+    """Why a checkpoint cannot be used, or None."""
     try:
-        wrong = manifest.verify(path)
-        if wrong:
-            return f"{str(path)!r} is damaged, {wrong}"
-        read_content(path, "cpu", lazily=True)
+        examine(path)
     except (CheckpointError, OSError) as error:
         return str(error)
     return None
@@ -65,24 +79,30 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(iter(checkpoints_in(run / "checkpoints")), None)
 
 
-def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
+def newest_examined(run: Path) -> tuple[Usable | None, list[str]]:
     """The latest checkpoint of those that can be used, and one line for each later one that cannot."""
     skipped: list[str] = []
     for path in checkpoints_in(run / "checkpoints"):
-        wrong = why_unusable(path.resolve())  # what is damaged is the file, not the link
-        if wrong is None:
-            return path, skipped
-        skipped.append(wrong)
+        try:
+            return examine(path), skipped
+        except (CheckpointError, OSError) as error:
+            skipped.append(str(error))
     return None, skipped
 
 
-def intact_checkpoint(run: Path) -> Path:
+def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
+    """As `newest_examined`, the file alone."""
+    found, skipped = newest_examined(run)
+    return found.path if found else None, skipped
+
+
+def intact_checkpoint(run: Path) -> Usable:
     """The newest intact checkpoint of a run; the log names newer ones that are damaged. ValueError if there is none."""
-    found, skipped = newest_intact(run)
+    found, skipped = newest_examined(run)
     if found is None:
         if skipped:
             raise ValueError(f"run {str(run)!r} has no intact checkpoint: {'; '.join(skipped)}: choose another run")
         raise ValueError(f"run {str(run)!r} has no checkpoint: it ended before its first one, choose another run")
     for line in skipped:
-        log.warning("%s: taking %s instead", line, found)
+        log.warning("%s: taking %s instead", line, found.path)
     return found

@@ -15,7 +15,6 @@ import contextlib
 import inspect
 import itertools
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,17 +22,19 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from omegaconf import OmegaConf, ValidationError
+
 from atlas_lm.config.names import nearest
 
 T = TypeVar("T")
 
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 HELP = ("-h", "--help")
 
 
 def parse(options: type[T], arguments: Sequence[str], command: str = "") -> T:
-    """The dataclass `options` filled from key=value arguments; int, float, str, bool, Path, or one of them and None.
+    """The dataclass `options` filled from key=value arguments, typed by OmegaConf.
 
+    Its fields are int, float, str, bool, Path, or one of them and None.
     A field of type list[str] takes what is no key=value. -h or --help prints the options and ends the process with 0.
     ValueError: an argument that is no option or is given twice, a value of the wrong type, an option without default
     that is not given, and whatever the dataclass itself refuses.
@@ -56,28 +57,24 @@ def parse(options: type[T], arguments: Sequence[str], command: str = "") -> T:
         elif name in given:
             raise ValueError(f"{name}= is given twice: keep one")
         else:
-            given[name] = convert(name, value, kinds[name])
+            given[name] = value
     for f in fields(options):  # type: ignore[arg-type]
         if is_required(f) and given.get(f.name, "") == "":
             raise ValueError(f"{f.name}= is missing: {help_of(options, f)}; --help lists all options")
-    return options(**given)
+    typed = OmegaConf.structured(options)
+    for name, value in given.items():
+        optional = NoneType in get_args(kinds[name])
+        try:
+            typed[name] = None if optional and value in ("none", "None", "null") else value
+        except ValidationError:
+            raise ValueError(f"{name}={value} must be {in_words(kinds[name])}") from None
+    return OmegaConf.to_object(typed)  # type: ignore[return-value]
 
 
-def convert(name: str, value: str, kind: Any) -> Any:
-    """The value of an option in its type. ValueError naming both if it cannot be."""
-    kinds = [k for k in get_args(kind) or (kind,) if k is not NoneType]
-    assert len(kinds) == 1, f"{name}: {kind} is no type of an option"
-    if kinds[0] is bool:
-        if value.lower() not in BOOLEANS:
-            raise ValueError(f"{name}={value} must be true or false")
-        return BOOLEANS[value.lower()]
-    if len(kinds) < len(get_args(kind)) and value.lower() in ("none", "null"):
-        return None
-    try:
-        return kinds[0](value)
-    except ValueError:
-        whole = "whole " if kinds[0] is int and re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", value.lower()) else ""
-        raise ValueError(f"{name}={value} must be a {whole}number") from None
+def in_words(kind: Any) -> str:
+    """What a value of this type looks like."""
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    return next((words[k] for k in (kind, *get_args(kind)) if k in words), "text")
 
 
 def describe(options: type, command: str = "") -> str:

@@ -4,16 +4,20 @@ What the user can put right (a name, a value, a file, a full disk) becomes `erro
 keeps its traceback, as does all of it with HYDRA_FULL_ERROR=1.
 """
 
+import atexit
+import contextlib
 import errno
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -66,6 +70,21 @@ def run(main: Callable[[], Any], overrides: Sequence[str] | None = None) -> int:
     finally:
         os.environ["HYDRA_FULL_ERROR"] = asked or "0"
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, as Python does but for its last phase, in which it takes the interpreter apart.
+
+    Threads of torch and gloo that ask for the interpreter then abort the process ("terminate called without an active
+    exception"): a run whose work is done and saved would end as one that has crashed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

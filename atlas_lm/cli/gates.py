@@ -21,8 +21,8 @@ from atlas_lm.exit_gates import chunk_sizes
 from atlas_lm.exit_gates import measured_gates as measures
 from atlas_lm.exit_gates import recorded_gates as records
 from atlas_lm.exit_gates import rollback_drill as rollback
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding, Gate
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import Gate, GateResult
 from atlas_lm.files import write_atomically
 from atlas_lm.runs.resolve import resolve_run
 from atlas_lm.training.trainer import prepare_process
@@ -37,7 +37,7 @@ class Check(NamedTuple):
     id: str
     name: str
     threshold: str
-    measure: Callable[[Evidence], Finding]
+    measure: Callable[[RunArtifacts], GateResult]
     word: str = "PASSED"
 
 
@@ -96,7 +96,7 @@ class Options:
             raise ValueError(f"sequences={self.sequences} must be at least 1")
 
 
-def measure(check: Check, run: Evidence) -> Finding:
+def measure(check: Check, run: RunArtifacts) -> GateResult:
     """What the gate finds; a gate that cannot be measured fails, and the others go on."""
     try:
         return check.measure(run)
@@ -105,17 +105,17 @@ def measure(check: Check, run: Evidence) -> Finding:
         if line is None:  # a bug: its traceback is worth having
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}"
-        return Finding(False, None, " ".join(line.split()))
+        return GateResult(False, None, " ".join(line.split()))
 
 
-def judge(phase: Phase, run: Evidence) -> list[Gate]:
+def judge(phase: Phase, run: RunArtifacts) -> list[Gate]:
     """All gates of a phase. A run that did not finish passes none, whatever is measured."""
     unfinished, gates = run.unfinished(), []
     for check in phase.checks:
         _progress(f"measuring [{check.id}] {check.name}")
         found = measure(check, run)
         if unfinished and unfinished not in found.detail:
-            found = Finding(False, found.measured, f"{unfinished}; {found.detail}")
+            found = GateResult(False, found.measured, f"{unfinished}; {found.detail}")
         gates.append(Gate(check.id, check.name, found.passed, found.measured, check.threshold, found.detail))
     _progress("")
     return gates
@@ -166,7 +166,7 @@ def judge_run(name: str, options: Options, console: Console | None = None) -> li
     folder = resolve_run(options.run, options.outputs)
     decisions = Path(options.decisions) if options.decisions else chunk_sizes.DECISIONS
     prepare_process(seed=0)
-    gates = judge(PHASES[name], Evidence(folder, decisions, options.sequences))
+    gates = judge(PHASES[name], RunArtifacts(folder, decisions, options.sequences))
     console = console or Console(highlight=False)
     show(name, gates, console)
     write(folder, name, gates)

@@ -26,7 +26,7 @@ BATCH = 4  # validation sequences at a time
 
 
 @dataclass
-class Evidence:
+class RunArtifacts:
     """All properties raise ValueError or OSError, in words for the user, where the run lacks something."""
 
     run: Path
@@ -100,7 +100,7 @@ class Evidence:
     @cached_property
     def checkpoint(self) -> Path:
         """The newest intact one."""
-        return intact_checkpoint(self.run)
+        return intact_checkpoint(self.run).path
 
     @cached_property
     def content(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch.nn import functional as nnf
 
 from atlas_lm.config.parsing import is_number
 from atlas_lm.config.schema import ModelConfig
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.files import ROOT
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.trainer import prepare_process
@@ -206,7 +206,7 @@ def find_decision(decisions: list[Decision], config: ModelConfig) -> Decision:
     raise ValueError(f"no decision on {about}{there}: python -m atlas_lm gates chunk_sizes model={config.name}")
 
 
-def judge(decisions: list[Decision], config: ModelConfig) -> Finding:
+def judge(decisions: list[Decision], config: ModelConfig) -> GateResult:
     """G2-1."""
     found = find_decision(decisions, config)
     sizes, rate = found.get("local_chunks"), found.get("tokens_per_second")
@@ -216,11 +216,11 @@ def judge(decisions: list[Decision], config: ModelConfig) -> Finding:
         raise ValueError("the decision names no tokens_per_second: repeat it")
     decided, used = tuple(sizes), tuple(config.local_chunks)
     if decided != used:
-        return Finding(False, label(used), f"{label(decided)} was decided, the run has {label(used)}")
-    return Finding(True, label(used), f"{label(used)}, {rate:,.0f} tokens/s")
+        return GateResult(False, label(used), f"{label(decided)} was decided, the run has {label(used)}")
+    return GateResult(True, label(used), f"{label(used)}, {rate:,.0f} tokens/s")
 
 
-def locked(run: Evidence) -> Finding:
+def locked(run: RunArtifacts) -> GateResult:
     """G2-1."""
     if not run.decisions.is_file():
         raise ValueError(f"there is no {run.decisions}: python -m atlas_lm gates chunk_sizes model=<name>")

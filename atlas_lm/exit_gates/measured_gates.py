@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
 from atlas_lm.training.module import UNSCORED
 
@@ -54,22 +54,22 @@ def judge_reset(keys_HPD: Tensor, streamed: ProjectionState, reset: ProjectionSt
     return None
 
 
-def norm_in_projection(run: Evidence) -> Finding:
+def norm_in_projection(run: RunArtifacts) -> GateResult:
     """G2-3."""
     layers = run.module.persistent_memory()
     for i, keys in enumerate(layers):
         streamed, reset = reset_of(keys)
         wrong = judge_reset(keys, streamed, reset)
         if wrong:
-            return Finding(False, None, f"layer {i}: {wrong}")
+            return GateResult(False, None, f"layer {i}: {wrong}")
     before, after = float(streamed.n.mean()), float(reset.n.mean())
-    return Finding(bool(layers), after, f"n == norm_persistent in {len(layers)} layers, {before:.1f} → {after:.1f}")
+    return GateResult(bool(layers), after, f"n == norm_persistent in {len(layers)} layers, {before:.1f} → {after:.1f}")
 
 
-def judge_needles(found: Tensor, control: Tensor, values: Tensor, haystack: int) -> Finding:
+def judge_needles(found: Tensor, control: Tensor, values: Tensor, haystack: int) -> GateResult:
     """G2-5, G4-6: answers (layers, memories, heads, N, dim) with and without the needle; its values lack `memories`."""
     if not found.numel():
-        return Finding(False, None, "no needle was asked for")
+        return GateResult(False, None, "no needle was asked for")
     cosine, empty = (nnf.cosine_similarity(y.double(), values.double()[:, None], dim=-1) for y in (found, control))
     layers = [float(layer.mean()) for layer in cosine]
     accuracy, without = float(cosine.mean()), float(empty.mean())
@@ -78,11 +78,11 @@ def judge_needles(found: Tensor, control: Tensor, values: Tensor, haystack: int)
     per_layer = ", ".join(f"{layer:.3f}" for layer in layers)
     sign = ">" if accuracy > ACCURACY else "is not above"
     detail = f"{accuracy:.1%} {sign} {ACCURACY:.0%}, gates open; layers {per_layer}; not written {without:+.3f}{wrong}"
-    return Finding(passed, accuracy, detail)
+    return GateResult(passed, accuracy, detail)
 
 
 @torch.no_grad()
-def needles(run: Evidence) -> Finding:
+def needles(run: RunArtifacts) -> GateResult:
     """G2-5, G4-6: the run's own probe, its needle under the whole haystack."""
     # trials enough, whatever the run's probe could afford
     probe, module = run.build("callbacks.niah_probe", needles=NEEDLES, seed=0), run.module
@@ -104,20 +104,20 @@ def perplexity(module: Any, batches: list[dict[str, Tensor]]) -> float:
     return math.exp(mean) if mean < 700 else mean * math.inf  # NaN stays NaN
 
 
-def judge_flatness(curve: dict[int, float]) -> Finding:
+def judge_flatness(curve: dict[int, float]) -> GateResult:
     """G4-4: population standard deviation over mean of the perplexities by chunk size."""
     shown = ", ".join(f"{size}: {value:.4g}" for size, value in curve.items())
     if set(curve) != set(SIZES) or not all(math.isfinite(value) and value > 0 for value in curve.values()):
-        return Finding(False, None, f"not a finite perplexity at each size ({shown})")
+        return GateResult(False, None, f"not a finite perplexity at each size ({shown})")
     if len(set(curve.values())) == 1:
-        return Finding(False, 0.0, f"the chunk size changes nothing, not even in the last digit ({shown})")
+        return GateResult(False, 0.0, f"the chunk size changes nothing, not even in the last digit ({shown})")
     spread = statistics.pstdev(curve.values()) / statistics.fmean(curve.values())
     sign = "<" if spread < SPREAD else "is not below"
-    return Finding(spread < SPREAD, spread, f"{spread:.2%} {sign} {SPREAD:.0%}; perplexity {shown}")
+    return GateResult(spread < SPREAD, spread, f"{spread:.2%} {sign} {SPREAD:.0%}; perplexity {shown}")
 
 
 @torch.no_grad()
-def resolution(run: Evidence) -> Finding:
+def resolution(run: RunArtifacts) -> GateResult:
     """G4-4."""
     module = run.module
     memories = len(module.local_chunks)
@@ -133,17 +133,17 @@ def resolution(run: Evidence) -> Finding:
     return judge_flatness(curve)
 
 
-def judge_polarisation(polarised: int, nonfinite: int, total: int) -> Finding:
+def judge_polarisation(polarised: int, nonfinite: int, total: int) -> GateResult:
     """G4-5, from counts of gates."""
     if nonfinite or not total:
-        return Finding(False, None, f"{total} gates, {nonfinite} of them not finite")
+        return GateResult(False, None, f"{total} gates, {nonfinite} of them not finite")
     share = polarised / total
     sign = ">=" if share >= POLARISED else "is below"
-    return Finding(share >= POLARISED, share, f"{share:.1%} {sign} {POLARISED:.0%} of {total:,} gates")
+    return GateResult(share >= POLARISED, share, f"{share:.1%} {sign} {POLARISED:.0%} of {total:,} gates")
 
 
 @torch.no_grad()
-def polarisation(run: Evidence) -> Finding:
+def polarisation(run: RunArtifacts) -> GateResult:
     """G4-5: at the final chunk sizes."""
     polarised = nonfinite = total = 0
     for batch in run.batches:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.loggers.jsonl import FIELDS
 
 Rows = Sequence[dict[str, Any]]
@@ -42,15 +42,15 @@ def logged(rows: Rows, metric: str) -> tuple[int, int]:
     return finite, len(values) - finite
 
 
-def probe_overhead(rows: Rows, every: int) -> Finding:
+def probe_overhead(rows: Rows, every: int) -> GateResult:
     """G2-2: what probing every `every` steps costs, and how often it has happened."""
     probes, percent = logged(rows, FIELDS["niah_accuracy"])[0], last_value(rows, "niah/overhead_percent")
     few = "" if probes >= PROBES else f": at least {PROBES} are needed, lower callbacks.niah_probe.every_n_steps"
     detail = f"{every} steps, {percent:.2f}% overhead, {probes} probes{few}"
-    return Finding(percent < OVERHEAD and not few, percent, detail)
+    return GateResult(percent < OVERHEAD and not few, percent, detail)
 
 
-def stability(report: dict[str, Any], rows: Rows, guarded: bool) -> Finding:
+def stability(report: dict[str, Any], rows: Rows, guarded: bool) -> GateResult:
     """G2-4: a run of 1000 steps that met no NaN and ended by itself. `guarded`: it had the nonfinite_guard."""
     steps, wrong = int(report.get("steps") or 0), []
     if report.get("status") != "finished":
@@ -67,15 +67,15 @@ def stability(report: dict[str, Any], rows: Rows, guarded: bool) -> Finding:
         wrong.append("without callbacks.nonfinite_guard nobody saw the steps that were not logged")
     elif any("guard/skipped_steps" in row for row in rows):
         wrong.append(f"{last_value(rows, 'guard/skipped_steps'):.0f} steps skipped for NaN or infinity")
-    return Finding(not wrong, steps, "; ".join(wrong) or f"{steps} steps, no NaN, no OOM, 0 skipped")
+    return GateResult(not wrong, steps, "; ".join(wrong) or f"{steps} steps, no NaN, no OOM, 0 skipped")
 
 
-def deltas_visible(rows: Rows, on_board: int) -> Finding:
+def deltas_visible(rows: Rows, on_board: int) -> GateResult:
     """G2-7: the same number of perplexity deltas in metrics.jsonl and on TensorBoard."""
     finite, nonfinite = logged(rows, FIELDS["ppl_delta"])
     also = f" and {nonfinite} not finite" if nonfinite else ""
     detail = f"{finite} values{also} in metrics.jsonl, {on_board} in TensorBoard"
-    return Finding(finite > 0 and finite + nonfinite == on_board, finite, detail)
+    return GateResult(finite > 0 and finite + nonfinite == on_board, finite, detail)
 
 
 def board_values(run: Path, tag: str) -> int:
@@ -100,74 +100,76 @@ def expected_threshold(chunk: float) -> float:
     return KAPPA * math.sqrt(REFERENCE / chunk)
 
 
-def clip_formula(clipping: Any, kappa_base: float, rows: Rows) -> Finding:
+def clip_formula(clipping: Any, kappa_base: float, rows: Rows) -> GateResult:
     """G4-1: the formula is exact at every chunk size, and the run clipped at what it says, or at half of it.
 
     Logged values have passed through float32.
     """
     if kappa_base != KAPPA:
-        return Finding(False, kappa_base, f"kappa_base is {kappa_base}, not {KAPPA}")
+        return GateResult(False, kappa_base, f"kappa_base is {kappa_base}, not {KAPPA}")
     wrong = [chunk for chunk in CHUNKS if clipping.threshold(chunk) != expected_threshold(chunk)]
     if wrong:
-        return Finding(False, f"wrong at {len(wrong)} sizes", f"the formula is not met at chunk sizes {wrong}")
+        return GateResult(False, f"wrong at {len(wrong)} sizes", f"the formula is not met at chunk sizes {wrong}")
     both = [row for row in rows if row.get("clip_threshold") is not None and row.get("chunk_size") is not None]
     lost = sum(logged(rows, FIELDS[field])[1] for field in ("clip_threshold", "chunk_size"))
     if not both or lost:
-        return Finding(False, None, f"{len(both)} rows with a clip threshold and a chunk size, {lost} not finite")
+        return GateResult(False, None, f"{len(both)} rows with a clip threshold and a chunk size, {lost} not finite")
     halved = 0
     for row in both:
         whole, found = expected_threshold(row["chunk_size"]), np.float32(row["clip_threshold"])
         if found not in (np.float32(whole), np.float32(whole / 2)):
             where = f"step {row['step']}, chunk {row['chunk_size']:g}"
-            return Finding(False, float(found), f"{where}: clipped at {found:.6g}, the formula says {whole:.6g}")
+            return GateResult(False, float(found), f"{where}: clipped at {found:.6g}, the formula says {whole:.6g}")
         halved += found == np.float32(whole / 2)
     sizes = len({row["chunk_size"] for row in both})
-    return Finding(True, "exact", f"exact at 1..64, and in {len(both)} rows at {sizes} chunk sizes, {halved} halved")
+    return GateResult(True, "exact", f"exact at 1..64, and in {len(both)} rows at {sizes} chunk sizes, {halved} halved")
 
 
-def few_rollbacks(rows: Rows, mode: str) -> Finding:
+def few_rollbacks(rows: Rows, mode: str) -> GateResult:
     """G4-2. A run that only observes rolls nothing back, whatever happens."""
     count = int(last_value(rows, FIELDS["rollback_count"]))
     if mode != "act":
-        return Finding(False, count, f"callbacks.spike_rollback.mode={mode}: nothing would have been rolled back")
-    return Finding(count <= ROLLBACKS, count, f"{count} <= {ROLLBACKS}" if count <= ROLLBACKS else f"{count} rollbacks")
+        return GateResult(False, count, f"callbacks.spike_rollback.mode={mode}: nothing would have been rolled back")
+    return GateResult(
+        count <= ROLLBACKS, count, f"{count} <= {ROLLBACKS}" if count <= ROLLBACKS else f"{count} rollbacks"
+    )
 
 
-def few_spikes(rows: Rows) -> Finding:
+def few_spikes(rows: Rows) -> GateResult:
     """G4-3."""
     count = int(last_value(rows, "spike/count"))
-    return Finding(count < SPIKES, count, f"{count} {'<' if count < SPIKES else '>='} {SPIKES}")
+    return GateResult(count < SPIKES, count, f"{count} {'<' if count < SPIKES else '>='} {SPIKES}")
 
 
 # The gates
 
 
-def niah_frequency(run: Evidence) -> Finding:
+def niah_frequency(run: RunArtifacts) -> GateResult:
     """G2-2."""
     return probe_overhead(run.rows, int(run.build("callbacks.niah_probe").every_n_steps))
 
 
-def stable(run: Evidence) -> Finding:
+def stable(run: RunArtifacts) -> GateResult:
     """G2-4."""
     return stability(run.report, run.rows, run.has("callbacks.nonfinite_guard"))
 
 
-def ppl_delta(run: Evidence) -> Finding:
+def ppl_delta(run: RunArtifacts) -> GateResult:
     """G2-7."""
     return deltas_visible(run.rows, board_values(run.run, FIELDS["ppl_delta"]))
 
 
-def clipping(run: Evidence) -> Finding:
+def clipping(run: RunArtifacts) -> GateResult:
     """G4-1."""
     found = run.build("callbacks.proactive_clipping")
     return clip_formula(found, float(found.kappa_base), run.rows)
 
 
-def rollbacks(run: Evidence) -> Finding:
+def rollbacks(run: RunArtifacts) -> GateResult:
     """G4-2."""
     return few_rollbacks(run.rows, str(run.group("callbacks.spike_rollback").get("mode", "act")))
 
 
-def spikes(run: Evidence) -> Finding:
+def spikes(run: RunArtifacts) -> GateResult:
     """G4-3."""
     return few_spikes(run.rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class GateResult:
     """One measurement and the judgement on it. What cannot be measured is raised instead, and fails the gate."""
 
     passed: bool

@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from atlas_lm.checkpoints.io import AtomicCheckpointIO
-from atlas_lm.exit_gates.artifacts import Evidence
-from atlas_lm.exit_gates.result import Finding
+from atlas_lm.exit_gates.artifacts import RunArtifacts
+from atlas_lm.exit_gates.result import GateResult
 
 STEPS, EVERY, SPOILED_AT = 8, 2, 5  # steps of the training, between looks, and behind which the weights are spoiled
 FACTOR = 10.0  # on every weight
@@ -74,7 +74,7 @@ class ForcedSpike(Callback):
                     p.mul_(FACTOR)
 
 
-def judge(spike: ForcedSpike, rollbacks: int, reached: int) -> Finding:
+def judge(spike: ForcedSpike, rollbacks: int, reached: int) -> GateResult:
     """The training behind `spike` counted `rollbacks` and ended at step `reached`."""
     wrong = []
     before = [spike.digests.get(step) for step in range(SPOILED_AT + 1)]
@@ -91,7 +91,7 @@ def judge(spike: ForcedSpike, rollbacks: int, reached: int) -> Finding:
         wrong.append(f"the losses at the end are {spike.losses}")
     to = ", ".join(str(step) for step, _ in spike.returns)
     fine = f"forced at step {SPOILED_AT}, back to step {to} bit for bit, on to step {reached}"
-    return Finding(not wrong, rollbacks, "; ".join(wrong) or fine)
+    return GateResult(not wrong, rollbacks, "; ".join(wrong) or fine)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def forced(run: Evidence) -> Finding:
+def forced(run: RunArtifacts) -> GateResult:
     """G2-6: a few steps from the checkpoint's weights on the run's data, on the CPU."""
     rows = int(run.group("callbacks.spike_rollback").get("rows", 2))
     module = run.new_module(lr=LR, muon_lr=LR, memory_lr=LR, warmup_steps=0, total_steps=STEPS)

@@ -120,7 +120,7 @@ class BoardLogger(TensorBoardLogger):
             self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @rank_zero_only
-    def go_on_from(self, step: int) -> None:
+    def resume_from_step(self, step: int) -> None:
         """TensorBoard leaves out what a process that died had written of `step` and later: it comes again."""
         if self._files():
             self._kwargs["purge_step"] = step

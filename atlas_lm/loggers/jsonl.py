@@ -156,7 +156,7 @@ class JsonlLogger(Logger):
         self._metrics.update({name: float(value) for name, value in metrics.items()})
 
     @rank_zero_only
-    def go_on_from(self, step: int) -> None:
+    def resume_from_step(self, step: int) -> None:
         """Before the next row is written, rows of `step` and later move out of the file: they come again."""
         self._cut_at = step
 

@@ -27,8 +27,10 @@ LOCK, REPORT = ".lock", "report.json"
 
 
 @contextmanager
-def run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
-    """Hold the run's folder. Whether a run goes on there: until it trains nothing in it changes, see `settle_in`.
+def open_run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
+    """Hold the run's folder; True if a run is resumed there.
+
+    Until it trains nothing of that run changes, see `write_resumed_metadata`.
 
     ValueError if another run lies there, or another process writes there.
     """
@@ -37,14 +39,14 @@ def run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
         yield bool(cfg.resume)
         return
     with locked(run):
-        goes_on = (run / CONFIG).exists()
-        if goes_on and not cfg.resume:
+        resumes = (run / CONFIG).exists()
+        if resumes and not cfg.resume:
             raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
-        if not goes_on:
+        if not resumes:
             write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
             write_identity(run, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
             write_atomically(run / CONFIG, configuration(cfg))
-        yield goes_on
+        yield resumes
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def configuration(cfg: DictConfig) -> str:
 
 
 @rank_zero_only
-def settle_in(cfg: DictConfig, root: Path) -> None:
+def write_resumed_metadata(cfg: DictConfig, root: Path) -> None:
     """Training goes on: its configuration and environment are the run's now, and its old report is withdrawn."""
     run = Path(cfg.paths.run)
     now = environment(root)
@@ -80,15 +82,15 @@ def settle_in(cfg: DictConfig, root: Path) -> None:
         then = {}
     if {**then, "command": None} != {**now, "command": None}:
         text = json.dumps(now, indent=2) + "\n"
-        keep_aside(run / "environment.json", text)
+        archive_if_changed(run / "environment.json", text)
         write_atomically(run / "environment.json", text)
     text = configuration(cfg)
-    keep_aside(run / CONFIG, text)
+    archive_if_changed(run / CONFIG, text)
     write_atomically(run / CONFIG, text)
-    withdraw_report(run)
+    delete_stale_report(run)
 
 
-def keep_aside(path: Path, text: str) -> None:
+def archive_if_changed(path: Path, text: str) -> None:
     """Rename `path` to <stem>.<n><suffix> if it holds something other than `text`."""
     if not path.is_file() or path.read_text(encoding="utf-8") == text:
         return
@@ -97,7 +99,7 @@ def keep_aside(path: Path, text: str) -> None:
     log.info("%s differs from that of the run so far, which is kept as %s", path.name, aside.name)
 
 
-def withdraw_report(run: Path) -> None:
+def delete_stale_report(run: Path) -> None:
     """What a run was before it goes on is no verdict on it any more."""
     for name in (REPORT, "report.md"):
         (run / name).unlink(missing_ok=True)

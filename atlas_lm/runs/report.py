@@ -18,7 +18,7 @@ from rich.table import Table
 from atlas_lm.checkpoints.listing import newest_checkpoint
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.files import write_atomically
-from atlas_lm.runs.stats import RunRecorder
+from atlas_lm.runs.stats import RunStats
 
 log = logging.getLogger(__name__)
 
@@ -39,49 +39,49 @@ def compressed_bits_per_byte(raw: bytes) -> dict[str, float]:
     return {f"{name}_bits_per_byte": 8 * len(data) / len(raw) for name, data in packed.items()}
 
 
-def judge(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataModule, recorder: RunRecorder) -> Report:
+def judge(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataModule, stats: RunStats) -> Report:
     """Measure, write and print the report of a run that has ended, in whatever way; on rank zero."""
-    report = build(run, trainer, module, dm, recorder)
+    report = build(run, trainer, module, dm, stats)
     if trainer.is_global_zero:
         show(report)
         try:  # last: a run that is ended by a signal before this has no verdict, and gets one when it is resumed
             write_atomically(run / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
             write_atomically(run / "report.md", markdown(report))
         except OSError as error:
-            if recorder.error is None:
+            if stats.error is None:
                 raise
             log.warning("the report could not be written: %s", error)  # the run's own error matters more
     return report
 
 
-def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataModule, recorder: RunRecorder) -> Report:
+def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataModule, stats: RunStats) -> Report:
     """All values of the report; a value that is missing or no finite number is null."""
-    found, checkpoint = recorder.validation, newest_checkpoint(run)
+    found, checkpoint = stats.validation, newest_checkpoint(run)
     values: Report = {
-        "status": status_of(recorder.error, trainer.global_step, trainer.max_steps),
+        "status": status_of(stats.error, trainer.global_step, trainer.max_steps),
         "verdict": "",
         "val_loss": found.get("val/loss"),
         "val_bits_per_byte": None,
         "gzip_bits_per_byte": None,
         "xz_bits_per_byte": None,
-        "tokens_per_second": recorder.tokens_per_second,
-        "train_seconds": recorder.train_seconds,
-        "tokens": recorder.tokens,
+        "tokens_per_second": stats.tokens_per_second,
+        "train_seconds": stats.train_seconds,
+        "tokens": stats.tokens,
         "steps": trainer.global_step,
         "total_steps": trainer.max_steps,
-        "validated_at_step": recorder.validated_at,
-        "rollbacks": count(recorder.training.get("spike/rollbacks")),
-        "skipped_steps": added(recorder.training, "guard/skipped_steps", "guard/outliers"),
-        "needle_accuracy": recorder.training.get("niah/accuracy"),
-        "needle_at_step": count(recorder.training.get("niah/step")),
-        "memory_contribution": recorder.training.get("memory/contribution"),
+        "validated_at_step": stats.validated_at,
+        "rollbacks": count(stats.training.get("spike/rollbacks")),
+        "skipped_steps": added(stats.training, "guard/skipped_steps", "guard/outliers"),
+        "needle_accuracy": stats.training.get("niah/accuracy"),
+        "needle_at_step": count(stats.training.get("niah/step")),
+        "memory_contribution": stats.training.get("memory/contribution"),
         "parameters": sum(p.numel() for p in module.parameters()),
         "precision": str(trainer.precision),
         "checkpoint": str(checkpoint) if checkpoint else None,
         "run": str(run),
-        "error": describe(recorder.error),
+        "error": describe(stats.error),
     }
-    if recorder.validated_at is not None:
+    if stats.validated_at is not None:
         values.update(held_out_text(dm, values["val_loss"]))
         if dm.tokenizer is None and "recall/accuracy" in found:
             values["recall_accuracy"] = found["recall/accuracy"]

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from atlas_lm.checkpoints.listing import newest_checkpoint, newest_intact, position
+from atlas_lm.checkpoints.io import read_header
+from atlas_lm.checkpoints.listing import (
+    Usable,
+    checkpoints_in,
+    intact_checkpoint,
+    newest_checkpoint,
+    position,
+    why_unusable,
+)
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
 from atlas_lm.runs.folder import LATEST, has_ended_well, overrides_of, runs_in
@@ -35,21 +43,6 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
     raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")
 
 
-def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
-    """A checkpoint file: the path itself, or the newest intact one of a run. ValueError: there is none, or damaged."""
-    from atlas_lm.checkpoints.io import check_intact  # imports torch, which takes seconds
-    from atlas_lm.checkpoints.listing import intact_checkpoint
-
-    path = Path(name_or_path)
-    if path.is_file():
-        check_intact(path)
-        return path.absolute()
-    if path.suffix == ".ckpt":
-        beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
-        raise ValueError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
-    return intact_checkpoint(resolve_run(path, outputs))
-
-
 def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
     """Where a run writes: the folder of the run that it goes on with, else outputs/name/new.
 
@@ -60,22 +53,6 @@ def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
     found = _run_of(resume, outputs, experiment) if resume else None
     same = found is not None and found.parent.resolve() == experiment.resolve()
     return str(found.resolve() if found is not None and same else experiment / new)
-
-
-def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
-    """The run folder that `resume` goes on with; None where a new one begins, or where it is wrong (told later)."""
-    if resume == AUTO:
-        return unfinished_run(experiment)
-    path = Path(resume)
-    if path.is_file():
-        run = path.resolve().parent.parent
-        newest = newest_intact(run)[0] if (run / CONFIG).is_file() else None
-        # several files may hold the same moment: last.ckpt, interrupted.ckpt, a snapshot
-        return run if newest is not None and position(path) == position(newest) else None
-    try:
-        return resolve_run(path, outputs)
-    except ValueError:
-        return None
 
 
 def unfinished_run(experiment: Path) -> Path | None:
@@ -96,6 +73,40 @@ def sweep_folder(resume: str | None, outputs: str, name: str, new: str, override
             if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
                 return f"{name}/{run.name}"
     return f"{name}/{new}"
+
+
+def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
+    """A checkpoint file: the path itself, or the newest intact one of a run. ValueError: there is none, or damaged."""
+    return examined_checkpoint(name_or_path, outputs).path
+
+
+def examined_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Usable:
+    """As `resolve_checkpoint`, with the header; its bytes are verified once."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return read_header(path.absolute())
+    if path.suffix == ".ckpt":
+        beside = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
+        raise ValueError(f"no checkpoint {str(path)!r}{nearest(path.name, beside)}: correct the path")
+    return intact_checkpoint(resolve_run(path, outputs))
+
+
+def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
+    """The run folder in which `resume` continues; None where a new one begins, or where it is wrong: reported later."""
+    if resume == AUTO:
+        return unfinished_run(experiment)
+    path = Path(resume)
+    if path.is_file():
+        run = path.resolve().parent.parent
+        here = position(path)
+        # several files may hold the same moment: last.ckpt, interrupted.ckpt, a snapshot; damaged ones do not count
+        later = (file for file in checkpoints_in(path.resolve().parent) if position(file) > here)
+        continues = (run / CONFIG).is_file() and all(why_unusable(file) is not None for file in later)
+        return run if continues else None
+    try:
+        return resolve_run(path, outputs)
+    except ValueError:
+        return None
 
 
 def started_with(overrides: Sequence[str]) -> list[str]:

@@ -1,18 +1,19 @@
-"""Going on with a run where it ended: in its folder, from its newest intact checkpoint, behind its last record."""
+"""Resuming a run where it ended: in its folder, from its newest intact checkpoint, after its last record."""
 
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from atlas_lm.checkpoints.content import steps_recorded
-from atlas_lm.checkpoints.io import read_checkpoint
-from atlas_lm.checkpoints.listing import newest_intact
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
+from atlas_lm.checkpoints.listing import Usable, newest_examined
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.runs.init_from import weights_to_start_from
-from atlas_lm.runs.resolve import AUTO, resolve_checkpoint
+from atlas_lm.runs.resolve import AUTO, examined_checkpoint
 from atlas_lm.training.load import check_same_model, load_weights
 
 log = logging.getLogger(__name__)
@@ -20,34 +21,67 @@ log = logging.getLogger(__name__)
 SHARDED = "atlas_lm.training.strategies.FullySharded"  # the strategy of trainer=fsdp
 
 
-def checkpoint_to_resume(config: TrainConfig, module: LightningModule) -> Path | None:
-    """What `resume` names, checked against the model; None: a new run begins.
+class ResumePoint(NamedTuple):
+    """Where a run continues: resolved once, its bytes verified once, its header read once, and handed down."""
 
-    ValueError: there is none, all of them are damaged, or it is of another model.
+    run: Path
+    checkpoint: Path
+    header: dict[str, Any]  # the checkpoint's content, tensors left on disk
+    next_step: int  # the first logging step that is not recorded yet
+
+
+HANDED_DOWN = "ATLAS_LM_RESUME_FROM"  # rank zero's checkpoint, for the ranks that Lightning starts from it
+
+
+def resume_point(config: TrainConfig) -> ResumePoint | None:
+    """What `resume` names; None: a new run begins. ValueError: there is none, damaged, or holds weights alone.
+
+    Ranks that Lightning starts take rank zero's, which has verified it. Those of a launcher find it themselves.
     """
-    if not config.resume:
+    found = _examined(config)
+    if rank() == 0:
+        os.environ.pop(HANDED_DOWN, None)
+    if found is None:
         return None
-    if config.resume == AUTO:
-        path, skipped = newest_intact(Path(config.paths.run))
-        for why in skipped:
-            log.warning("warning: %s", why)
-        if path is None:
-            if skipped:
-                raise ValueError(
-                    f"resume=auto: no checkpoint of {config.paths.run!r} is intact: "
-                    "start anew without resume=, or restore one"
-                )
-            rank_zero_info("resume=auto: there is no unfinished run of %s, a new one begins", config.name)
-            return None
-    else:
-        path = resolve_checkpoint(config.resume, config.paths.outputs)
-    check_same_model(path, module)
-    header = read_checkpoint(path, lazily=True)
+    path, header = found
     if "loops" not in header or "optimizer_states" not in header:
         raise ValueError(f"{str(path)!r} holds weights alone and no state of a run: use init_from= to start from them")
-    check_accumulation(path, header, config.trainer.get("accumulate_grad_batches") or 1)
-    check_sharding(path, header, config.trainer.get("strategy"))
-    return path
+    if rank() == 0:
+        os.environ[HANDED_DOWN] = str(path.absolute())
+    return ResumePoint(Path(config.paths.run), path, header, steps_recorded(header))
+
+
+def _examined(config: TrainConfig) -> Usable | None:
+    if not config.resume:
+        return None
+    if rank() != 0 and HANDED_DOWN in os.environ:
+        path = Path(os.environ[HANDED_DOWN])
+        return Usable(path, read_checkpoint(path, lazily=True))
+    if config.resume != AUTO:
+        return examined_checkpoint(config.resume, config.paths.outputs)
+    found, skipped = newest_examined(Path(config.paths.run))
+    for why in skipped:
+        log.warning("warning: %s", why)
+    if found is None:
+        if skipped:
+            raise ValueError(
+                f"resume=auto: no checkpoint of {config.paths.run!r} is intact: "
+                "start anew without resume=, or restore one"
+            )
+        rank_zero_info("resume=auto: there is no unfinished run of %s, a new one begins", config.name)
+    return found
+
+
+def rank() -> int:
+    """This process's rank, as Lightning knows it before there is a process group."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def check_resumable(point: ResumePoint, config: TrainConfig, module: LightningModule) -> None:
+    """ValueError: the checkpoint is of another model, or this Trainer cannot continue from it."""
+    check_same_model(point.checkpoint, point.header, module)
+    check_accumulation(point.checkpoint, point.header, config.trainer.get("accumulate_grad_batches") or 1)
+    check_sharding(point.checkpoint, point.header, config.trainer.get("strategy"))
 
 
 def check_sharding(path: Path, header: dict[str, Any], strategy: Any) -> None:
@@ -79,33 +113,33 @@ def check_accumulation(path: Path, header: dict[str, Any], accumulated: int) -> 
         )
 
 
-def continue_records(trainer: Trainer, checkpoint: Path) -> int:
-    """Have every logger that can go on exactly behind the checkpoint: nothing twice, nothing lost.
+def rewind_loggers(trainer: Trainer, point: ResumePoint) -> None:
+    """Have every logger that can do so continue exactly after the checkpoint: nothing twice, nothing lost.
 
-    Returns the number of the first logging step that is not recorded yet.
+    What this process has verified is not verified again when Lightning reads it.
     """
-    step = steps_recorded(read_checkpoint(checkpoint, lazily=True))
+    plugin = trainer.strategy.checkpoint_io
+    if isinstance(plugin, AtomicCheckpointIO):
+        plugin.verified = point.checkpoint
     for logger in trainer.loggers:
-        go_on = getattr(logger, "go_on_from", None)
-        if go_on is not None:
-            go_on(step)
-    rank_zero_info("resuming %s: the records go on at step %d", checkpoint, step)
-    return step
+        rewind = getattr(logger, "resume_from_step", None)
+        if rewind is not None:
+            rewind(point.next_step)
+    rank_zero_info("resuming %s: the records continue at step %d", point.checkpoint, point.next_step)
 
 
-def starting_point(config: TrainConfig, module: LightningModule) -> Path | None:
-    """Load what `init_from` names into the module; the checkpoint that `resume` names.
+def load_starting_weights(config: TrainConfig, module: LightningModule) -> ResumePoint | None:
+    """Load what `init_from` names into the module, or return where `resume` continues.
 
     ValueError if either does not fit the model.
     """
-    outputs = config.paths.outputs
-    checkpoint = checkpoint_to_resume(config, module)
-    if checkpoint:
+    point = resume_point(config)
+    if point is not None:
+        check_resumable(point, config, module)
         if config.init_from:  # +experiment=stage2 resume=... has both
             rank_zero_info("resume=%s: init_from=%s is what that run began with", config.resume, config.init_from)
-        return checkpoint
-    if config.init_from:
-        source = weights_to_start_from(config.init_from, module, outputs)
+    elif config.init_from:
+        source = weights_to_start_from(config.init_from, module, config.paths.outputs)
         load_weights(module, source)
         rank_zero_info("starting from the weights of %s", source)
-    return None
+    return point

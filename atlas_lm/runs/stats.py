@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 METRICS = "callback_metrics"
 
 
-class RunRecorder(Callback):
+class RunStats(Callback):
     """Counts over interruptions: its counters travel in the checkpoint.
 
     `held_out`: says what validation measures; another run's figure is not taken over where that differs.
@@ -18,6 +18,7 @@ class RunRecorder(Callback):
     """
 
     survives_rollback = True  # what was spent stays spent
+    state_key = "RunRecorder"  # under which checkpoints of all versions have it
 
     def __init__(self, held_out: str = "", at_start: Callable[[], None] | None = None) -> None:
         self.held_out = held_out

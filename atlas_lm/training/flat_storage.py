@@ -10,7 +10,7 @@ LARGE = 2048  # bytes; a tensor of so many starts at a multiple of them, so that
 
 
 @torch.no_grad()
-def side_by_side(tensors: Iterable[Tensor]) -> list[Tensor]:
+def flat_storage(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copies that share one storage, by falling size; each starts where a tensor of its own could.
 
     Equally large ones lie at equal distances. Whoever saves or keeps one of them alone keeps all: clone it first.

@@ -49,10 +49,10 @@ def _fill(module: LightningModule, content: dict[str, Any], path: Path) -> None:
     module.load_state_dict(saved)
 
 
-def check_same_model(path: Path, module: LightningModule) -> None:
+def check_same_model(path: Path, header: dict[str, Any], module: LightningModule) -> None:
     """CheckpointError naming the fields in which the checkpoint's model, or the kind of its optimizer, differs from
-    `module`'s."""
-    saved, wanted = read_checkpoint(path, lazily=True).get(MODEL[0], {}), module.hparams
+    `module`'s. `header`: the checkpoint's content."""
+    saved, wanted = header.get(MODEL[0], {}), module.hparams
     found = differences(dict(saved.get(MODEL[1], {})), dict(wanted.get(MODEL[1], {})))
     if saved.get("vocab_size") != wanted.get("vocab_size"):
         found.append(f"a vocabulary of {wanted.get('vocab_size')} but {saved.get('vocab_size')} in the checkpoint")

@@ -11,7 +11,7 @@ _TOP_PAD = 256 * 2**20  # bytes fetched at once
 _NEVER = 2**31 - 1
 
 
-def keep_freed_memory() -> bool:
+def configure_malloc() -> bool:
     """Raise glibc's thresholds; False where the C library is another one. Changes no result, only the time."""
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -25,7 +25,7 @@ from atlas_lm.config.schema import ModelConfig, OptimConfig
 from atlas_lm.model.atlas import AtlasLM, Output
 from atlas_lm.model.probes import losses_with_and_without_memory, write_and_read
 from atlas_lm.model.sampling import generate
-from atlas_lm.training.flat_storage import side_by_side
+from atlas_lm.training.flat_storage import flat_storage
 from atlas_lm.training.lightning_internals import logging_step
 from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
 
@@ -77,7 +77,7 @@ class AtlasModule(L.LightningModule):
         self.bytes_per_token = bytes_per_token
         self.model = AtlasLM(model, vocab_size)
         parameters = list(self.model.parameters())
-        for parameter, copy in zip(parameters, side_by_side(parameters), strict=True):
+        for parameter, copy in zip(parameters, flat_storage(parameters), strict=True):
             parameter.data = copy
         # torchmetrics drops NaN by default: a validation that is partly NaN would look healthy
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")

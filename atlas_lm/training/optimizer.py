@@ -13,7 +13,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from atlas_lm.config.schema import OptimConfig
-from atlas_lm.training.flat_storage import side_by_side
+from atlas_lm.training.flat_storage import flat_storage
 
 
 class MuonAdamW(Optimizer):
@@ -65,7 +65,7 @@ class MuonAdamW(Optimizer):
                 if isinstance(value, Tensor) and value.is_cpu and not isinstance(value, DTensor):
                     kinds[value.dtype].append((state, name))
         for places in kinds.values():
-            for (state, name), copy in zip(places, side_by_side(state[name] for state, name in places), strict=True):
+            for (state, name), copy in zip(places, flat_storage(state[name] for state, name in places), strict=True):
                 state[name] = copy
         self._laid_out = len(self.state)
 

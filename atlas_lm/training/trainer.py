@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.data.datamodule import TokenDataModule
-from atlas_lm.training.malloc import keep_freed_memory
+from atlas_lm.training.malloc import configure_malloc
 from atlas_lm.training.preemption import REQUEUE
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def prepare_process(seed: int) -> None:
     """What has to stand before the first tensor: how memory is kept, how numbers underflow, and all seeds."""
-    keep_freed_memory()
+    configure_malloc()
     # products of retention gates underflow within a chunk, and a CPU computes with denormals a hundred times slower
     torch.set_flush_denormal(True)
     seed_everything(seed, workers=True, verbose=False)
@@ -93,7 +93,7 @@ def refuse_sweep_over_ranks(ranks: int) -> None:
 
 
 @rank_zero_only
-def second_look(config: TrainConfig, dm: TokenDataModule) -> None:
+def warn_unusual_settings(config: TrainConfig, dm: TokenDataModule) -> None:
     """Log what is legal and hardly meant."""
     model = config.model
     if model.memory != "none" and dm.seq_len < 2 * model.global_chunk:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from callbacks.support import fingerprint as bit_sums
-from callbacks.support.fingerprint import ROW, BitSums, stretches
+from callbacks.support.fingerprint import SHORT, BitSums, views
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int6
          torch.complex64, torch.complex128, torch.float8_e4m3fn]  # fmt: skip
 
 
-any_rows = pytest.mark.parametrize("row", [8, 16, ROW], ids=["summed", "summed and copied", "copied"])
+any_rows = pytest.mark.parametrize("row", [8, 16, SHORT], ids=["summed", "summed and copied", "copied"])
 
 
 @any_rows
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 33])
 def test_every_single_bit_counts(dtype: torch.dtype, size: int, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bit_sums, "ROW", row)
+    monkeypatch.setattr(bit_sums, "SHORT", row)
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (size * dtype.itemsize,), dtype=torch.uint8)
     tensor = raw.view(dtype)
     found = numbers(tensor)["0"]
@@ -78,7 +78,7 @@ STRIDED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", STRIDED)
 def test_strides_do_not_hide_a_bit(layout: str, dtype: torch.dtype, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bit_sums, "ROW", row)
+    monkeypatch.setattr(bit_sums, "SHORT", row)
     tensor = STRIDED[layout](torch.randn(24).to(dtype))
     sums, names = BitSums(), lambda: ["x"]
     before = sums([tensor], names).numbers()
@@ -104,7 +104,7 @@ def test_views_follow_the_tensors() -> None:
 SHAPES = [(40, 30), (3,), (40, 30), (700,), (), (40, 30), (1025,), (1025,), (0, 5)]
 
 
-def side_by_side(gap: int, even: bool = False) -> list[Tensor]:
+def flat_storage(gap: int, even: bool = False) -> list[Tensor]:
     """Views into one storage, `gap` elements between them; `even`: none begins within a 64-bit word."""
     room, tensors, at = torch.randn(20_000), [], 0
     for shape in SHAPES:
@@ -120,30 +120,27 @@ def side_by_side(gap: int, even: bool = False) -> list[Tensor]:
 def test_tensors_in_one_storage_have_the_sums_that_they_have_alone(
     gap: int, even: bool, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bit_sums, "ROW", row)
-    together = side_by_side(gap, even)
+    monkeypatch.setattr(bit_sums, "SHORT", row)
+    together = flat_storage(gap, even)
     assert numbers(*together) == {str(i): by_hand(x) for i, x in enumerate(together) if x.numel()}
     assert numbers(*together) == numbers(*[x.clone() for x in together])
 
 
-def test_neighbours_are_summed_together() -> None:
-    """Less than a row apart; what they share is copied, and the rows of one alone are not."""
-    words = torch.arange(10 * ROW // 8)
-    a, b, far = words[: 3 * ROW // 8 + 1], words[3 * ROW // 8 + 3 : 6 * ROW // 8], words[7 * ROW // 8 :]
-    first, second = stretches([("far", far), ("b", b), ("a", a)])
-    assert [(place.name, place.rows, place.pieces) for place in first.places] == [
-        ("a", (0, 3), [(0, 8)]),
-        ("b", (4, 6), [(24, ROW)]),
-    ]
-    assert torch.equal(first.rows.flatten(), words[: 6 * ROW // 8])
-    assert [x.view(torch.int64).tolist() for x in first.copied] == [words[3 * ROW // 8 : 4 * ROW // 8].tolist()]
-    assert [place.rows for place in second.places] == [(0, 3)]
-    assert not second.copied
+def test_alike_tensors_are_summed_together() -> None:
+    """Those of one size at equal distances, whatever lies between; what is no whole word at the end is copied."""
+    room = torch.arange(20_000, dtype=torch.int32).view(torch.uint8)
+    a, b, c, odd = (room[start : start + SHORT + 3] for start in (0, 4096, 8192, 20_000))
+    short = room[40_000:40_100]
+    found = views([("odd", odd), ("c", c), ("a", a), ("short", short), ("b", b)])
+    assert [tuple(x.shape) for x in found.words] == [(3, SHORT // 8), (1, SHORT // 8)]
+    assert found.names == ["a", "b", "c", "odd"]
+    assert torch.equal(found.words[0][1], b[:SHORT].view(torch.int64))
+    assert {name: len(x) for name, x in found.ends} == {"odd": 3, "c": 3, "a": 3, "b": 3, "short": 100}
 
 
 @any_rows
 def test_what_overlaps_counts_for_both(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bit_sums, "ROW", row)
+    monkeypatch.setattr(bit_sums, "SHORT", row)
     room = torch.randint(0, 256, (4000,), dtype=torch.uint8)
     parts = {
         "whole": room[:3501],
@@ -194,8 +191,8 @@ def test_a_fingerprint_keeps_what_it_has_seen() -> None:
 def test_a_bit_is_found_and_named_wherever_it_flips(
     row: int, gap: int, even: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bit_sums, "ROW", row)
-    tensors = side_by_side(gap, even)
+    monkeypatch.setattr(bit_sums, "SHORT", row)
+    tensors = flat_storage(gap, even)
     sums = BitSums()
     before = sums(tensors, names_of(tensors))
     again = sums(tensors, names_of(tensors))

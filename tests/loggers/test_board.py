@@ -224,10 +224,10 @@ def shown(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("x")]
 
 
-def log(folder: Path, steps: range, value: float, go_on_from: int | None = None) -> BoardLogger:
+def log(folder: Path, steps: range, value: float, resume_from_step: int | None = None) -> BoardLogger:
     logger = BoardLogger(str(folder), LAYOUT)
-    if go_on_from is not None:
-        logger.go_on_from(go_on_from)
+    if resume_from_step is not None:
+        logger.resume_from_step(resume_from_step)
     for step in steps:
         logger.log_metrics({"x": value}, step)
     logger.flush()
@@ -236,16 +236,16 @@ def log(folder: Path, steps: range, value: float, go_on_from: int | None = None)
 
 def test_a_resumed_run_repeats_and_loses_no_step(tmp_path: Path) -> None:
     log(tmp_path, range(5), 1.0)  # and dies
-    log(tmp_path, range(3, 8), 2.0, go_on_from=3)  # and dies
-    log(tmp_path, range(6, 7), 3.0, go_on_from=6).finalize("success")
+    log(tmp_path, range(3, 8), 2.0, resume_from_step=3)  # and dies
+    log(tmp_path, range(6, 7), 3.0, resume_from_step=6).finalize("success")
     assert shown(tmp_path) == [(step, value) for step, value in enumerate([1.0] * 3 + [2.0] * 3 + [3.0])]
 
 
 def test_what_is_logged_behind_the_end_hides_nothing(tmp_path: Path) -> None:
-    for folder, go_on_from in ((tmp_path / "new", None), (tmp_path / "resumed", 2)):
-        if go_on_from is not None:
+    for folder, resume_from_step in ((tmp_path / "new", None), (tmp_path / "resumed", 2)):
+        if resume_from_step is not None:
             log(folder, range(2), 1.0).finalize("failed")
-        logger = log(folder, range(go_on_from or 0, 4), 1.0, go_on_from)
+        logger = log(folder, range(resume_from_step or 0, 4), 1.0, resume_from_step)
         logger.finalize("success")
         logger.log_metrics({"x": 9.0}, 4)  # a validation behind the last step
         logger.finalize("success")
@@ -261,7 +261,7 @@ def test_a_clock_that_was_set_back_loses_no_point(
         set_clock(monkeypatch, offset)
         logger = BoardLogger(str(tmp_path), LAYOUT)
         if i:
-            logger.go_on_from(10 * i - 3)
+            logger.resume_from_step(10 * i - 3)
         for step in range(10 * i - 3 if i else 0, 10 * (i + 1)):
             logger.log_metrics({"val/loss": float(i)}, step)
         logger.finalize("failed")

@@ -208,7 +208,7 @@ def test_rows_beyond_the_checkpoint_are_cut_out(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"seq": 5, "half')
     again = JsonlLogger(str(path))
-    again.go_on_from(3)
+    again.resume_from_step(3)
     for step in range(3, 6):
         again.log_metrics({"x": 10 + step}, step)
     again.finalize("success")
@@ -223,11 +223,11 @@ def test_rows_beyond_the_checkpoint_are_cut_out(tmp_path: Path) -> None:
 def test_a_file_that_is_in_order_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logger = JsonlLogger(str(path))
-    logger.go_on_from(0)
+    logger.resume_from_step(0)
     assert not path.exists()
     logger.log_metrics({"x": 1}, 0)
     logger.flush()
     before = path.read_bytes()
-    logger.go_on_from(1)
+    logger.resume_from_step(1)
     assert path.read_bytes() == before
     assert not (tmp_path / "metrics.cut.jsonl").exists()
