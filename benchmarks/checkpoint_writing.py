@@ -2,10 +2,10 @@
 
 direct  `DirectFile`: past the page cache, hashed meanwhile; training waits
 plain   through the page cache, hashed, flushed; training waits
-async   Lightning's AsyncCheckpointIO around plain: a copy in memory, then a thread writes while training goes on
+async   Lightning's AsyncCheckpointIO around plain: a copy in memory, then a thread writes while training continues
 
-Each round trains some steps of `tiny`'s arithmetic with one save among them, and without; ways are taken in turn. Cost is
-the difference of the rounds; wait is the call of save_checkpoint alone; safe is when the file is on the disk.
+Each round computes some steps with one save among them, and without; ways are taken in turn. Cost is the difference of
+the two; wait is the call of save_checkpoint alone; safe is when the file is on the disk.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     count = int(options.megabytes * 1e6 / 4 / 100)
     content = {"state_dict": {str(i): torch.randn(count) for i in range(100)}, "global_step": 1}
-    a = torch.randn(1500, 1500)
+    a = torch.randn(800, 800)
 
     def step() -> None:
         for _ in range(4):

@@ -31,7 +31,7 @@ Figures = dict[str, Any]
 
 
 class Setting(argparse.Namespace):
-    """What the parts are told: `device` (cuda or cpu), `toy` (sizes that a test can afford)."""
+    """The parts' settings: `device` (cuda or cpu), `toy` (sizes that a test can afford)."""
 
     device: str
     toy: bool

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from atlas_lm.cli import calibrate, compare
 from atlas_lm.config.parsing import parse_json, read_config, read_json
