@@ -10,3 +10,6 @@ _NAMES = {
 }  # fmt: skip
 for _name in [name for name in os.environ if name in _NAMES or name.startswith(_PREFIXES)]:
     del os.environ[_name]
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would print a warning
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,59 @@
+"""train.py on two ranks of this machine (gloo): whole runs, from the command line as a user gives it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import ROOT
+from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, only_run, report_of, write_corpus
+
+TRAIN = ROOT / "train.py"
+
+
+def run_on_two_ranks(folder: Path, strategy: str) -> Path:
+    """The run folder of four steps."""
+    corpus = write_corpus(folder / "corpus")
+    two = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "precision=32-true"]
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), "data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *two],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return only_run(folder / "outputs")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: run_on_two_ranks(tmp_path_factory.mktemp(name), name) for name in ("ddp", "fsdp")}
+
+
+def test_sharded_parameters_train_as_whole_ones(runs: dict[str, Path]) -> None:
+    """Data parallelism and FSDP2 are the same mathematics: losses of every step, and the weights in the end."""
+    ddp, fsdp = (
+        [json.loads(line)["lm_loss"] for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ddp", "fsdp")
+    )
+    losses = [loss for loss in ddp if loss is not None]
+    assert len(losses) == 4
+    assert len(set(losses)) == 4
+    assert [loss for loss in fsdp if loss is not None] == pytest.approx(losses, rel=1e-5)
+    ours, theirs = (
+        torch.load(runs[name] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("fsdp", "ddp")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_on_two_ranks_has_one_report(runs: dict[str, Path], strategy: str) -> None:
+    report = report_of(runs[strategy])
+    assert report["status"] == "finished"
+    assert report["steps"] == 4
+    assert report["tokens"] == 4 * 2 * 2 * 32  # steps, ranks, sequences, tokens

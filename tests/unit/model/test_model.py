@@ -1,0 +1,235 @@
+"""Sizes of the model configs, and the parts around the memory: attention, RoPE, convolution (M12)."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.model.atlas import AtlasLM, check
+from atlas_lm.model.attention import SlidingWindowAttention, rotate, window_attention
+from atlas_lm.model.block import CausalConv, Fusion
+from tests.support import ROOT
+
+CONF = ROOT / "conf"
+VOCABULARY = 32_000
+
+# at a vocabulary of 32,000 tokens
+PARAMETERS = {
+    "tiny": 10_433_440,
+    "43m": 59_347_008,
+    "125m": 191_588_160,
+    "340m": 580_328_448,
+    "760m": 1_117_502_208,
+    "1300m": 1_363_185_984,
+}
+
+
+def model_config(name: str, **changes) -> ModelConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", overrides=[f"model={name}"]).model
+    values = OmegaConf.to_container(composed)
+    assert isinstance(values, dict)
+    return ModelConfig(**{**values, **changes})
+
+
+def parameter_count(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in AtlasLM(config, VOCABULARY).parameters())
+
+
+def test_every_model_config_is_in_the_table():
+    assert {path.stem for path in (CONF / "model").glob("[!_]*.yaml")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    assert parameter_count(model_config(name)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_twin_without_memory_is_as_large(name):
+    twin = parameter_count(model_config(name, memory="none"))
+    assert twin == pytest.approx(parameter_count(model_config(name)), rel=0.005)
+
+
+def test_twin_has_no_memory():
+    config = model_config("tiny", memory="none", dim=16, head_dim=4, window=8)
+    model = AtlasLM(config, 11)
+    output = model(torch.randint(11, (2, 20)))
+    assert output.gates == ()
+    assert model.local_chunks == ()
+    assert not any("memory" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 0}, "model.dim"),
+        ({"layers": 0}, "model.layers"),
+        ({"heads": 0}, "model.heads"),
+        ({"head_dim": 0}, "model.head_dim"),
+        ({"memory_hidden": 0}, "model.memory_hidden"),
+        ({"head_dim": 7}, "model.head_dim must be even for rotary positions, got 7"),
+        ({"ffn_multiple": 0.0}, "model.ffn_multiple must be positive, got 0.0"),
+    ],
+)
+def test_sizes_that_no_model_can_have(change, message):
+    config = model_config("tiny")
+    for name, value in change.items():
+        setattr(config, name, value)  # past the checks of ModelConfig itself
+    with pytest.raises(ValueError, match=message):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard": 100, "global_chunk": 128}, "shard 100 and global_chunk 128"),
+        ({"window": 0}, "model.window=0 must be at least 1"),
+        ({"conv": 0}, "model.conv=0 must be at least 1"),
+        ({"fusion": "sum"}, "model.fusion=sum must be one of multiplicative"),
+        ({"memory": "titans"}, "model.memory=titans must be one of atlas, none"),
+    ],
+)
+def test_values_that_no_model_can_have(change, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        AtlasLM(model_config("tiny", **change), 11)
+
+
+def test_parts_refuse_widths_below_one():
+    with pytest.raises(ValueError, match="window must be at least 1 token, got 0"):
+        SlidingWindowAttention(8, 2, 4, 0, 1e4)
+    with pytest.raises(ValueError, match="short convolution must be at least 1 token, got 0"):
+        CausalConv(8, 0)
+
+
+def test_chunk_sizes_are_set_in_every_layer():
+    model = AtlasLM(model_config("tiny", layers=2, dim=16, head_dim=4, local_chunks=[2, 3]), 11)
+    model.set_local_chunks([5, 9])
+    assert model.local_chunks == (5, 9)
+    assert [block.memory.hierarchy.local_chunks for block in model.blocks] == [(5, 9)] * 2
+
+
+# Attention.
+
+
+def naive_attention(q, k, v, window: int, cached: int = 0):
+    """Token t sees itself and the `window` − 1 before it; the first `cached` keys belong to earlier tokens."""
+    T, S = q.size(2), k.size(2)
+    t, s = torch.arange(T)[:, None] + cached, torch.arange(S)[None]
+    scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill((s > t) | (s <= t - window), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 200])
+@pytest.mark.parametrize("T", [1, 7, 63, 100])
+def test_window_attention_is_masked_attention(T, window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, 4, dtype=torch.float64) for _ in range(3))
+    empty = torch.full((2, 3, window - 1, 4), 1e3, dtype=torch.float64)  # slots that hold no token must not be seen
+    valid = torch.cat([torch.zeros(window - 1, dtype=torch.bool), torch.ones(T, dtype=torch.bool)])
+    y = window_attention(q, torch.cat([empty, k], 2), torch.cat([empty, v], 2), valid, window)
+    torch.testing.assert_close(y, naive_attention(q, k, v, window))
+
+
+@pytest.mark.parametrize("window", [1, 5, 16])
+@pytest.mark.parametrize("ends", [[63], [1, 2, 63], [30, 31, 32, 63], [3, 50, 63]])
+def test_attention_with_its_cache_is_masked_attention_over_everything(window, ends):
+    torch.manual_seed(0)
+    layer = SlidingWindowAttention(6, 2, 4, window, 1e4).double()
+    x = torch.randn(2, 63, 6, dtype=torch.float64)
+    q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in layer.qkv(x).chunk(3, dim=-1))
+    truth = naive_attention(rotate(q, 0, 1e4), rotate(k, 0, 1e4), v, window).transpose(1, 2).flatten(2)
+    state, outputs = layer.initial_state(2), []
+    for start, end in zip([0, *ends], ends, strict=False):
+        y, state = layer(x[:, start:end], state)
+        outputs.append(y)
+        assert state.k.size(2) == window - 1
+        assert state.position == end
+    torch.testing.assert_close(torch.cat(outputs, 1), truth)
+
+
+def test_rotary_positions_are_relative_and_keep_norms():
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64) for _ in range(2))
+
+    def score(i: int, j: int) -> float:
+        return (rotate(q, i, 1e4) * rotate(k, j, 1e4)).sum().item()
+
+    assert score(5, 2) == pytest.approx(score(1005, 1002))
+    assert score(5, 2) != pytest.approx(score(5, 3))
+    torch.testing.assert_close(rotate(q, 123, 1e4).norm(), q.norm())
+    assert torch.equal(rotate(q, 0, 1e4), q)
+    row = torch.randn(1, 1, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(rotate(row, 4, 1e4)[:, :, 3:], rotate(row[:, :, 3:], 7, 1e4))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_convolution_streams_and_is_causal(width):
+    torch.manual_seed(0)
+    conv = CausalConv(3, width).double()
+    x = torch.randn(2, 20, 3, dtype=torch.float64)
+    zeros = x.new_zeros(2, width - 1, 3)
+    whole, tail = conv(x, zeros)
+    padded = torch.cat([zeros, x], 1).mT
+    truth = torch.nn.functional.conv1d(padded, conv.weight.mT.unsqueeze(1), groups=3).mT
+    torch.testing.assert_close(whole, truth)
+    outputs, state = [], zeros
+    for start, end in ((0, 1), (1, 3), (3, 3 + 9), (12, 20)):
+        y, state = conv(x[:, start:end], state)
+        outputs.append(y)
+        assert state.shape == zeros.shape
+    assert torch.equal(torch.cat(outputs, 1), whole)
+    assert torch.equal(state, tail)
+    changed = x.clone()
+    changed[:, 10] += 1
+    assert torch.equal(conv(changed, zeros)[0][:, :10], whole[:, :10])
+    assert torch.equal(conv(changed, zeros)[0][:, 10 + width :], whole[:, 10 + width :])
+
+
+def test_an_unknown_fusion_is_refused_by_the_config_before_it_is_built():
+    with pytest.raises(ValueError, match="did you mean 'convex'"):
+        model_config("tiny", fusion="convexx")
+    assert Fusion("convex", 8).kind == "convex"
+
+
+# Built on device meta.
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory": "none"}, {"features": "quadratic"}, {"fusion": "normalised_product", "network": "mlp"}]
+)
+def test_a_model_from_device_meta_is_initialised_as_a_new_one(changes):
+    sizes = {"layers": 2, "dim": 16, "head_dim": 4, "rank": 6, "memory_hidden": 5, "window": 8, **changes}
+    config = model_config("tiny", **sizes)
+    torch.manual_seed(1)
+    truth = AtlasLM(config, 11)
+    with torch.device("meta"):
+        model = AtlasLM(config, 11)
+    model = model.to_empty(device="cpu")
+    for x in [*model.parameters(), *model.buffers()]:
+        x.data.fill_(torch.nan if x.is_floating_point() else 10**9)
+    for part in model.modules():  # any order gives every tensor values
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert all(x.isfinite().all() and (x < 10**9).all() for x in [*model.parameters(), *model.buffers()])
+    torch.manual_seed(1)
+    model.initialise()
+    assert all(torch.equal(a, b) for a, b in zip(truth.parameters(), model.parameters(), strict=True))
+    tokens = torch.randint(11, (2, 20))
+    assert torch.equal(model(tokens).logits, truth(tokens).logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"memory": "none"}, {"update": "newton_schulz"}, {"reset_at_document": True}])
+def test_a_forward_pass_on_device_meta_gives_shapes(changes):
+    config = model_config("tiny", layers=2, dim=16, head_dim=4, rank=6, memory_hidden=5, window=8, **changes)
+    with torch.device("meta"):
+        model = AtlasLM(config, 11)
+        output = model(torch.zeros(2, 70, dtype=torch.long), model.initial_state(2))
+        logits = model(torch.zeros(2, 70, dtype=torch.long)).logits
+        logits.sum().backward()
+    assert output.logits.shape == logits.shape == (2, 70, 11)
+    assert logits.device.type == "meta"

@@ -1,0 +1,54 @@
+"""The walls between the rooms stand: each contract of pyproject.toml holds, and falls when a line breaks it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+BROKEN = {  # contract → file, and the line that breaks it
+    "Rooms stand above": ("atlas_lm/model/norm.py", "import atlas_lm.training.optimizer"),
+    "The package knows no safeguard": ("atlas_lm/runs/stats.py", "import callbacks.support.probing"),
+    "Safeguards know no model": ("callbacks/gate_monitor.py", "import atlas_lm.config.names"),
+    "The memory's mathematics": ("atlas_lm/memory/state.py", "import numpy"),
+    "No circles": ("atlas_lm/memory/network.py", "import atlas_lm.memory.state"),
+}
+
+
+def verdicts(folder: Path) -> dict[str, bool]:
+    """Whether each contract is kept, by its name."""
+    code = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
+    found = subprocess.run([sys.executable, "-c", code, "--no-cache"], cwd=folder, capture_output=True, text=True)
+    lines = [line.rsplit(" ", 1) for line in found.stdout.splitlines() if line.endswith((" KEPT", " BROKEN"))]
+    assert lines, found.stdout + found.stderr
+    assert (found.returncode == 0) == all(word == "KEPT" for _, word in lines)
+    return {name: word == "KEPT" for name, word in lines}
+
+
+def test_all_walls_stand() -> None:
+    assert set(verdicts(ROOT).values()) == {True}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("atlas_lm", "callbacks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("contract", BROKEN)
+def test_a_planted_violation_breaks_its_contract(copy: Path, contract: str) -> None:
+    file, line = BROKEN[contract]
+    with (copy / file).open("a") as handle:
+        handle.write(f"\n{line}\n")
+    found = verdicts(copy)
+    assert [kept for name, kept in found.items() if name.startswith(contract)] == [False]
+
+
+def test_every_file_is_in_a_room() -> None:
+    flat = {path.name for path in (ROOT / "atlas_lm").glob("*.py")}
+    assert flat == {"__init__.py", "__main__.py", "files.py"}
