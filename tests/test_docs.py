@@ -114,6 +114,24 @@ def test_a_missing_document_is_found() -> None:
     ]  # fmt: skip
 
 
+def missing_files(text: str) -> list[str]:
+    """Files and folders of the repository that a page names and that are not there."""
+    inside = re.findall(r"`((?:atlas_lm|callbacks)/[\w./-]+)`", text)
+    anywhere = re.findall(r"(?<![\w/.])((?:tests|conf|benchmarks)/[\w/-]+(?:\.\w+)?)", text)
+    return [name for name in [*inside, *anywhere] if not (ROOT / name).exists()]
+
+
+def test_pages_name_files_that_exist() -> None:
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    found = {name_of(page): missing_files(page.read_text(encoding="utf-8")) for page in pages}
+    assert {page: names for page, names in found.items() if names} == {}
+
+
+def test_a_missing_file_is_found() -> None:
+    text = "`atlas_lm/files.py` `callbacks/none.py` (`pytest -m slow tests/nowhere`) conf/callbacks"
+    assert missing_files(text) == ["callbacks/none.py", "tests/nowhere"]
+
+
 # Ids
 
 ID = r"(?:[MNT]\d{1,2}|C\d{1,2}b?|G\d-\d|W0|D\d-\d|AC-\w+-\d)"
