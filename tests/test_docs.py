@@ -302,6 +302,36 @@ def test_a_wrong_command_is_found(command: str, words: str) -> None:
     assert words in (whats_wrong(command) or "")
 
 
+# Python
+
+
+def wrong_python(text: str) -> list[str]:
+    """Blocks of Python that do not parse, and imports in them that fail."""
+    wrong = []
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        try:
+            tree = ast.parse(block)
+        except SyntaxError as error:
+            wrong.append(str(error))
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                wrong += [f"{node.module}.{n.name}" for n in node.names if not hasattr(module, n.name)]
+    return wrong
+
+
+def test_python_in_pages_can_be_imported() -> None:
+    found = {name_of(page): wrong_python(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert {page: wrong for page, wrong in found.items() if wrong} == {}
+
+
+def test_wrong_python_is_found() -> None:
+    text = "```python\nfrom callbacks import SpikeRollback, Nothing\n```\n```python\nx = (\n```\n"
+    found = wrong_python(text)
+    assert (len(found), found[0]) == (2, "callbacks.Nothing")
+
+
 # The README, the wall, the pictures, the decisions
 
 
