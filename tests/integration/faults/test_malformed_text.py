@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from atlas_lm.cli import calibrate, compare
 from atlas_lm.config.parsing import parse_json, read_config, read_json
@@ -274,14 +273,14 @@ def test_values_of_another_kind_in_a_run_folder(tmp_path: Path, value: Any) -> N
     good_row = {**ROW, "seq": 30, "step": 30}
     for key in REPORT:
         run_folder(tmp_path / "run", {**REPORT, key: value}, good_row)
-        _, line = outcome(lambda: compare.compare([tmp_path / "run"], console=Console(quiet=True)), SECONDS)
+        _, line = outcome(lambda: compare.compare([tmp_path / "run"]), SECONDS)
         assert key == "status" or says(line, "report.json", key, repr(value)), (key, line)
     for key in ("ppl_delta", "seq", "step", "nonfinite", "train/loss"):
         run = run_folder(tmp_path / "run", REPORT, {**good_row, key: value})
         _, line = outcome(lambda: calibrate.calibrate(run, Console(quiet=True)), SECONDS)  # noqa: B023
         assert says(line, "metrics.jsonl, line 31", key) or (key == "seq" and says(line, "metrics.jsonl")), (key, line)
     run = run_folder(tmp_path / "run", REPORT, good_row, chunks=value)
-    _, line = outcome(lambda: compare.compare([run], console=Console(quiet=True)), SECONDS)
+    _, line = outcome(lambda: compare.compare([run]), SECONDS)
     assert says(line, "config.yaml", "local_chunks") or value == [1]
     assert calibrate.calibrate(run_folder(tmp_path / "run", REPORT, good_row), Console(quiet=True)).count == 32
 

@@ -28,8 +28,8 @@ from atlas_lm.data.prepare import prepare
 from atlas_lm.exit_gates import chunk_sizes
 from benchmarks import pictures
 from benchmarks.figures import NUMBERS
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FOLDERS = ("atlas_lm", "callbacks", "benchmarks", "conf", "tests", "docs")
 CODE = [
