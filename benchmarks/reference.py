@@ -1,7 +1,7 @@
 """Write docs/reference from the code: python -m benchmarks.reference
 
 Settings come from the dataclasses of atlas_lm/config/schema.py, the comments in conf/ and the callbacks' docstrings;
-commands from their own --help; the run folder and the metrics from the tables below, which tests/test_reference.py
+commands from their own --help; the run folder and the metrics from the tables below, which tests/integration/test_reference.py
 compares with a small run.
 """
 
