@@ -114,6 +114,24 @@ def test_a_missing_document_is_found() -> None:
     ]  # fmt: skip
 
 
+def missing_files(text: str) -> list[str]:
+    """Files and folders of the repository that a page names and that are not there."""
+    inside = re.findall(r"`((?:atlas_lm|callbacks)/[\w./-]+)`", text)
+    anywhere = re.findall(r"(?<![\w/.])((?:tests|conf|benchmarks)/[\w/-]+(?:\.\w+)?)", text)
+    return [name for name in [*inside, *anywhere] if not (ROOT / name).exists()]
+
+
+def test_pages_name_files_that_exist() -> None:
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    found = {name_of(page): missing_files(page.read_text(encoding="utf-8")) for page in pages}
+    assert {page: names for page, names in found.items() if names} == {}
+
+
+def test_a_missing_file_is_found() -> None:
+    text = "`atlas_lm/files.py` `callbacks/none.py` (`pytest -m slow tests/nowhere`) conf/callbacks"
+    assert missing_files(text) == ["callbacks/none.py", "tests/nowhere"]
+
+
 # Ids
 
 ID = r"(?:[MNT]\d{1,2}|C\d{1,2}b?|G\d-\d|W0|D\d-\d|AC-\w+-\d)"
@@ -282,6 +300,36 @@ def test_a_right_command_passes(command: str) -> None:
 )
 def test_a_wrong_command_is_found(command: str, words: str) -> None:
     assert words in (whats_wrong(command) or "")
+
+
+# Python
+
+
+def wrong_python(text: str) -> list[str]:
+    """Blocks of Python that do not parse, and imports in them that fail."""
+    wrong = []
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        try:
+            tree = ast.parse(block)
+        except SyntaxError as error:
+            wrong.append(str(error))
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                wrong += [f"{node.module}.{n.name}" for n in node.names if not hasattr(module, n.name)]
+    return wrong
+
+
+def test_python_in_pages_can_be_imported() -> None:
+    found = {name_of(page): wrong_python(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert {page: wrong for page, wrong in found.items() if wrong} == {}
+
+
+def test_wrong_python_is_found() -> None:
+    text = "```python\nfrom callbacks import SpikeRollback, Nothing\n```\n```python\nx = (\n```\n"
+    found = wrong_python(text)
+    assert (len(found), found[0]) == (2, "callbacks.Nothing")
 
 
 # The README, the wall, the pictures, the decisions
