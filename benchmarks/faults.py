@@ -272,10 +272,10 @@ def named(error: str, code: int | str, variant: str) -> str | None:
 
 
 def resume(run: Run) -> dict[str, Any]:
-    """Go on from what was saved; what that costs."""
+    """Continue from what was saved; what that costs."""
     stopped = run.report().get("steps") or 0
     code = run.launch("resume=auto")
-    began = [line for line in run.output().splitlines() if "the records go on at step" in line]
+    began = [line for line in run.output().splitlines() if "the records continue at step" in line]
     start = int(began[-1].rsplit(" ", 1)[1]) if began else 0
     return {"resumed": code, "steps_lost": max(0, stopped - start) if began else None}
 
@@ -286,12 +286,12 @@ def scenario_damaged(run: Run, damage: Callable[[Path], None]) -> dict[str, Any]
     damage(newest)
     at = len(read_rows(run.run / "metrics.jsonl"))
     again = run.launch("resume=auto")
-    began = [line for line in run.output().splitlines() if "the records go on at step" in line]
-    told = [line for line in run.output().splitlines() if newest.name in line or "last.ckpt" in line]
-    told = [line for line in told if "damaged" in line or "truncated" in line]
+    began = [line for line in run.output().splitlines() if "the records continue at step" in line]
+    reported = [line for line in run.output().splitlines() if newest.name in line or "last.ckpt" in line]
+    reported = [line for line in reported if "damaged" in line or "truncated" in line]
     return {
-        "exit_code": code, "resumed": again, "detected_by": "manifest" if told else None, "steps_to_detection": 0,
-        "action": "older checkpoint", "message": told[0][:400] if told else None,
+        "exit_code": code, "resumed": again, "detected_by": "manifest" if reported else None, "steps_to_detection": 0,
+        "action": "older checkpoint", "message": reported[0][:400] if reported else None,
         "steps_lost": at - int(began[-1].rsplit(" ", 1)[1]) if began else None,
     }  # fmt: skip
 

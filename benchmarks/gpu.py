@@ -2,7 +2,7 @@
 
 Each part is a process of its own with a time limit, the most valuable first, and its figures are written when it ends:
 a part that crashes or takes too long costs itself alone. `--device cpu --toy` runs all of it small, as a test.
-`python -m benchmarks.gpu --draw docs/results/gpu.json` writes docs/gpu.md from the figures.
+`python -m benchmarks.gpu --draw docs/results/gpu*.json` writes docs/gpu.md, a column for each run on a machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Figures = dict[str, Any]
 
 
 class Setting(argparse.Namespace):
-    """What the parts are told: `device` (cuda or cpu), `toy` (sizes that a test can afford)."""
+    """The parts' settings: `device` (cuda or cpu), `toy` (sizes that a test can afford)."""
 
     device: str
     toy: bool
@@ -42,16 +42,17 @@ class Setting(argparse.Namespace):
             torch.cuda.synchronize()
 
     def median(self, f: Callable[[], Any], repeats: int) -> float:
-        """Seconds of a call, after one to warm up."""
-        f()
-        times = []
-        for _ in range(repeats):
+        """Seconds of a call, after one to warm up; of one alone where it takes many seconds."""
+        times: list[float] = []
+        for n in range(repeats + 1):
+            if n > 1 and times[-1] > 5:
+                break
             self.wait()
             start = time.perf_counter()
             f()
             self.wait()
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return statistics.median(times[1:])
 
 
 # Parts
@@ -295,16 +296,20 @@ def in_a_process(name: str, setting: Setting, limit: float) -> Figures:
     return {**found, **({"failed": why} if why else {})}
 
 
-def draw(figures: Figures) -> str:
-    """docs/gpu.md."""
+def draw(runs: list[Figures]) -> str:
+    """docs/gpu.md: a column for each run. A part that a run did not reach is empty there."""
     lines = [
         "# On a GPU", "", "`python -m benchmarks.gpu --out docs/results/gpu.json` measures, and "
-        "`python -m benchmarks.gpu --draw docs/results/gpu.json` writes this page.", "",
+        "`python -m benchmarks.gpu --draw docs/results/gpu*.json` writes this page.", "",
     ]  # fmt: skip
-    for part, found in figures.items():
+    for part in dict.fromkeys(part for figures in runs for part in figures):
         doc = (PARTS[part][0].__doc__ or "").splitlines()[0]
-        lines += [f"## {part}", "", doc, "", "| what | figure |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in flat(found)] + [""]
+        columns = [dict(flat(figures.get(part, {}))) for figures in runs]
+        head = " | ".join(f"run {n}" for n in range(1, len(runs) + 1)) if len(runs) > 1 else "figure"
+        lines += [f"## {part}", "", doc, "", f"| what | {head} |", "|---" * (1 + len(runs)) + "|"]
+        for name in dict.fromkeys(name for column in columns for name in column):
+            lines.append(f"| {name} | {' | '.join(column.get(name, '') for column in columns)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -329,10 +334,10 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--draw", type=Path)
+    parser.add_argument("--draw", type=Path, nargs="+")
     setting = parser.parse_args(namespace=Setting())
     if setting.draw:
-        (ROOT / "docs" / "gpu.md").write_text(draw(json.loads(setting.draw.read_text())))
+        (ROOT / "docs" / "gpu.md").write_text(draw([json.loads(path.read_text()) for path in setting.draw]))
         return
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: this machine has no CUDA device: --device cpu --toy runs everything small")

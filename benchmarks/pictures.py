@@ -49,7 +49,7 @@ def picture(width: int, height: int, title: str, parts: list[str]) -> str:
     """The SVG."""
     head = (
         f'<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0,0 L8,4 L0,8 z" fill="{GREY}"/></marker>'
+        f'<path d="M 0 0 L 8 4 L 0 8 z" fill="{GREY}"/></marker>'
     )
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'

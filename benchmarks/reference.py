@@ -1,8 +1,8 @@
 """Write docs/reference from the code: python -m benchmarks.reference
 
 Settings come from the dataclasses of atlas_lm/config/schema.py, the comments in conf/ and the callbacks' docstrings;
-commands from their own --help; the run folder and the metrics from the tables below, which tests/test_reference.py
-compares with a small run.
+commands from their own --help; the run folder and the metrics from the tables below, which
+tests/integration/test_reference.py compares with a small run.
 """
 
 from __future__ import annotations

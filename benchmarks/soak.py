@@ -1,7 +1,7 @@
 """An hour of the default experiment with a fault every few minutes: python -m benchmarks.soak [--minutes 60]
 
-Judged: memory of the process (median of each tenth of the time behind the warm-up, within 5 % of their median), open
-files and threads, and whether the verdict tells of every fault. Draws docs/soak.png with --picture.
+Judged: memory of the process (median of each tenth of the time after the warm-up, within 5 % of their median), open
+files and threads, and whether the verdict reports every fault. Draws docs/soak.png with --picture.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def passed(found: dict[str, Any]) -> list[str]:
         wrong.append(f"memory moves by {found['memory_spread']:.1%}")
     if len(found["open_files"]) > 1:
         wrong.append(f"open files {found['open_files']}")
-    told = re.search(r"(\d+) rollbacks? and (\d+) skipped", found["verdict"])
-    if not told or (int(told[1]), int(told[2])) != (found["rollbacks"], found["skipped_steps"]):
-        wrong.append("the verdict does not tell of all rollbacks and skipped steps")
+    reported = re.search(r"(\d+) rollbacks? and (\d+) skipped", found["verdict"])
+    if not reported or (int(reported[1]), int(reported[2])) != (found["rollbacks"], found["skipped_steps"]):
+        wrong.append("the verdict does not report all rollbacks and skipped steps")
     for name in ("rollbacks", "skips"):
         seen = found["rollbacks"] if name == "rollbacks" else found["skipped_steps"]
         if (seen or 0) < found[f"{name}_expected_at_least"]:

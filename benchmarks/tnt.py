@@ -1,7 +1,7 @@
 """TNT's claim on our code: shards in parallel against one memory from end to end: python -m benchmarks.tnt
 
 A memory branch (dim 256, 4 heads), forward and backward, batch 1. The yardstick is one unsharded memory at chunk 8 (as
-Titans); beside it TNT's hierarchy, a global memory with chunks of 2048 and a local one that starts anew every 2048
+Titans); beside it TNT's hierarchy, a global memory with chunks of 2048 and a local one that restarts every 2048
 tokens, its shards in parallel, at several local chunk sizes. TNT's Table 1 (150M, TPU, hours to one loss) is quoted.
 Medians, interleaved.
 """

@@ -1,4 +1,4 @@
-"""Shrink the local memories' chunks while training goes on (stage 2): fine resolution at the end, speed before.
+"""Shrink the local memories' chunks while training continues (stage 2): fine resolution at the end, speed before.
 
 Watches:  the optimizer step, nothing else: after a rollback the sizes are those of the step to which it went back.
 Acts:     sets each local memory's chunk size at the beginning of a step.
@@ -160,6 +160,6 @@ class ChunkSizeScheduler(Callback):
         return {"transitions": self.transitions, "sizes": None if self.sizes is None else list(self.sizes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         sizes = state_dict["sizes"]
         self.transitions, self.sizes = state_dict["transitions"], None if sizes is None else tuple(sizes)

@@ -2,7 +2,7 @@
 
 Watches:  a sign that each rank's own thread gives every second, and where its training thread is: step, phase, last
           vote (`support/collectives.py`). A rank is gone when its sign has not changed for `timeout_s` (stopped,
-          killed, its machine lost); the run is stalled when signs go on, but no rank has got any further for
+          killed, its machine lost); the run is stalled when signs continue, but no rank has got any further for
           `stalled_s`.
 Acts:     the ranks that are left name the silent one on stderr and in the log, cut the connections to it, so that the
           collective in which they wait fails, and raise RankSilent; its process is killed if it is on this machine. A

@@ -1,8 +1,8 @@
-"""Ctrl-C and a scheduler's signals end a run between two steps, with a checkpoint from which it goes on exactly.
+"""Ctrl-C and a scheduler's signals end a run between two steps, with a checkpoint from which it continues exactly.
 
 Watches:  SIGINT; SIGTERM and SIGUSR1, which schedulers send before they preempt a job or its time is up. An end in the
           middle of a step would leave weights half updated and lose a batch on resume.
-Acts:     finishes the step (and the validation behind it), saves `path`, stops all ranks together. After SIGTERM and
+Acts:     finishes the step (and the validation after it), saves `path`, stops all ranks together. After SIGTERM and
           SIGUSR1 the process ends with `requeue_exit_code`, which asks to be resumed. A second Ctrl-C stops at once.
 Logs:     nothing.
 Requires: any LightningModule.
@@ -49,7 +49,7 @@ class Interrupt(Checkpoint):
         self.received = 0  # number of the signal
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the borders between steps."""
+        """Ask for `on_step_end`."""
         open_step_ends(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -94,7 +94,7 @@ class LossWeightSchedule(Callback):
         """Take in the metric as it is after `step` steps; whether the weights have to rest from now on.
 
         What is not finite stays out of the average, which it would spoil for ever. While the weights rest there is
-        nothing to take away: the best follows the average, so that the judgement begins anew when they come back.
+        nothing to take away: the best follows the average, so that the judgement begins again when they come back.
         """
         resting = 0 < step <= self.resting_until  # the step before this moment ran without them
         finite = math.isfinite(value)
@@ -168,7 +168,7 @@ class LossWeightSchedule(Callback):
         return {**state, "of": self.watch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self.level, self.resting_until = state_dict["level"], state_dict["resting_until"]
         if state_dict.get("of", self.watch) == self.watch:  # another metric's say nothing about this one
             self.average, self.best = state_dict["average"], state_dict["best"]

@@ -1,6 +1,6 @@
 """Needle in a haystack: write a known pair into the model's own memory, bury it, and ask for it.
 
-Watches:  the cosine between what the memory retrieves for a needle's key and the needle's value, behind `haystack`
+Watches:  the cosine between what the memory retrieves for a needle's key and the needle's value, after `haystack`
           random pairs written in the same way, every `every_n_steps` and before the first step; the same without the
           write, and the same with the gates that the model opens for held-out text.
 Acts:     warns below `threshold`, or stops all ranks together (`on_failure: stop`).
@@ -126,7 +126,7 @@ class NiahProbe(Callback):
             raise ValueError("niah_probe: this model has no memory: remove the probe with ~callbacks.niah_probe")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe what training starts from; a resumed run was probed when it was saved, or goes on to its next probe."""
+        """Probe what training starts from; a resumed run was probed when it was saved, or waits for its next probe."""
         self._began = time.perf_counter()
         self._batch = held_out_batch(trainer, 1, "niah_probe")
         if begins(trainer):
@@ -227,5 +227,5 @@ class NiahProbe(Callback):
         return {"probes": self.probes, "seconds": self.seconds, "trained": elapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.probes, self.seconds, self._trained = (state_dict[name] for name in ("probes", "seconds", "trained"))

@@ -109,5 +109,5 @@ class NonfiniteGuard(Callback):
         return {"skipped": self.skipped, "streak": list(self.streak)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.skipped, self.streak = state_dict["skipped"], list(state_dict["streak"])

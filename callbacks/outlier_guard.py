@@ -6,7 +6,7 @@ Acts:     drops the gradients of an outlier on all ranks together: weights and m
           cost are trained after all. More than `max_consecutive` in a row raise LossOutliers on all ranks.
 Logs:     guard/outliers, when it grows.
 Requires: any LightningModule with automatic optimization. Keeps the window in the checkpoint.
-Source:   a held-out perplexity that creeps up by less than its threshold between two looks is no spike to C2, and
+Source:   a held-out perplexity that creeps up by less than its threshold between two evaluations is no spike to C2, and
           twenty batches of noise at a low learning rate do just that (docs/decisions/0031-outlier-guard.md).
 """
 
@@ -77,7 +77,7 @@ class OutlierGuard(Callback):
         return False
 
     @property
-    def unsettled(self) -> bool:
+    def blocks_snapshot(self) -> bool:
         """In the middle of a streak: a snapshot of now would have lost its steps already."""
         return self.consecutive > 0
 
@@ -120,14 +120,16 @@ class OutlierGuard(Callback):
     def _regain(self, trainer: Trainer, skipped: int) -> None:
         able = who_can_roll_back(trainer)
         if able is not None:
-            able.demand(f"{skipped} steps with outlying losses were skipped before step {trainer.global_step}")
+            able.request_rollback(
+                f"{skipped} steps with outlying losses were skipped before step {trainer.global_step}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The window and the counts."""
         return {"losses": list(self.losses), "outliers": self.outliers, "consecutive": self.consecutive}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; what has happened stays counted when a rollback restores an older state."""
+        """Continue from there; what has happened stays counted when a rollback restores an older state."""
         self.losses.clear()
         self.losses.extend(state_dict["losses"])
         self.outliers = max(self.outliers, state_dict["outliers"])

@@ -2,7 +2,7 @@
 
 Watches:  the SHA-256 of the persistent memory's bytes, before training and whenever a checkpoint is written.
 Acts:     raises PersistentMemoryDiffers on all ranks, before step 0.
-Logs:     nothing; the first digits are told to the console.
+Logs:     nothing; the first digits are logged.
 Requires: HasPersistentMemory. Keeps the hash in the checkpoint.
 Source:   C7.
 """
@@ -71,7 +71,7 @@ class PersistentMemoryCheck(Callback):
             raise TypeError(
                 f"persistent_memory_check needs persistent_memory(), which {type(pl_module).__name__} lacks"
             )
-        self._module, self.saved = pl_module, None  # a resumed state is loaded behind this hook
+        self._module, self.saved = pl_module, None  # a resumed state is loaded after this hook
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare. ValueError: there is nothing to compare."""

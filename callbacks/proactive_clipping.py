@@ -72,7 +72,7 @@ class ProactiveClipping(Callback):
         return self.threshold(max(chunks)) * (self.transition_factor if soft else 1.0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """TypeError: the module tells no chunk sizes. ValueError: it has no local memory."""
+        """TypeError: the module has no `local_chunks`. ValueError: it has no local memory."""
         if stage == "fit":
             self.reset()
         if not isinstance(pl_module, HasLocalChunks):
@@ -83,7 +83,7 @@ class ProactiveClipping(Callback):
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Lightning reads the threshold behind this hook."""
+        """Lightning reads the threshold after this hook."""
         assert isinstance(pl_module, HasLocalChunks)
         kappa = self.at_step(tuple(pl_module.local_chunks))
         trainer.gradient_clip_val = kappa
@@ -103,7 +103,7 @@ class ProactiveClipping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         chunks = state_dict["chunks"]
         self.chunks = None if chunks is None else tuple(chunks)
         self.since_change = state_dict["since_change"]

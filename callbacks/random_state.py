@@ -1,4 +1,4 @@
-"""Random numbers go on where a checkpoint was written: a resumed run draws those that the whole run would have drawn.
+"""Random numbers continue where a checkpoint was written: a resumed run draws what the whole run would have drawn.
 
 Watches:  the generators of Python, NumPy and PyTorch (CPU, and CUDA where it is in use), of every rank.
 Acts:     keeps their states in each checkpoint, and sets them when a run is resumed or rolled back.
@@ -53,7 +53,7 @@ class RandomState(Callback):
     def reset(self) -> None:
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self._training = False
-        self._pending: dict[str, Any] | None = None  # states to go on from, until the first batch is there
+        self._pending: dict[str, Any] | None = None  # states to continue from, until the first batch is there
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Those of all ranks; rank zero writes the file."""

@@ -2,7 +2,7 @@
 
 Watches:  a 64-bit sum over the bits of every parameter and buffer that all ranks should hold alike: as training starts,
           every `every_n_steps`, and as it ends. Shards differ rightly and are left out; so is a buffer that has changed
-          on all ranks since the last look and differs (BatchNorm's statistics are each rank's own).
+          on all ranks since the last check and differs (BatchNorm's statistics are each rank's own).
 Acts:     raises RanksDiverged on all ranks together, before a checkpoint of that step is written. Checkpoints written
           after the last step at which all agreed are suspect: let the interval divide those of the checkpoints.
 Logs:     nothing; with nothing to compare, a line says so.
@@ -32,12 +32,12 @@ class RanksDiverged(RuntimeError):
     """Ranks hold different weights."""
 
 
-class Look(NamedTuple):
+class RankState(NamedTuple):
     """What one rank holds: a number per tensor."""
 
     parameters: dict[str, int]
     buffers: dict[str, int]
-    changed: dict[str, bool]  # buffers, since the last look
+    changed: dict[str, bool]  # buffers, since the last check
 
 
 def replicated(trainer: Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,16 +61,17 @@ class RankAgreement(Callback):
     def reset(self) -> None:
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self.agreed: int | None = None  # last step at which all ranks held the same
-        self._buffers: dict[str, int] = {}  # at the last look
+        self._buffers: dict[str, int] = {}  # at the last check
         self._sums = BitSums()
 
     # The judgement
 
-    def judge(self, looks: list[Look], step: int) -> None:
+    def judge(self, states: list[RankState], step: int) -> None:
         """Raise unless all ranks hold the same."""
-        own = {name for name in looks[0].buffers if all(look.changed.get(name, False) for look in looks)}
+        own = {name for name in states[0].buffers if all(state.changed.get(name, False) for state in states)}
         held = [
-            {**look.parameters, **{name: x for name, x in look.buffers.items() if name not in own}} for look in looks
+            {**state.parameters, **{name: x for name, x in state.buffers.items() if name not in own}}
+            for state in states
         ]
         kinds = [tuple(sorted(one.items())) for one in held]
         common, count = Counter(kinds).most_common(1)[0]
@@ -103,7 +104,7 @@ class RankAgreement(Callback):
             self.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare what training starts from, also where it goes on."""
+        """Compare what training starts from, also where it continues."""
         self.agreed, self._buffers = None, {}
         if trainer.world_size > 1:
             if not self._replicated(trainer, pl_module) and trainer.is_global_zero:
@@ -137,4 +138,4 @@ class RankAgreement(Callback):
         changed = {name: self._buffers.get(name, value) != value for name, value in buffers.items()}
         parameters = {name: value for name, value in found.items() if name not in buffers}
         self._buffers = buffers
-        self.judge(gathered(trainer, Look(parameters, buffers, changed)), trainer.global_step)
+        self.judge(gathered(trainer, RankState(parameters, buffers, changed)), trainer.global_step)

@@ -1,14 +1,15 @@
 """Return to an earlier state when the perplexity of held-out text jumps, or is not finite.
 
 Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, against its moving average; the training
-          loss of every step for NaN and infinity, which make it look at that batch at once. `watch: training_loss`
+          loss of every step for NaN and infinity, which make it evaluate that batch at once. `watch: training_loss`
           takes the mean training loss in between instead.
 Acts:     returns to the second most recent of the last `keep_last` snapshots (model, optimizer, schedulers, scaler,
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
           `mode: observe` only records.
 Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, spike/rollbacks, spike/timeline.
-          Another callback may `demand` a return, for a reason of its own; while one is `unsettled`, nothing is kept.
-Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed behind the
+          Another callback may call `request_rollback` for a reason of its own; while one says `blocks_snapshot`,
+          nothing is kept.
+Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed after the
           checkpoint callbacks: it runs last of all.
 Source:   C2, C3. A failsafe, not the first defence.
 """
@@ -32,14 +33,14 @@ from callbacks.support.collectives import any_rank, mean_over_ranks
 from callbacks.support.lightning_internals import accumulates, is_logging_step, logging_step
 from callbacks.support.probing import begins, held_out_batch, record, record_start, undisturbed
 from callbacks.support.ranges import above, at_least, check, one_of, share
-from callbacks.support.rollback_request import unsettled
+from callbacks.support.rollback_request import blocks_snapshot
 from callbacks.support.snapshots import Snapshot, restore, take
 from callbacks.support.step_end import flush_records, open_step_ends
 from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
 
 log = logging.getLogger(__name__)
 
-ABANDONED = ".abandoned"  # ending of checkpoints that a rollback left behind
+ABANDONED = ".abandoned"  # ending of checkpoints that a rollback abandoned
 
 
 @runtime_checkable
@@ -55,8 +56,8 @@ class TrainingUnstable(FloatingPointError):
     """More spikes than rollbacks are allowed."""
 
 
-class Kept(NamedTuple):
-    """A snapshot in memory, the file behind it, and the moving average at that moment."""
+class StoredSnapshot(NamedTuple):
+    """A snapshot in memory, its file, and the moving average at that moment."""
 
     snapshot: Snapshot
     path: Path | None  # None: of the state that a sharded run starts from
@@ -71,7 +72,7 @@ class SpikeRollback(Checkpoint):
     newest value in that average. `rows`: sequences of the held-out batch, per rank. `cool_down_steps`: training steps
     after a rollback in which only what is not finite is a spike.
 
-    A `Checkpoint` by type: Lightning runs these behind all other callbacks. ValueError: a value out of its range.
+    A `Checkpoint` by type: Lightning runs these after all other callbacks. ValueError: a value out of its range.
     """
 
     survives_rollback = True  # its counters say what has happened, and that stays so
@@ -107,12 +108,12 @@ class SpikeRollback(Checkpoint):
         self.ema_of = ""  # what it is the average of
         self.rollbacks = 0
         self.spikes: list[int] = []  # optimizer steps at which one was seen
-        self.quiet_until = 0  # training batches
-        self.ring: list[Kept] = []
-        self._demanded: str | None = None
+        self.cooldown_until = 0  # training batches
+        self.snapshots: list[StoredSnapshot] = []
+        self._requested: str | None = None
         self._unwritten = False  # the newest snapshot has no file yet, or an old one
         self._batch: Any = None
-        self._losses: list[Tensor] = []  # of the steps since the last look
+        self._losses: list[Tensor] = []  # of the steps since the last check
 
     # The judgement
 
@@ -123,10 +124,10 @@ class SpikeRollback(Checkpoint):
         return 0.0 if self.ema is None else (perplexity - self.ema) / self.ema
 
     def judge(self, delta: float, quiet: bool = False) -> bool:
-        """Whether a rise is a spike; `quiet`: in the cool-down behind a rollback."""
+        """Whether a rise is a spike; `quiet`: in the cool-down after a rollback."""
         return not math.isfinite(delta) or (delta > self.threshold and not quiet)
 
-    def follow(self, perplexity: float) -> None:
+    def update_ema(self, perplexity: float) -> None:
         """Let a healthy value into the average, which is geometric: the mean of losses, as a perplexity.
 
         An arithmetic one would be held up for hundreds of steps by what an untrained model starts with.
@@ -149,9 +150,9 @@ class SpikeRollback(Checkpoint):
         open_step_ends(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look once, and keep the state that training starts from."""
+        """Evaluate once, and keep the state that training starts from."""
         begin_step_losses(trainer)
-        self._losses, self._demanded = [], None
+        self._losses, self._requested = [], None
         if begins(trainer):
             self.ema = None  # also of a run that is resumed from before its first step
         if self.watch == "held_out":
@@ -175,10 +176,10 @@ class SpikeRollback(Checkpoint):
                     "this checkpoint was written in a spike, resume an earlier one"
                 )
             if self.ema is None:
-                self.follow(perplexity)
+                self.update_ema(perplexity)
         record_start(trainer, self._counters())
         if self.mode == "act":
-            self.ring = []
+            self.snapshots = []
             self._keep(trainer, pl_module)
             self._write_newest(trainer)
 
@@ -189,7 +190,7 @@ class SpikeRollback(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look if it is time, or if the loss was not finite."""
+        """Evaluate if it is time, or if the loss was not finite."""
         if accumulates(trainer):
             return
         losses = step_losses(trainer)
@@ -197,40 +198,40 @@ class SpikeRollback(Checkpoint):
         self._losses += losses if self.watch == "training_loss" else []
         due = trainer.global_step % self.every_n_steps == 0
         seen = self.watch == "held_out" or bool(self._losses)  # a training_step may skip every batch in between
-        if self._demanded is not None:
-            self._follow_demand(trainer, pl_module, self._demanded)
+        if self._requested is not None:
+            self._roll_back_on_request(trainer, pl_module, self._requested)
         elif seen and (due or alarm):
-            self.look(trainer, pl_module, due)
+            self.evaluate(trainer, pl_module, due)
         if is_logging_step(trainer):
             record(trainer, self._counters())
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file behind a new snapshot, now that the step is complete."""
+        """Write the file of a new snapshot, now that the step is complete."""
         if self._unwritten:
             flush_records(trainer)
             self._write_newest(trainer)
 
-    def demand(self, reason: str) -> None:
+    def request_rollback(self, reason: str) -> None:
         """Return at the end of this step, whatever the perplexity; to be called on every rank. `reason`: for the log.
 
         TrainingUnstable: in mode observe there is nothing to return to.
         """
         if self.mode == "observe":
             raise TrainingUnstable(f"{reason}, and spike_rollback only observes: resume the last checkpoint")
-        self._demanded = reason
+        self._requested = reason
 
-    def _follow_demand(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
-        self._demanded, self._losses = None, []
+    def _roll_back_on_request(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
+        self._requested, self._losses = None, []
         self.spikes.append(trainer.global_step)
         self._roll_back(trainer, pl_module, reason)
         record(trainer, self._counters())
 
-    def look(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
         """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
         perplexity = self._perplexity(trainer, pl_module)
         self._losses = []
         delta, step = self.delta(perplexity), trainer.global_step
-        spike = self.judge(delta, quiet=self._now(trainer) < self.quiet_until)
+        spike = self.judge(delta, quiet=self._now(trainer) < self.cooldown_until)
         if spike:
             self.spikes.append(step)
         record(trainer, self._values(perplexity, delta))
@@ -240,29 +241,29 @@ class SpikeRollback(Checkpoint):
             self._roll_back(trainer, pl_module, f"held-out perplexity {rise}")
             record(trainer, self._counters())
         if due and not spike and delta <= self.threshold:
-            self.follow(perplexity)
-            if self.mode == "act" and not unsettled(trainer):
+            self.update_ema(perplexity)
+            if self.mode == "act" and not blocks_snapshot(trainer):
                 self._keep(trainer, pl_module)
         elif due and self.mode == "observe" and math.isfinite(perplexity):
-            self.follow(perplexity)
+            self.update_ema(perplexity)
 
     # State that survives a resume
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and the average; snapshots are taken anew from the state that a run resumes from."""
+        """The counters and the average; snapshots are taken again from the state that a run resumes from."""
         return {
             "ema": self.ema,
             "ema_of": self.ema_of,
             "rollbacks": self.rollbacks,
             "spikes": list(self.spikes),
-            "quiet_until": self.quiet_until,
+            "quiet_until": self.cooldown_until,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.ema, self.rollbacks = state_dict["ema"], state_dict["rollbacks"]
         self.ema_of = state_dict.get("ema_of", "")  # older checkpoints do not say
-        self.spikes, self.quiet_until = list(state_dict["spikes"]), state_dict["quiet_until"]
+        self.spikes, self.cooldown_until = list(state_dict["spikes"]), state_dict["quiet_until"]
 
     # Parts
 
@@ -305,9 +306,9 @@ class SpikeRollback(Checkpoint):
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot of this step; the file follows when the step is complete."""
         path = self._path(trainer)
-        self.ring = [kept for kept in self.ring if kept.path != path or path is None]
-        self.ring.append(Kept(take(trainer, pl_module), path, position_now(trainer), self.ema))
-        self.ring, self._unwritten = self.ring[-self.keep_last :], True
+        self.snapshots = [kept for kept in self.snapshots if kept.path != path or path is None]
+        self.snapshots.append(StoredSnapshot(take(trainer, pl_module), path, position_now(trainer), self.ema))
+        self.snapshots, self._unwritten = self.snapshots[-self.keep_last :], True
 
     def _path(self, trainer: Trainer) -> Path | None:
         # before its first step an optimizer has no moments, and saving sharded ones would make some
@@ -317,34 +318,34 @@ class SpikeRollback(Checkpoint):
         return self.folder / f"snapshot-{trainer.global_step:07d}.ckpt"
 
     def _write_newest(self, trainer: Trainer) -> None:
-        """The file behind the newest snapshot, which is the run as it is now; and the oldest file goes."""
+        """The file of the newest snapshot, which is the run as it is now; and the oldest file goes."""
         self._unwritten = False
         path = self._path(trainer)
         if path is not None:
             trainer.save_checkpoint(path, weights_only=False)
-        self.ring[-1] = self.ring[-1]._replace(path=path, position=position_now(trainer))
+        self.snapshots[-1] = self.snapshots[-1]._replace(path=path, position=position_now(trainer))
         self._remove_oldest(trainer)
 
     @rank_zero_only  # others would list files that are just being removed
     def _remove_oldest(self, trainer: Trainer) -> None:
         """Those that are no snapshot of this process go first: a process that was killed left them."""
-        ring = {kept.path for kept in self.ring}
-        others = [path for path in by_step(self.folder, "snapshot") if path not in ring]
-        for path in others[: max(0, len(others) + len(ring) - self.keep_last)]:
+        snapshots = {kept.path for kept in self.snapshots}
+        others = [path for path in by_step(self.folder, "snapshot") if path not in snapshots]
+        for path in others[: max(0, len(others) + len(snapshots) - self.keep_last)]:
             trainer.strategy.remove_checkpoint(path)
 
     def _roll_back(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Return to the second most recent snapshot: the most recent may hold what led to the spike already."""
-        kept, later, seen = self.ring[-2:][0], self.ring[-2:][1:], trainer.global_step
+        kept, later, seen = self.snapshots[-2:][0], self.snapshots[-2:][1:], trainer.global_step
         for spoiled in later:
             if spoiled.path is not None:
                 trainer.strategy.remove_checkpoint(spoiled.path)
-        self.ring = self.ring[: len(self.ring) - len(later)]
+        self.snapshots = self.snapshots[: len(self.snapshots) - len(later)]
         self._abandon(trainer, kept)
         trainer.strategy.barrier("spike_rollback")
         restore(trainer, pl_module, kept.snapshot)
         self.ema = kept.ema
-        self.quiet_until = self._now(trainer) + self.cool_down_steps
+        self.cooldown_until = self._now(trainer) + self.cool_down_steps
         if self.rollbacks >= self.max_rollbacks:
             self._write_newest(trainer)
             raise TrainingUnstable(
@@ -357,12 +358,12 @@ class SpikeRollback(Checkpoint):
         self._unwritten = True  # the file has to know of the rollback, and where the data is
         if trainer.is_global_zero:
             log.warning(
-                "spike: %s at step %d: back to step %d (rollback %d of at most %d), data goes on",
+                "spike: %s at step %d: back to step %d (rollback %d of at most %d), data continues",
                 why, seen, trainer.global_step, self.rollbacks, self.max_rollbacks,
             )  # fmt: skip
 
     @rank_zero_only
-    def _abandon(self, trainer: Trainer, kept: Kept) -> None:
+    def _abandon(self, trainer: Trainer, kept: StoredSnapshot) -> None:
         """Mark every checkpoint that was written after `kept`, so that nobody resumes what was found to be bad."""
         others = (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
         folders = {self.folder, *(Path(folder) for folder in others if folder)}

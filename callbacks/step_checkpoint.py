@@ -42,7 +42,7 @@ class StepCheckpoint(Checkpoint):
         self._saved_at = 0.0  # monotonic seconds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the borders between steps."""
+        """Ask for `on_step_end`."""
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
         open_step_ends(trainer)
 

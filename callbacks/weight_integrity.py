@@ -36,7 +36,7 @@ class WeightsCorrupted(RuntimeError):
 
 
 class WeightIntegrity(Callback):
-    """Compares the sums behind each optimizer step with those before the next."""
+    """Compares the sums after each optimizer step with those before the next."""
 
     def __init__(self) -> None:
         self.reset()
@@ -45,7 +45,7 @@ class WeightIntegrity(Callback):
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self.corruptions = 0  # steps at which some were found, rolled back ones included
         self._expected: Fingerprint | dict[str, int] | None = None  # None: within an optimizer step
-        self._demanded: int | None = None  # step at which a rollback was demanded that has not come yet
+        self._requested: int | None = None  # step at which a rollback was demanded that has not come yet
         self._parameters: dict[str, Tensor] = {}
         self._sums = BitSums()
 
@@ -62,7 +62,7 @@ class WeightIntegrity(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The state that training starts from."""
         reshard(pl_module)  # gathered parameters are others than those that training keeps
-        self._parameters, self._demanded = dict(pl_module.named_parameters()), None
+        self._parameters, self._requested = dict(pl_module.named_parameters()), None
         self._expected = self._fingerprint(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -79,7 +79,7 @@ class WeightIntegrity(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The state that the optimizer has left; while a rollback is due, the sums stay those before the damage."""
-        if self._demanded is None and not accumulates(trainer):
+        if self._requested is None and not accumulates(trainer):
             self._expected = self._fingerprint(trainer)
 
     def judge(self, expected: dict[str, int], found: dict[str, int]) -> list[str]:
@@ -96,14 +96,14 @@ class WeightIntegrity(Callback):
         if trainer.is_global_zero:
             log.warning("%s", reason)
         able = who_can_roll_back(trainer)
-        if able is None or self._demanded is not None:
-            failed = "" if able is None else f" (the rollback demanded at step {self._demanded} did not repair them)"
+        if able is None or self._requested is not None:
+            failed = "" if able is None else f" (the rollback demanded at step {self._requested} did not repair them)"
             raise WeightsCorrupted(
                 f"{reason}{failed}: resume the last checkpoint; if it happens again on the same machine, its memory is "
                 "bad"
             )
-        self._demanded = step
-        able.demand(reason)
+        self._requested = step
+        able.request_rollback(reason)
 
     # State that survives a resume
 
@@ -117,7 +117,7 @@ class WeightIntegrity(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of a snapshot or a checkpoint: its sums, but never a smaller count, as a rollback undoes no corruption."""
         self.corruptions = max(self.corruptions, state_dict["corruptions"])
-        self._expected, self._demanded = state_dict["sums"], None
+        self._expected, self._requested = state_dict["sums"], None
         self._sums = BitSums()  # its views would keep the moments that are being replaced alive for another step
 
     # Parts

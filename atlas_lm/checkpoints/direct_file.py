@@ -25,7 +25,7 @@ _spare: list[memoryview] = []  # chunks that no file uses now: fresh memory is s
 class DirectFile:
     """Create or empty `path` and write to it, from the first byte to the last; a context manager.
 
-    An error of the disk is raised by `finish`, what is written behind it is dropped: who writes may be in the middle of
+    An error of the disk is raised by `finish`, what is written after it is dropped: who writes may be in the middle of
     something. OSError: `path` cannot be opened.
     """
 

@@ -80,7 +80,7 @@ def _without_crc() -> Iterator[None]:
 
 def _save_message(target: Path, cause: OSError) -> str:
     other = newest_usable(target.parent)
-    kept = f"; the previous checkpoint is whole, go on with resume={other}" if other else ""
+    kept = f"; the previous checkpoint is whole, resume with resume={other}" if other else ""
     return f"cannot save {str(target)!r} ({cause.strerror or cause}): free space on that disk{kept}"
 
 

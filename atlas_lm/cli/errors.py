@@ -90,11 +90,11 @@ def leave(code: int) -> NoReturn:
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Decorator between `hydra.main` and its function: says what went wrong before Hydra does, in one line.
 
-    In a sweep it says so at once, with the overrides of the run, as Hydra goes on and raises only the first error.
+    In a sweep it says so at once, with the overrides of the run, as Hydra continues and raises only the first error.
     """
 
     @functools.wraps(function)
-    def told(cfg: DictConfig) -> Any:
+    def reported(cfg: DictConfig) -> Any:
         try:
             return function(cfg)
         except Exception as error:
@@ -109,7 +109,7 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(1) from error
 
-    return told
+    return reported
 
 
 def explain(error: BaseException) -> str | None:
@@ -131,7 +131,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, FloatingPointError | MisconfigurationException):
         return _one_line(error)
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return f"{_one_line(error)}: is memory short? go on with the same command and resume=auto"
+        return f"{_one_line(error)}: is memory short? run the same command with resume=auto"
     if type(error).__module__.partition(".")[0] in ("atlas_lm", "callbacks"):  # what a safeguard says is for the user
         return _one_line(error)
     if _is_short_of_memory(error):

@@ -58,7 +58,7 @@ PHASES = {
             Check("G2-3", "Q-K projection norm", "n == norm_persistent after a reset", measures.norm_in_projection),
             Check("G2-4", "1000 steps stable", ">= 1000 steps, no NaN, no OOM", records.stable),
             Check("G2-5", "NIAH accuracy", NEEDLES, measures.needles),
-            Check("G2-6", "Rollback test", "1 forced spike, undone bitwise, training goes on", rollback.forced),
+            Check("G2-6", "Rollback test", "1 forced spike, undone bitwise, training continues", rollback.forced),
             Check("G2-7", "PPL delta telemetry", "as many in metrics.jsonl as in TensorBoard, > 0", records.ppl_delta),
         ),
     ),
@@ -97,7 +97,7 @@ class Options:
 
 
 def measure(check: Check, run: RunArtifacts) -> GateResult:
-    """What the gate finds; a gate that cannot be measured fails, and the others go on."""
+    """What the gate finds; a gate that cannot be measured fails, and the others continue."""
     try:
         return check.measure(run)
     except Exception as error:
@@ -154,7 +154,7 @@ def write(run: Path, name: str, gates: list[Gate]) -> None:
     path = run / RESULTS
     try:
         known = read_json(path)
-    except (OSError, ValueError):  # none yet, or broken: it is measured anew
+    except (OSError, ValueError):  # none yet, or broken: it is measured again
         known = {}
     results = {phase: known[phase] for phase in PHASES if isinstance(known, dict) and phase in known}
     results[name] = [gate.as_json() for gate in gates]

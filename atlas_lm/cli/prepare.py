@@ -9,7 +9,7 @@
     vocab_size   ids of a bpe tokenizer
     block_mb     raw text per shard of a split, MB (default 64); a block is what a killed run has to repeat
 
-The same command after a kill goes on where it stopped, and the result has the same bytes as an uninterrupted run.
+The same command after a kill continues where it stopped, and the result has the same bytes as an uninterrupted run.
 After it has finished, the same command reads the corpus again, and says whether it still is the one in the shards.
 """
 

@@ -63,7 +63,7 @@ class ModelConfig:
     head_dim: int = number(minimum=1)
     """Query, key and value width of one head."""
     window: int = number(minimum=1)
-    """Attention window, tokens; what lies further back only the memory can tell."""
+    """Attention window, tokens; what lies further back only the memory knows."""
     ffn_multiple: float = number(minimum=0)
     """Hidden width of the SwiGLU feed-forward, as a multiple of `dim`."""
     fusion: str = choice("multiplicative", "normalised_product", "convex")
@@ -75,7 +75,7 @@ class ModelConfig:
     global_chunk: int = number(minimum=1)
     """Chunk size of the global memory, C_G, tokens."""
     shard: int = number(minimum=1)
-    """Tokens after which the local memories start anew, S_L; a multiple of `global_chunk`."""
+    """Tokens after which the local memories restart, S_L; a multiple of `global_chunk`."""
     network: str = choice("gated_mlp", "mlp", "linear")
     """Memory network: ATLAS eq 43, eq 42, or one matrix."""
     residual: bool = MISSING
@@ -93,7 +93,7 @@ class ModelConfig:
     newton_schulz_steps: int = number(5, minimum=1)
     """Iterations of Newton–Schulz (M6)."""
     persistent_keys: int = number(64, minimum=0)
-    """Learned keys behind the Q–K projection, N_p (M10); 0: none, a shard starts from its own keys alone."""
+    """Learned keys of the Q–K projection, N_p (M10); 0: none, a shard starts from its own keys alone."""
     eta_max: float = number(minimum=0)
     """Largest write strength, dimensionless: share of the error that one write may correct (M16)."""
     half_life: float = number(minimum=0)
@@ -103,7 +103,7 @@ class ModelConfig:
     conv: int = number(4, minimum=1)
     """Length of the causal convolution on queries, keys and values, tokens; 1 is none."""
     reset_at_document: bool = MISSING
-    """Whether the memory starts anew where a document begins."""
+    """Whether the memory restarts where a document begins."""
     polarisation_cap: float = number(minimum=0)
     """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient
     (M15); its weight comes from `callbacks.loss_weights`."""
@@ -117,7 +117,7 @@ class ModelConfig:
             if longest > self.shard:
                 raise ValueError(
                     f"model.local_chunks={self.local_chunks}: a chunk of {longest} tokens is longer than a shard, "
-                    f"model.shard={self.shard}, at which local memories start anew: lower it"
+                    f"model.shard={self.shard}, at which local memories restart: lower it"
                 )
 
 

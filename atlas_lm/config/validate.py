@@ -1,7 +1,7 @@
 """Find what is misspelled or missing in a composed configuration, before anything is built from it.
 
 Hydra rejects unknown keys on the command line, but not what a YAML file or a `+key=value` adds to a group that names a
-class; such a key would surface only when that class is called, minutes later or, behind `**kwargs`, never.
+class; such a key would surface only when that class is called, minutes later or, where it takes `**kwargs`, never.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""One DataModule for every source: batches, shuffling, exact resume, and the bytes behind bits per byte."""
+"""One DataModule for every source: batches, shuffling, exact resume, and the bytes that bits per byte counts."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class TokenDataModule(lightning.LightningDataModule):
         targets         int64, the token wanted at each position, -100 where nothing is scored
         document_start  bool, True at the first token of a document
 
-    Training is shuffled anew each epoch, from (seed, epoch) alone, and a checkpoint taken anywhere goes on with exactly
+    Training is shuffled each epoch, from (seed, epoch) alone, and a checkpoint taken anywhere continues with exactly
     the next batch (see `resume.py`), with any number of workers and of ranks as long as batch_size × ranks stays.
     The samplers split the data over the ranks themselves, so Lightning leaves them alone whether
     `Trainer(use_distributed_sampler=...)` is on or off. Incomplete training batches are left out.

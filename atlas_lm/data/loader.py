@@ -1,4 +1,4 @@
-"""A shuffled DataLoader that goes on with exactly the next batch after a checkpoint.
+"""A shuffled DataLoader that continues with exactly the next batch after a checkpoint.
 
 The order of an epoch is a permutation drawn from (seed, epoch) alone, the same on all ranks; rank r of W takes every
 W-th sample of it, from r on. So the state is two integers, (epoch, batches), and one checkpoint, written by rank 0,
@@ -87,7 +87,7 @@ class ResumableLoader(SteadyLoader):
         return {"epoch": epoch, "batches": batches, **self._identity(self.sampler, epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that `state` counts. ValueError if this loader would give them in another order."""
+        """Continue after the batches that `state` counts. ValueError: this loader has another order."""
         if not isinstance(self.sampler, EpochSampler):
             raise ValueError("overfit_batches replaces the sampler, so a run cannot be resumed with it: leave it out")
         if "epoch" not in state or "batches" not in state:
@@ -102,7 +102,7 @@ class ResumableLoader(SteadyLoader):
                     f"cannot resume exactly: {key} was {state.get(key)} in the checkpointed run and is {now} now; "
                     f"{REMEDIES[key]}, or start a new run from its weights"
                 )
-        # A checkpoint of a finished epoch goes on with the next one, not with the empty rest of this one.
+        # A checkpoint of a finished epoch continues with the next one, not with the empty rest of this one.
         self._position = (epoch, batches) if batches < len(self) else (epoch + 1, 0)
         self._resume = True
         self.sampler.set_epoch(self._position[0])

@@ -1,6 +1,6 @@
 """Documents that occur in several splits: no text that is trained on may count as held out.
 
-Names do not tell: one pattern matches what another one names, a dataset's split is read twice, a file is copied. So
+Names do not show it: one pattern matches what another one names, a dataset's split is read twice, a file is copied. So
 documents are compared by content, up to line endings and the white space around them.
 
 Where the user has named the splits, held-out text stays whole and training does without its copies. Where splits are

@@ -165,7 +165,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, entry: FileEntry) -> None:
-    """ValueError unless the file is there with the size and content that the index tells."""
+    """ValueError unless the file is there with the size and content that the index has."""
     path = folder / entry["file"]
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is missing: {AGAIN}")

@@ -184,7 +184,7 @@ class RunArtifacts:
 def uncovered(rows: list[dict[str, Any]], steps: int, every: int) -> str | None:
     """What records lack of a run of `steps` steps that logged its loss every `every`; None if they are complete.
 
-    `step` of a row counts from 0 and goes on over rollbacks, so that it may end above `steps`.
+    `step` of a row counts from 0 and continues over rollbacks, so that it may end above `steps`.
     """
     logged = sorted({int(row["step"]) for row in rows if "train/loss" in row})
     if not logged:

@@ -24,7 +24,7 @@ STREAM = 100  # tokens before the reset
 
 @torch.no_grad()
 def reset_of(keys_HPD: Tensor) -> tuple[ProjectionState, ProjectionState]:
-    """Projection states of one layer: after a stream of random keys, and after a reset behind it.
+    """Projection states of one layer: after a stream of random keys, and after a reset after it.
 
     The key at the reset is zero, so that it adds nothing: what is left is what the reset has put there.
     """

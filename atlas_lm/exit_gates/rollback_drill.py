@@ -19,7 +19,11 @@ from atlas_lm.checkpoints.io import AtomicCheckpointIO
 from atlas_lm.exit_gates.artifacts import RunArtifacts
 from atlas_lm.exit_gates.result import GateResult
 
-STEPS, EVERY, SPOILED_AT = 8, 2, 5  # steps of the training, between looks, and behind which the weights are spoiled
+STEPS, EVERY, SPOILED_AT = (
+    8,
+    2,
+    5,
+)  # steps of the training, between evaluations, and after which the weights are spoiled
 FACTOR = 10.0  # on every weight
 LR = 1e-6  # moves weights by more than a rounding, and the loss by nothing
 
@@ -34,7 +38,7 @@ def digest(module: LightningModule) -> str:
 
 
 class ForcedSpike(Callback):
-    """Multiplies all weights by FACTOR, once, behind step SPOILED_AT, and watches what becomes of them.
+    """Multiplies all weights by FACTOR, once, after step SPOILED_AT, and watches what becomes of them.
 
     Runs before the rollback, which is a `Checkpoint`; so a return shows at the beginning of the next step.
     """
@@ -75,7 +79,7 @@ class ForcedSpike(Callback):
 
 
 def judge(spike: ForcedSpike, rollbacks: int, reached: int) -> GateResult:
-    """The training behind `spike` counted `rollbacks` and ended at step `reached`."""
+    """The training after `spike` counted `rollbacks` and ended at step `reached`."""
     wrong = []
     before = [spike.digests.get(step) for step in range(SPOILED_AT + 1)]
     if None in before or any(a == b for a, b in pairwise(before)):
@@ -96,7 +100,7 @@ def judge(spike: ForcedSpike, rollbacks: int, reached: int) -> GateResult:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning and the callbacks tell of a training that nobody asked for."""
+    """Without what Lightning and the callbacks log of a training that nobody asked for."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric", "callbacks")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

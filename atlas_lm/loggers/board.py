@@ -79,7 +79,7 @@ class BoardLogger(TensorBoardLogger):
                 self._kwargs["purge_step"] = 0  # TensorBoard takes a second beginning for a restart, if it saw a first
         writer = super().experiment
         if is_new:
-            writer.purge_step = None  # what is logged behind `finalize` goes into another file, and is no restart
+            writer.purge_step = None  # what is logged after `finalize` goes into another file, and is no restart
             if self.layout and not self._kwargs.get("purge_step"):  # a resumed run has it, before that step
                 writer.add_custom_scalars(self.layout)
         return writer

@@ -2,7 +2,7 @@
 
 Lightning logs training metrics, validation metrics and those of callbacks in separate calls; all calls of one step
 become one line. A line is written when the next step begins, when a checkpoint is about to be written, or when the run
-ends or fails, and never changed. A resumed run goes on behind the step of its checkpoint: what a process that died had
+ends or fails, and never changed. A resumed run continues after the step of its checkpoint: what a process that died had
 written beyond it comes again, so it is moved to `metrics.cut.jsonl` beside the file.
 
 A rollback makes the optimizer's steps go back, a file does not. Three columns keep them apart: `step` is Lightning's
@@ -65,12 +65,12 @@ def row(step: int, seconds: float, metrics: Mapping[str, float], seq: int = 0, t
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a metrics.jsonl in the order in which they were written; [] for an empty file.
 
-    A crash leaves half a line: as the last one, or, where a later run went on, in the middle with no `seq` missing
+    A crash leaves half a line: as the last one, or, where a later run continued, in the middle with no `seq` missing
     around it. Both are passed over. ValueError with the line number for any other line that is no row; OSError where
     there is no file.
     """
     rows: list[dict[str, Any]] = []
-    broken: int | None = None  # line number of what is no row, until the row behind it says why
+    broken: int | None = None  # line number of what is no row, until the row after it says why
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         found = _parse(line)
         if found is None:

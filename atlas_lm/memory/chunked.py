@@ -86,7 +86,7 @@ def _run_all(
     filled: int, complete: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Of a row that begins with the halo and `filled` tokens of before: the outputs of the new ones, and the states
-    behind `complete` chunks (none where `before` is None, an empty memory)."""
+    after `complete` chunks (none where `before` is None, an empty memory)."""
     length = row.k.size(2) - rule.halo
     count = -(-length // rule.chunk)
     if length < rule.chunk:  # decoding: no more than the tokens that are there
@@ -153,7 +153,7 @@ def _precisions(like: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _blocks(rule: Rule, row: Tokens, count: int) -> Tokens:
-    """Cut a row into chunks with their halos: (B, H, K, N, …). Zeros behind the end learn nothing."""
+    """Cut a row into chunks with their halos: (B, H, K, N, …). Zeros after the end learn nothing."""
     missing = rule.halo + count * rule.chunk - row.k.size(2)
 
     def cut(x: Tensor) -> Tensor:
@@ -169,5 +169,5 @@ def _blocks(rule: Rule, row: Tokens, count: int) -> Tokens:
 
 def _queries(rule: Rule, x_BHTD: Tensor, filled: int, count: int) -> Tensor:
     """Queries of the new tokens at their places in the chunks: (B, H, K, C, D)."""
-    behind = count * rule.chunk - filled - x_BHTD.size(2)
-    return nnf.pad(x_BHTD, (0, 0, filled, behind)).unflatten(2, (count, rule.chunk))
+    padding = count * rule.chunk - filled - x_BHTD.size(2)
+    return nnf.pad(x_BHTD, (0, 0, filled, padding)).unflatten(2, (count, rule.chunk))

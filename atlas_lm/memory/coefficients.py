@@ -103,7 +103,7 @@ def _to_end(decay_BHKC: Tensor) -> Tensor:
 class Reads(NamedTuple):
     """Coefficients of a read at every token of a chunk."""
 
-    weights: Tensor  # (…, C) a_t of W_ξ − W_init; zero behind a restart
+    weights: Tensor  # (…, C) a_t of W_ξ − W_init; zero after a restart
     momentum: Tensor  # (…, C) b_t
     gradients: Tensor  # (…, C, N) Γ
 

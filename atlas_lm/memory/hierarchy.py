@@ -1,7 +1,7 @@
 """The memory hierarchy of TNT: one global memory and N local ones (M8; TNT eq 5–7, 13–15).
 
 The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights
-of its chunk's start. Each local memory takes short chunks, starts anew from its W_init at every shard, and is read with
+of its chunk's start. Each local memory takes short chunks, restarts from its W_init at every shard, and is read with
 the projected query. Shards of one sequence run in parallel, as batch. The outputs are summed.
 
 With a state (streaming) nothing is reset: prefill and decode see one endless shard (M14).
@@ -34,7 +34,7 @@ class MemorySpec(NamedTuple):
     head_dim: int  # D
     local_chunks: tuple[int, ...]  # C_L of each local memory
     global_chunk: int  # C_G
-    shard: int  # S_L: local memories start anew after so many tokens
+    shard: int  # S_L: local memories restart after so many tokens
     network: str = "gated_mlp"
     residual: bool = False  # M adds the raw input
     features: str = "sketch"
@@ -160,7 +160,7 @@ class Hierarchy(nn.Module):
         return list(self.local_memories)  # type: ignore[arg-type]
 
     def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
-        """Change C_L of every local memory with no rebuild (M13), to any size ≥ 1. Prefill streams anew."""
+        """Change C_L of every local memory with no rebuild (M13), to any size ≥ 1. Prefill streams again."""
         if len(chunks) != len(self.local_memories):
             raise ValueError(
                 f"the model has {len(self.local_memories)} local memories, got {len(chunks)} sizes: {list(chunks)}"
@@ -201,8 +201,8 @@ class Hierarchy(nn.Module):
     ) -> tuple[Tensor, HierarchyState | None]:
         """Learn every token and answer every query: (B, H, T, D). q and k have unit norm; x opens the gates.
 
-        Without a state the local memories start anew at each shard; with one nothing is reset and a new one comes back.
-        `restart_BT` (bool) marks document starts: there every memory starts anew.
+        Without a state the local memories restart at each shard; with one nothing is reset and a new one comes back.
+        `restart_BT` (bool) marks document starts: there every memory restarts.
         ValueError for a state of another hierarchy or batch, and where there are no tokens.
         """
         if q_BHTD.dim() != 4 or q_BHTD.size(2) < 1 or not q_BHTD.shape == k_BHTD.shape == v_BHTD.shape:
@@ -263,7 +263,7 @@ class _Shards(NamedTuple):
     shard: int
 
     def fold(self, x: Tensor) -> Tensor:
-        """(B, H, T, …) → (B·S, H, shard, …), zeros behind the end."""
+        """(B, H, T, …) → (B·S, H, shard, …), zeros after the end."""
         length = min(self.shard, self.tokens)
         missing = -self.tokens % length
         if missing:

@@ -45,7 +45,7 @@ def project(
     persistent: ProjectionState,
     restart_BHT: Tensor | None = None,
 ) -> tuple[Tensor, ProjectionState]:
-    """Project every query onto the keys up to its own: (B, H, T, D) of unit norm, and the state behind the last token.
+    """Project every query onto the keys up to its own: (B, H, T, D) of unit norm, and the state after the last token.
 
     Computed as q M_ξ + tril(q Kᵀ) K block by block: no D×D matrix per token. `restart_BHT` (bool) marks the tokens at
     which M and n go back to `persistent`.
@@ -71,7 +71,7 @@ def _all_blocks(q_BHTD: Tensor, k_BHTD: Tensor, state: ProjectionState) -> tuple
     q, k = (nnf.pad(x, (0, 0, 0, missing)) if missing else x for x in (q_BHTD, k_BHTD))
     q, k = (x.unflatten(2, (count, C)) for x in (q, k))
     gram = (k.mT @ k).to(state.M)
-    # of the blocks before alone: a block's own keys, added and taken away again, would leave their rounding behind
+    # of the blocks before alone: a block's own keys, added and taken away again, would leave their rounding after
     before = state.M.unsqueeze(2) + nnf.pad(gram[:, :, :-1].cumsum(dim=2), (0, 0, 0, 0, 1, 0))
     scores = (q @ k.mT).tril()
     projected = q @ before.to(q.dtype) + scores @ _finite(k)

@@ -94,8 +94,8 @@ class _Chunk:
         )  # W_t − W_init = a (W_ξ − W_init) − b S_ξ − …, S_t = carry S_ξ + …
         self.etas: list[Tensor] = []
         # every gradient of the chunk is taken at W_ξ, so it can be computed now; a sum up to t sees those up to t only
-        border = rule.halo + ((start - rule.halo) // rule.chunk + 1) * rule.chunk
-        all_of_it = slice(first, min(border, row.k.size(2)))
+        chunk_end = rule.halo + ((start - rule.halo) // rule.chunk + 1) * rule.chunk
+        all_of_it = slice(first, min(chunk_end, row.k.size(2)))
         layers = [net.plain_layer(w) for w in self.weights]
         g = net.gradient(rule.network, layers, row.k[:, :, all_of_it], row.phi[:, :, all_of_it], row.v[:, :, all_of_it])
         self.gradients = [x.unsqueeze(-1) * e.unsqueeze(-2) for x, e in zip(g.inputs, g.errors, strict=True)]

@@ -66,19 +66,19 @@ class Tokens(NamedTuple):
     phi: Tensor  # (B, H, T, F) φ(k)
     v: Tensor  # (B, H, T, D)
     gates: Gates
-    restart: Tensor | None = None  # (B, H, T) bool: the memory starts anew from W_init at this token
+    restart: Tensor | None = None  # (B, H, T) bool: the memory restarts from W_init at this token
 
 
 class MemoryState(NamedTuple):
     """A memory between two calls. Its size does not depend on how many tokens it has seen.
 
     The gradients of a chunk are all taken at the weights of its start, so the tokens of an unfinished chunk are kept
-    (at most C−1, behind a halo of c−1) until it is full; what was read meanwhile is what a longer call would have read.
+    (at most C−1, after a halo of c−1) until it is full; what was read meanwhile is what a longer call would have read.
     """
 
     change: Weights  # W_ξ − W_init at the start of the unfinished chunk, per layer (B, H, rows, columns)
     momentum: Weights  # S_ξ, alike
-    tail: Tokens  # the halo, then the unfinished chunk, zeros behind it: c−1 + C−1 tokens
+    tail: Tokens  # the halo, then the unfinished chunk, zeros after it: c−1 + C−1 tokens
     filled: int  # tokens in the unfinished chunk
     rule: Rule  # of the memory that made it
 

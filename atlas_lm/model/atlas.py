@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (B, T, V)
     gates: tuple[Tensor, ...]  # per layer with a memory (B, T, H·D): the fusion gates
-    state: State | None  # behind the last token, where a state was given
+    state: State | None  # after the last token, where a state was given
 
 
 def detach_state(state: State) -> State:
@@ -156,7 +156,7 @@ class AtlasLM(nn.Module):
     def forward(self, tokens_BT: Tensor, state: State | None = None, document_start_BT: Tensor | None = None) -> Output:
         """(B, T) token ids → logits (B, T, V) of the next tokens.
 
-        Without a state: training and evaluation, local memories start anew at each shard. With one: streaming, no
+        Without a state: training and evaluation, local memories restart at each shard. With one: streaming, no
         resets but at document starts where `reset_at_document` asks for them. ValueError for a state of another model
         or batch (one of another precision is cast), and for tokens that are no (B, T) ids of the vocabulary.
         """

@@ -91,7 +91,7 @@ class SlidingWindowAttention(nn.Module):
         return AttentionState(cache, cache, valid, 0, self.rope_base)
 
     def forward(self, x_BTM: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
-        """(B, T, M) → (B, T, H·D) and, with a cache, the cache behind the last token.
+        """(B, T, M) → (B, T, H·D) and, with a cache, the cache after the last token.
 
         ValueError for a cache of another attention or batch.
         """

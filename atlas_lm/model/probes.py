@@ -29,9 +29,9 @@ def write_and_read(
     norm. Returns (L, M, H, N, D) with M memories a layer, the global one first.
 
     The pairs are learned by the code that learns a text, with each memory's own feature map, W_init, chunk size and
-    update, and asked for at the first token behind them. Random pairs have no hidden state that could open the gates,
+    update, and asked for at the first token after them. Random pairs have no hidden state that could open the gates,
     so these stand open (N1: every write at full strength, nothing forgotten); with `tokens_BT` they are the ones
-    that the model opens for that text, which tells how much it chooses to write and keep.
+    that the model opens for that text, which shows how much it chooses to write and keep.
     """
     blocks = _with_memory(model)
     inputs: list[Tensor | None] = [None] * len(blocks) if tokens_BT is None else list(_memory_inputs(model, tokens_BT))

@@ -45,7 +45,7 @@ def generate(
     model: AtlasLM,
     tokenizer: Tokenizer,
     prompt: str,
-    tokens: int,
+    tokens: int = 256,
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,

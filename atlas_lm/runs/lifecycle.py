@@ -73,7 +73,7 @@ def configuration(cfg: DictConfig) -> str:
 
 @rank_zero_only
 def write_resumed_metadata(cfg: DictConfig, root: Path) -> None:
-    """Training goes on: its configuration and environment are the run's now, and its old report is withdrawn."""
+    """Training continues: its configuration and environment are the run's now, and its old report is withdrawn."""
     run = Path(cfg.paths.run)
     now = environment(root)
     try:
@@ -100,7 +100,7 @@ def archive_if_changed(path: Path, text: str) -> None:
 
 
 def delete_stale_report(run: Path) -> None:
-    """What a run was before it goes on is no verdict on it any more."""
+    """What a run was before it continues is no verdict on it any more."""
     for name in (REPORT, "report.md"):
         (run / name).unlink(missing_ok=True)
 

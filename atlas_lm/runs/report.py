@@ -152,8 +152,8 @@ def verdict(report: Report) -> str:
 def mishaps(report: Report) -> str:
     """What the safeguards have mended on the way; nothing on a healthy run."""
     found = [(report.get("rollbacks"), "rollback"), (report.get("skipped_steps"), "skipped step")]
-    told = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in found if n]
-    return f"; {' and '.join(told)} on the way" if told else ""
+    reported = [f"{n} {what}{'s' if n > 1 else ''}" for n, what in found if n]
+    return f"; {' and '.join(reported)} on the way" if reported else ""
 
 
 def quality(report: Report) -> str:
@@ -208,5 +208,5 @@ def show(report: Report) -> None:
         console.print(f"{name}: {report[name]}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"verdict: {report['verdict']}", soft_wrap=True, markup=False, highlight=False)
     if report["status"] not in ("finished", "stopped early") and report["checkpoint"]:
-        hint = f"go on with the same command and resume=auto, or resume={report['checkpoint']}"
+        hint = f"run the same command with resume=auto, or resume={report['checkpoint']}"
         console.print(hint, soft_wrap=True, markup=False, highlight=False)

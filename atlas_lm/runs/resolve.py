@@ -44,9 +44,9 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
 
 
 def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
-    """Where a run writes: the folder of the run that it goes on with, else outputs/name/new.
+    """Where a run writes: the folder of the run that it resumes, else outputs/name/new.
 
-    It goes on there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
+    It continues there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
     one, or under another name, a run of its own begins, and the first one stays as it is.
     """
     experiment = Path(outputs) / name

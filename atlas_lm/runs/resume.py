@@ -66,7 +66,7 @@ def _examined(config: TrainConfig) -> Usable | None:
         if skipped:
             raise ValueError(
                 f"resume=auto: no checkpoint of {config.paths.run!r} is intact: "
-                "start anew without resume=, or restore one"
+                "start again without resume=, or restore one"
             )
         rank_zero_info("resume=auto: there is no unfinished run of %s, a new one begins", config.name)
     return found

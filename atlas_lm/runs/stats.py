@@ -100,7 +100,7 @@ class RunStats(Callback):
         self.training = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters up to now, and the last validation: a run that dies behind its last step does not repeat it."""
+        """Counters up to now, and the last validation: a run that dies after its last step does not repeat it."""
         return {
             "tokens": self.tokens,
             "seconds": {name: self._elapsed(name) for name in self._seconds},
@@ -108,7 +108,7 @@ class RunStats(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.tokens = state_dict["tokens"]
         self._seconds = dict(state_dict["seconds"])
         held_out, at, found = state_dict.get("validation", ("", None, {}))  # older checkpoints have none

@@ -255,7 +255,7 @@ class AtlasModule(L.LightningModule):
                     board.add_histogram(f"memory/gate/layer_{i}", finite, self._logging_step())
 
     def _log_memory(self, batch: dict[str, Tensor]) -> None:
-        """How far the fast weights have moved from W_init behind the first sequence, per layer: ‖W − W_init‖."""
+        """How far the fast weights have moved from W_init after the first sequence, per layer: ‖W − W_init‖."""
         starts = batch.get("document_start")
         state = self.model.initial_state(1)
         after = self.model(batch["input_ids"][:1], state, None if starts is None else starts[:1]).state
@@ -290,7 +290,7 @@ class AtlasModule(L.LightningModule):
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Chunk sizes change while training goes on; who uses the weights wants those of the end."""
+        """Chunk sizes change while training continues; who uses the weights wants those of the end."""
         checkpoint["local_chunks"] = list(self.local_chunks)
         checkpoint["sharded"] = self._trainer is not None and self._sharded()
 

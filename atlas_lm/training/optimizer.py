@@ -17,7 +17,7 @@ from atlas_lm.training.flat_storage import flat_storage
 
 
 class MuonAdamW(Optimizer):
-    """Two optimizers behind one interface: Lightning steps, saves and schedules a single optimizer.
+    """Two optimizers with one interface: Lightning steps, saves and schedules a single optimizer.
 
     Both share this object's parameter groups and state, so that state_dict() is that of any optimizer.
     """
@@ -121,7 +121,7 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig) -> LambdaLR:
 
 
 def apply_settings(checkpoint: dict[str, Any], optimizer: Optimizer, config: OptimConfig) -> None:
-    """Let a checkpoint's optimizer and schedule go on with the settings of now, in place; its moments and steps stay.
+    """Let a checkpoint's optimizer and schedule continue with the settings of now, in place; moments and steps stay.
 
     Lightning would restore learning rates, decay and all other settings of a group as they were saved. `optimizer` is a
     new one of the same model and kind. ValueError: the checkpoint's has other groups.

@@ -1,6 +1,6 @@
 """Which checkpoint is later: the one of which training had come further.
 
-Time stamps do not tell: they do not survive a copy, and clocks are set back.
+Time stamps do not show it: they do not survive a copy, and clocks are set back.
 """
 
 import re

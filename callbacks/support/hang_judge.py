@@ -7,7 +7,7 @@ DONE = "done"
 
 
 class Sign(NamedTuple):
-    """What a rank tells the others of itself."""
+    """What a rank reports of itself to the others."""
 
     beat: int  # grows with every sign
     progress: int  # grows with every note of the training thread
@@ -64,8 +64,8 @@ class Judge:
         failed = [(rank, sign) for rank, sign in others if sign.ended not in ("", DONE)]
         late = [(rank, sign) for rank, sign in failed if lost_connection or self.silent[rank] >= self.timeout_s]
         if late:
-            told = "; ".join(f"{s.who(rank)} has left the run at {s.where()}: {s.ended}" for rank, s in late)
-            return self._told(told, mine, [], "the cause is there")
+            found = "; ".join(f"{s.who(rank)} has left the run at {s.where()}: {s.ended}" for rank, s in late)
+            return self._found(found, mine, [], "the cause is there")
         gone = [(r, s) for r, s in others if not s.ended and self.silent[r] >= self.timeout_s]
         store = self.store_silent >= self.timeout_s
         if store:  # then nobody can be heard; who was silent before that is to blame, else who keeps the store
@@ -74,14 +74,14 @@ class Judge:
             if not gone and self.host is not None:
                 return None  # it has done its work and left
             if not gone:
-                return self._told("the store of the process group does not answer", mine, [], "", store=True)
+                return self._found("the store of the process group does not answer", mine, [], "", store=True)
         if gone:
-            told = "; ".join(
+            found = "; ".join(
                 f"{s.who(rank)} has been silent for {self.silent[rank]:.0f} s, its last sign came from {s.where()}"
                 for rank, s in gone
             )
             remedy = "its process was stopped or killed, or its machine is lost: look there (dmesg)"
-            return self._told(told, mine, [rank for rank, _ in gone], remedy, store)
+            return self._found(found, mine, [rank for rank, _ in gone], remedy, store)
         if others and all(sign.idle >= self.stalled_s and not sign.ended for _, sign in [*others, (self.rank, mine)]):
             return self._stalled(mine, others)
         return None
@@ -89,14 +89,14 @@ class Judge:
     def _stalled(self, mine: Sign, others: list[tuple[int, Sign]]) -> Verdict:
         everyone = sorted([*others, (self.rank, mine)], key=lambda pair: pair[0])
         least, most = (f(sign.progress for _, sign in everyone) for f in (min, max))
-        behind = [(rank, sign) for rank, sign in everyone if sign.progress == least < most]
-        told = "; ".join(f"{sign.who(rank)} lags, at {sign.where()}" for rank, sign in behind) or "all are at one place"
-        return self._told(
-            f"no rank has got any further for {self.stalled_s:.0f} s: {told}", mine, [],
+        last = [(rank, sign) for rank, sign in everyone if sign.progress == least < most]
+        found = "; ".join(f"{sign.who(rank)} lags, at {sign.where()}" for rank, sign in last) or "all are at one place"
+        return self._found(
+            f"no rank has got any further for {self.stalled_s:.0f} s: {found}", mine, [],
             "a deadlock, or stalled_s of hang_watch is too short for this run",
         )  # fmt: skip
 
-    def _told(self, told: str, mine: Sign, silent: list[int], remedy: str, store: bool = False) -> Verdict:
+    def _found(self, found: str, mine: Sign, silent: list[int], remedy: str, store: bool = False) -> Verdict:
         waits = f"{mine.who(self.rank)} waits at {mine.where()}"
         steps = "; ".join(x for x in (remedy, "then resume the last checkpoint") if x)
-        return Verdict(f"{told}. {waits}. Remedy: {steps}", silent, store)
+        return Verdict(f"{found}. {waits}. Remedy: {steps}", silent, store)

@@ -78,8 +78,8 @@ class Heartbeat:
                 for other in range(count):
                     known[other] = known.get(other, False) or self.store.check([str(other)])
                 heard = [other for other in range(count) if known[other] and other != rank]
-                for other, told in zip(heard, self.store.multi_get([str(other) for other in heard]), strict=True):
-                    self._signs[other] = Sign(*json.loads(told))
+                for other, reported in zip(heard, self.store.multi_get([str(other) for other in heard]), strict=True):
+                    self._signs[other] = Sign(*json.loads(reported))
                 self._rounds += 1
             except (RuntimeError, ValueError) as error:  # the store is gone; the other thread measures for how long
                 log.debug("the store of the process group: %s", error)

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 class CanRollBack(Protocol):
     """A callback that returns to an earlier state at the end of this step, on all ranks, when asked for it."""
 
-    def demand(self, reason: str) -> None:
+    def request_rollback(self, reason: str) -> None:
         """To be called on all ranks; `reason` is for the log."""
         ...
 
@@ -19,9 +19,9 @@ def who_can_roll_back(trainer: Trainer) -> CanRollBack | None:
     return next((callback for callback in _callbacks(trainer) if isinstance(callback, CanRollBack)), None)
 
 
-def unsettled(trainer: Trainer) -> bool:
-    """Whether a callback says, by a true attribute `unsettled`, that this is no moment to come back to."""
-    return any(getattr(callback, "unsettled", False) for callback in _callbacks(trainer))
+def blocks_snapshot(trainer: Trainer) -> bool:
+    """Whether a callback says, by a true attribute `blocks_snapshot`, that this is no moment to come back to."""
+    return any(getattr(callback, "blocks_snapshot", False) for callback in _callbacks(trainer))
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

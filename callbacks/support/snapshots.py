@@ -5,7 +5,7 @@ other callbacks' state are bitwise those of a run that never saw the batches in 
 moves on.
 
 Lightning has no public way to do this; what is private stands in `lightning_internals.py`, and
-`tests/callbacks/test_spike_rollback.py` holds it to that oracle.
+`tests/unit/callbacks/test_spike_rollback.py` holds it to that oracle.
 """
 
 import copy
@@ -51,7 +51,7 @@ def copied(tree: Any) -> Any:
 
 
 def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
-    """The run as it is at this border between two steps; to be called on every rank.
+    """The run as it is at this step end; to be called on every rank.
 
     Callbacks with a true attribute `survives_rollback` are left out: they count what happened, and that stays so.
     """
@@ -101,7 +101,7 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
     loop = trainer.fit_loop.epoch_loop
     loop.automatic_optimization.optim_progress.load_state_dict(copied(snapshot.progress[0]))
     loop.scheduler_progress.load_state_dict(copied(snapshot.progress[1]))
-    for callback in trainer.checkpoint_callbacks:  # the steps behind this one will be saved again
+    for callback in trainer.checkpoint_callbacks:  # the steps after this one will be saved again
         forget_last_save(callback)
     # batch_progress, epoch_progress, the loaders and the loggers' step stay: the data and the records move on
 

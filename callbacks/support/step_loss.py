@@ -26,7 +26,7 @@ _of_trainer: WeakKeyDictionary[Any, _Collected] = WeakKeyDictionary()
 
 
 def begin_step_losses(trainer: Trainer) -> None:
-    """In `on_train_start`: a window that was cut short leaves nothing behind."""
+    """In `on_train_start`: a window that was cut short leaves nothing after."""
     _of_trainer[trainer] = _Collected()
 
 

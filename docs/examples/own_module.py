@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from callbacks import SpikeRollback
 
 
-def train(module: L.LightningModule, folder: str, *callbacks: L.Callback, **settings: Any) -> SpikeRollback:
+def fit(module, training, validation, folder, callbacks=(), **settings):
     module.held_out_loss = module.loss  # all that it asks of a module: the mean loss of a validation batch
     rollback = SpikeRollback(folder, threshold=0.05, every_n_steps=5, max_rollbacks=3)
     trainer = L.Trainer(max_steps=60, callbacks=[*callbacks, rollback], **settings)
-    trainer.fit(module, batches(seed=0), batches(seed=1))
+    trainer.fit(module, training, validation)
     return rollback
 
 
@@ -77,7 +77,7 @@ def main(say: Callable[[str], object] = print) -> tuple[SpikeRollback, float]:
     module = Regression()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        rollback = train(module, folder, Spoil(), **quiet)
+        rollback = fit(module, batches(seed=0), batches(seed=1), folder, [Spoil()], **quiet)
     with torch.no_grad():
         loss = float(torch.stack([module.loss(batch) for batch in batches(seed=1)]).mean())
     say(f"spikes at steps {rollback.spikes}, {rollback.rollbacks} rollback(s), held-out loss {loss:.3f}")

@@ -1,4 +1,4 @@
-"""Generation from a run folder, and the draws behind it."""
+"""Generation from a run folder, and the draws after it."""
 
 import sys
 from pathlib import Path

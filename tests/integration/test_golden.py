@@ -1,6 +1,6 @@
 """The first 20 losses of each experiment at a fixed seed: a change of numbers needs a reason in the commit message.
 
-To write them anew: python -m tests.integration.test_golden
+To write them again: python -m tests.integration.test_golden
 """
 
 import json

@@ -60,7 +60,7 @@ def test_a_spike_is_rolled_back_and_the_records_tell(in_tmp: Path, monkeypatch: 
     assert [row["seq"] for row in rows] == list(range(len(rows)))
     steps = [row["global_step"] for row in rows if row["global_step"] is not None]
     back = next(i for i in range(1, len(steps)) if steps[i] < steps[i - 1])
-    assert (steps[back - 1], steps[back]) == (7, 4), "the look behind step 8 went back to step 4"
+    assert (steps[back - 1], steps[back]) == (7, 4), "the look after step 8 went back to step 4"
     assert steps[-1] == 10
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), "the loggers' step never goes back"
     timeline = [row["timeline"] for row in rows]

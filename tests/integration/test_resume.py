@@ -92,7 +92,7 @@ def x(finished_x: Path, in_tmp: Path, world: World) -> Path:
     return only_run(in_tmp / "outputs")
 
 
-IN_THE_FAST_SUITE = (2, 7)  # before any save, behind a validation with a save
+IN_THE_FAST_SUITE = (2, 7)  # before any save, after a validation with a save
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_ctrl_c_and_the_schedulers_signals(
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("validated", [True, False], ids=["validated at its last step", "validated behind it"])
+@pytest.mark.parametrize("validated", [True, False], ids=["validated at its last step", "validated after it"])
 def test_a_run_that_dies_behind_its_last_step_gets_its_verdict(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, validated: bool
 ) -> None:
@@ -268,7 +268,7 @@ def test_folders(in_tmp: Path) -> None:
         "an older one: a run of its own"
     )
     run("3", None, checkpoint=False)
-    assert unfinished_run(experiment) is None, "nothing to go on from"
+    assert unfinished_run(experiment) is None, "nothing to continue from"
     (second / "report.json").unlink()
     assert unfinished_run(experiment) == second, "a start that was refused hides no run"
     assert run_folder("nonsense", outputs, "x", "new") == new

@@ -58,7 +58,7 @@ def make_hierarchy(spec: MemorySpec = SPEC, dtype: torch.dtype = torch.float64) 
 
 
 def stream(hierarchy: Hierarchy, inputs: Inputs, ends: list[int]) -> tuple[Tensor, list[HierarchyState]]:
-    """Outputs, and the states behind each piece, of a stream given in pieces that stop at `ends`."""
+    """Outputs, and the states after each piece, of a stream given in pieces that stop at `ends`."""
     state, states, outputs = hierarchy.initial_state(inputs.x.size(0)), [], []
     for start, end in zip([0, *ends], ends, strict=False):
         y, state = hierarchy(*inputs.cut(start, end), state)

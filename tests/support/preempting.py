@@ -57,7 +57,7 @@ def preempt(process: subprocess.Popen[bytes], folder: Path, number: int) -> None
     until = time.monotonic() + 10
     while is_there(process.pid) and time.monotonic() < until:
         time.sleep(0.02)
-    assert not is_there(process.pid), "a worker is left behind"
+    assert not is_there(process.pid), "a worker is left after"
 
 
 def is_there(group: int) -> bool:

@@ -24,7 +24,7 @@ from callbacks.proactive_clipping import ProactiveClipping
 from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
 
-LOOK = 2  # optimizer steps between looks
+LOOK = 2  # optimizer steps between evaluations
 VOCABULARY, LENGTH = 17, 24
 MODEL = dict(
     name="small", dim=16, layers=1, heads=2, head_dim=8, window=5, ffn_multiple=2.0, fusion="convex",
@@ -170,13 +170,13 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 def oracle(rollbacks: int, accumulate: int = 1, **changes: Any) -> dict[str, Any]:
     """Faults at optimizer step 7, and at the 7th step after the first return; both runs, and how they differ.
 
-    A fault in step 7 is seen at the look behind step 8, whose second most recent snapshot is that of step 4: steps 5 to
+    A fault in step 7 is seen at the look after step 8, whose second most recent snapshot is that of step 4: steps 5 to
     8 are dropped, with their batches.
     """
     steps = 10
     dropped, bad, clean, number = 4 * accumulate, [], [], 0
     for _ in range(rollbacks):
-        # from the start, or from step 4 behind a return, on to step 8
+        # from the start, or from step 4 after a return, on to step 8
         good = 4 * accumulate if not clean else 0
         clean += range(number, number + good)
         number += good

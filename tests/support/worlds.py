@@ -14,7 +14,7 @@ import hydra.core.utils
 import pytest
 
 DAY = 86400.0
-ZONES = ("Pacific/Kiritimati", "America/Los_Angeles", "UTC", "Asia/Tokyo")  # the second is a day behind the first
+ZONES = ("Pacific/Kiritimati", "America/Los_Angeles", "UTC", "Asia/Tokyo")  # the second is a day after the first
 
 
 KINDS = ("clock set back", "other time zone", "copied")

@@ -53,11 +53,17 @@ def test_the_readme_shows_its_core() -> None:
 
 def test_a_safeguard_of_ones_own_acts_and_lets_alone(example: Any, tmp_path: Path) -> None:
     own = load("own_safeguard")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+    def fit(guard: Any) -> Any:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        return example.fit(
+            example.Regression(), example.batches(0), example.batches(1), str(tmp_path / "run"), [guard], **quiet
+        )
+
     with pytest.raises(own.LossTooHigh, match="3 batches in a row"):
-        example.train(example.Regression(), str(tmp_path / "a"), own.LossCeiling(1e-9, patience=3), **quiet)
+        fit(own.LossCeiling(1e-9, patience=3))
     guard = own.LossCeiling(1e9)
-    assert example.train(example.Regression(), str(tmp_path / "b"), guard, **quiet).rollbacks == 0
+    assert fit(guard).rollbacks == 0
     assert guard.streak == 0
     assert own.LossCeiling(1.0, patience=1).judge(float("nan"))
     with pytest.raises(ValueError, match="patience=0"):

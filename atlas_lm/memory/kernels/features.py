@@ -1,4 +1,4 @@
-"""The sketch feature map on a CPU, as compiled code behind its two linear maps: one pass over memory each way."""
+"""The sketch feature map on a CPU, as compiled code after its two linear maps: one pass over memory each way."""
 
 # D head dim, R rank; … any leading axes
 

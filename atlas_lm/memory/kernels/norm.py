@@ -1,4 +1,4 @@
-"""Root-mean-square norm on a CPU, as compiled code: one pass over memory each way, heads merged behind it."""
+"""Root-mean-square norm on a CPU, as compiled code: one pass over memory each way, heads merged after it."""
 
 # B batch, H heads, T tokens, D channels of a head
 

@@ -29,7 +29,7 @@ from atlas_lm.memory.state import without_autocast
 def run(
     config: LoopConfig, states: list[Tensor] | None, initial: Weights, chunks: ChunkBatch
 ) -> tuple[Tensor, list[Tensor]]:
-    """Outputs (G, K·C, D) of every query and the states behind the last complete chunk; a state is z, (G, 2R, Q).
+    """Outputs (G, K·C, D) of every query and the states after the last complete chunk; a state is z, (G, 2R, Q).
 
     `initial` is W_init (H, R, Q) per layer. Without states the memory is empty, and none are given back.
     """

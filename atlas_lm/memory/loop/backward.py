@@ -32,7 +32,7 @@ def gradients(
     config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record, dy: Tensor, dstates: list[Tensor],
     dinitial: Maybe,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:  # fmt: skip
-    """The gradients of the states before a chunk, given those of the states behind it, and of its inputs."""
+    """The gradients of the states before a chunk, given those of the states after it, and of its inputs."""
     totals = Totals()
     if n < config.complete:
         dstates = _backward_update(config, x, n, states, record, dstates, totals)

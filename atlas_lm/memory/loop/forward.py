@@ -144,7 +144,7 @@ def mix(coefficients: Tensor, state: Tensor) -> Tensor:
 def update(
     config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record
 ) -> tuple[list[Tensor], bool]:
-    """The states behind a chunk, and whether the ball had to hold them."""
+    """The states after a chunk, and whether the ball had to hold them."""
     write_coef = write_weights(x, n, record)
     after = [
         add_outer(mix(x.decay[:, n], z), twice(inputs, write_coef), error)

@@ -1,7 +1,7 @@
 """Damaged files: what a checksum covers never passes for whole, and every answer is one line.
 
 A tokenizer.json that the user names by its path has no checksum. Damaged, it is either refused in one line, or it is
-another tokenizer that works: its ids fit its vocabulary. A run that began with the former one does not go on with it:
+another tokenizer that works: its ids fit its vocabulary. A run that began with the former does not continue with it:
 the fingerprint of its data differs (tests/unit/data/test_resume.py).
 """
 

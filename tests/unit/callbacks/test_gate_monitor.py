@@ -125,7 +125,7 @@ def test_it_waits_for_the_end_of_an_accumulation_window(fit: Any) -> None:
     assert measured == [1, 2, 3]
 
 
-# It goes on
+# It continues
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")

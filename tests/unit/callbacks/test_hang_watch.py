@@ -181,7 +181,7 @@ def test_with_one_rank_nothing_runs_and_training_is_bitwise_the_same(fit: Any, l
 
 
 class Slow(Line):
-    """Rank 1 takes longer over one step than a silence may last: its thread goes on."""
+    """Rank 1 takes longer over one step than a silence may last: its thread continues."""
 
     def training_step(self, batch: Any, index: int) -> Any:
         if self.global_step == FAULT_STEP and os.environ["RANK"] == "1":
@@ -284,8 +284,8 @@ class Faulty(Line):
             time.sleep(600)
 
 
-class Behind(lightning.Callback):
-    """Listed behind: the way for exceptions must reach it."""
+class After(lightning.Callback):
+    """Listed after: the way for exceptions must reach it."""
 
     def __init__(self) -> None:
         self.saw = ""
@@ -303,16 +303,16 @@ class Ending(Lines):
 
 def one_rank(scenario: str, folder: Path) -> None:
     stalled = 8.0 if scenario.startswith("stall") else 600.0
-    behind, logger = Behind(), Ending()
+    after, logger = After(), Ending()
     told: dict[str, Any] = {}
     timeout = float(os.environ.get("TIMEOUT_S", TIMEOUT_S))
     try:
-        train(Faulty(scenario), HangWatch(timeout, stalled), behind, logger=logger)
+        train(Faulty(scenario), HangWatch(timeout, stalled), after, logger=logger)
     except BaseException as error:
         told = {"type": type(error).__name__, "message": str(error), "cause": type(error.__cause__).__name__}
         raise
     finally:
-        told |= {"saw": behind.saw, "logger": logger.status, "ended": time.time()}
+        told |= {"saw": after.saw, "logger": logger.status, "ended": time.time()}
         (folder / f"told{os.environ['RANK']}").write_text(json.dumps(told))
 
 

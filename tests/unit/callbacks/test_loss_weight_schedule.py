@@ -195,7 +195,7 @@ def test_it_waits_for_the_first_validation(fit: Any) -> None:
     module = Weighted()
     with pytest.raises(ValueError, match=r"watch=val/los .*val/loss"):
         fit(module, schedule(watch="val/los"), **validating)
-    assert len(module.seen) == 5, "the step behind the first validation"
+    assert len(module.seen) == 5, "the step after the first validation"
 
 
 def test_the_average_of_a_tensor_metric_stays_a_plain_number() -> None:

@@ -109,7 +109,7 @@ def test_counts_do_not_go_back_and_streaks_do() -> None:
     watching.judge(2.0e9)
     watching.setup(None, None, "fit")  # type: ignore[arg-type]
     watching.load_state_dict({**snapshot, "outliers": 5, "consecutive": 4})
-    assert (watching.outliers, watching.consecutive) == (5, 4), "a resumed run goes on with its streak"
+    assert (watching.outliers, watching.consecutive) == (5, 4), "a resumed run continues with its streak"
     watching.on_train_start(lightning.Trainer(accelerator="cpu", logger=False, barebones=True), None)  # type: ignore[arg-type]
     watching.load_state_dict({**snapshot, "consecutive": 4})
     assert (watching.outliers, watching.consecutive) == (5, 0)

@@ -14,7 +14,7 @@ from tests.support.toys import Line
 
 
 class Chunked(Line):
-    """Its chunk sizes are those of `plan` at each step; sees its gradients' norm behind the clipping."""
+    """Its chunk sizes are those of `plan` at each step; sees its gradients' norm after the clipping."""
 
     def __init__(self, plan: dict[int, tuple[int, ...]] | None = None) -> None:
         super().__init__()

@@ -11,17 +11,17 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from callbacks.rank_agreement import Look, RankAgreement, RanksDiverged
+from callbacks.rank_agreement import RankAgreement, RanksDiverged, RankState
 from tests.support.toys import STEPS, Line, Lines, loader
 from tests.support.two_ranks import run_on_two_ranks, shared_folder
 from tests.unit.callbacks.test_two_ranks import Sharded, told, train
 from tests.unit.callbacks.test_weight_integrity import flip
 
 
-def looks(*parameters: dict[str, int], buffers: Any = None, changed: Any = None) -> list[Look]:
+def states(*parameters: dict[str, int], buffers: Any = None, changed: Any = None) -> list[RankState]:
     count = len(parameters)
     return [
-        Look(*three)
+        RankState(*three)
         for three in zip(parameters, buffers or [{}] * count, changed or [{}] * count, strict=True)
     ]  # fmt: skip
 
@@ -34,15 +34,15 @@ SAME = {"a": 1, "b": 2, "c": 3}
 
 def test_ranks_that_agree_are_left_alone() -> None:
     check = RankAgreement()
-    check.judge(looks(SAME, SAME, SAME), 100)
+    check.judge(states(SAME, SAME, SAME), 100)
     assert check.agreed == 100
 
 
 def test_who_differs_from_the_majority_is_named() -> None:
     check = RankAgreement()
-    check.judge(looks(SAME, SAME, SAME), 100)
+    check.judge(states(SAME, SAME, SAME), 100)
     with pytest.raises(RanksDiverged) as caught:
-        check.judge(looks({**SAME, "b": 5, "c": 6}, SAME, SAME), 200)
+        check.judge(states({**SAME, "b": 5, "c": 6}, SAME, SAME), 200)
     assert str(caught.value) == (
         "at step 200 rank 0 (first in b) differs from the majority; all ranks agreed last at step 100: resume a "
         "checkpoint of step 100 or earlier, later ones are suspect"
@@ -62,12 +62,12 @@ def test_who_differs_from_the_majority_is_named() -> None:
 )
 def test_without_a_majority_it_is_rank_0_that_counts(held: Any, said: str) -> None:
     with pytest.raises(RanksDiverged, match=said + r".* agreed last never in this run: start all ranks with the same"):
-        RankAgreement().judge(looks(*held), 3)
+        RankAgreement().judge(states(*held), 3)
 
 
 @pytest.mark.parametrize(("changed", "fine"), [((True, True), True), ((False, True), False), ((False, False), False)])
 def test_a_buffer_that_every_rank_changes_by_itself_is_its_own(changed: Any, fine: bool) -> None:
-    both = looks(SAME, SAME, buffers=[{"mean": 1}, {"mean": 2}], changed=[{"mean": one} for one in changed])
+    both = states(SAME, SAME, buffers=[{"mean": 1}, {"mean": 2}], changed=[{"mean": one} for one in changed])
     if fine:
         RankAgreement().judge(both, 3)
     else:
@@ -77,7 +77,7 @@ def test_a_buffer_that_every_rank_changes_by_itself_is_its_own(changed: Any, fin
 
 def test_a_parameter_that_every_rank_changes_is_judged() -> None:
     with pytest.raises(RanksDiverged):
-        RankAgreement().judge(looks({"a": 1}, {"a": 2}, changed=[{"a": True}] * 2), 3)
+        RankAgreement().judge(states({"a": 1}, {"a": 2}, changed=[{"a": True}] * 2), 3)
 
 
 def test_an_interval_out_of_range_is_refused() -> None:

@@ -177,7 +177,7 @@ def test_a_run_that_dies_after_a_rollback_resumes_knowing_of_it(tmp_path: Path) 
 
 
 def test_a_checkpoint_of_a_spike_is_not_resumed(tmp_path: Path) -> None:
-    """Written between two looks, it would become the snapshot to go back to."""
+    """Written between two evaluations, it would become the snapshot to go back to."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
@@ -196,10 +196,10 @@ def test_a_healthy_run_is_bitwise_left_alone() -> None:
 
 def test_counters_survive_a_resume(tmp_path: Path) -> None:
     guard = SpikeRollback(str(tmp_path))
-    guard.rollbacks, guard.spikes, guard.quiet_until, guard.ema = 2, [5, 9], 12, 3.5
+    guard.rollbacks, guard.spikes, guard.cooldown_until, guard.ema = 2, [5, 9], 12, 3.5
     again = SpikeRollback(str(tmp_path))
     again.load_state_dict(guard.state_dict())
-    assert (again.rollbacks, again.spikes, again.quiet_until, again.ema) == (2, [5, 9], 12, 3.5)
+    assert (again.rollbacks, again.spikes, again.cooldown_until, again.ema) == (2, [5, 9], 12, 3.5)
 
 
 def test_lightning_still_has_the_private_names_that_going_back_needs(fit: Any, line: Any) -> None:
@@ -222,7 +222,7 @@ def test_lightning_still_has_the_private_names_that_going_back_needs(fit: Any, l
 def test_judgement() -> None:
     guard = SpikeRollback("unused", threshold=0.05, smoothing=0.5)
     assert guard.delta(100.0) == 0.0, "nothing to compare with yet"
-    guard.follow(100.0)
+    guard.update_ema(100.0)
     assert guard.delta(104.0) == pytest.approx(0.04)
     assert not guard.judge(guard.delta(105.0))
     assert guard.judge(guard.delta(105.1))
@@ -230,7 +230,7 @@ def test_judgement() -> None:
         assert guard.judge(guard.delta(broken))
         assert guard.judge(guard.delta(broken), quiet=True), "a cool-down excuses no NaN"
     assert not guard.judge(guard.delta(200.0), quiet=True)
-    guard.follow(90.0)
+    guard.update_ema(90.0)
     assert guard.ema == pytest.approx((100 * 90) ** 0.5)
 
 
@@ -240,11 +240,11 @@ def test_the_average_is_soon_where_the_perplexity_is() -> None:
     falls = [345.0, 9.2, 5.8, 4.6, 3.99, 3.75, 3.27, 3.11, 3.0, 2.75, 2.64]
     for perplexity in falls:
         assert not guard.judge(guard.delta(perplexity))
-        guard.follow(perplexity)
+        guard.update_ema(perplexity)
     assert guard.judge(guard.delta(1.12 * falls[-1]))
     guard = SpikeRollback("unused")
     for perplexity in falls[:6]:
-        guard.follow(perplexity)
+        guard.update_ema(perplexity)
     assert guard.judge(guard.delta(1.2 * falls[5])), "after 500 steps a rise of a fifth is seen"
 
 
@@ -286,7 +286,7 @@ def test_another_callback_may_demand_a_return(fit: Any, tmp_path: Path) -> None:
     class Demands(lightning.Callback):
         def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 4 and not guard.rollbacks:
-                guard.demand("the weights have changed")
+                guard.request_rollback("the weights have changed")
 
     guard = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=100.0)
     trainer = fit(Line(), Demands(), guard, enable_checkpointing=True)
@@ -294,7 +294,7 @@ def test_another_callback_may_demand_a_return(fit: Any, tmp_path: Path) -> None:
     assert trainer.callback_metrics["spike/rollbacks"] == 1
     assert trainer.global_step == 8
     with pytest.raises(TrainingUnstable, match="the weights have changed, and spike_rollback only observes"):
-        SpikeRollback("unused", mode="observe").demand("the weights have changed")
+        SpikeRollback("unused", mode="observe").request_rollback("the weights have changed")
 
 
 def test_time_is_not_rolled_back(fit: Any, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_clock_that_was_set_back_costs_no_new_checkpoint(fit: Any, line: Any, 
     steps = [f"step-00000{step}.ckpt" for step in (14, 16)]
     snapshots = [f"snapshot-00000{step}.ckpt" for step in (12, 14, 16)]
     assert [name for name in names(folder) if name.endswith(".ckpt")] == ["last.ckpt", *snapshots, *steps]
-    assert [kept.path.name for kept in second[1].ring if kept.path is not None] == snapshots
+    assert [kept.path.name for kept in second[1].snapshots if kept.path is not None] == snapshots
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")

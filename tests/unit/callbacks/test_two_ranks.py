@@ -74,7 +74,7 @@ class LossOn1(Line):
 
 
 class Steps(lightning.Callback):
-    """The first weight behind each step."""
+    """The first weight after each step."""
 
     def __init__(self) -> None:
         self.weight: list[float] = []
@@ -84,7 +84,7 @@ class Steps(lightning.Callback):
 
 
 class GradientOn1(Line):
-    """Rank 1 alone sees a NaN, behind the reduction: only a vote can tell rank 0."""
+    """Rank 1 alone sees a NaN, after the reduction: only a vote can tell rank 0."""
 
     def on_after_backward(self) -> None:
         if self.global_step == 3 and is_rank_1():
@@ -146,7 +146,7 @@ def loss_weights_share_their_average() -> Any:
 
 
 class MemoryOn1(lightning.Callback):
-    """A bit of rank 1's memory flips behind DDP's own synchronisation."""
+    """A bit of rank 1's memory flips after DDP's own synchronisation."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if is_rank_1():

@@ -22,7 +22,7 @@ from tests.unit.callbacks.test_two_ranks import Sharded, told, train
 
 
 def flip(tensor: Tensor, bit: int, index: int = 0) -> None:
-    """Invert one bit, in place, behind everybody's back."""
+    """Invert one bit, in place, after everybody's back."""
     raw = tensor.detach().view(-1).view(torch.uint8)
     raw[index * tensor.element_size() + bit // 8] ^= 1 << (bit % 8)
 
@@ -50,7 +50,7 @@ class RollBack(lightning.Callback):
         self.works, self.reasons, self.demanded = works, [], False  # type: ignore[var-annotated]
         self.ring: list[Any] = []
 
-    def demand(self, reason: str) -> None:
+    def request_rollback(self, reason: str) -> None:
         self.reasons.append(reason)
         self.demanded = self.works
 

@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, size: int) -> N
             AtomicCheckpointIO().save_checkpoint(large, target)
         assert str(target) in str(caught.value)
         assert "File too large" in str(caught.value)
-        assert f"the previous checkpoint is whole, go on with resume={saved}" in str(caught.value)
+        assert f"the previous checkpoint is whole, resume with resume={saved}" in str(caught.value)
     assert saved.read_bytes() == before
     assert names(saved.parent) == ["manifest.json", "step=3.ckpt"]
 

@@ -164,7 +164,7 @@ def test_a_full_disk_while_writing_the_manifest(tmp_path: Path, new: bool, monke
     target = tmp_path / "b.ckpt" if new else path
     with monkeypatch.context() as patched:
         patched.setattr(manifest, "write_atomically", full)
-        with pytest.raises(SaveError, match=f"cannot save .*{target.name}.*No space left.*go on with resume={path}"):
+        with pytest.raises(SaveError, match=f"cannot save .*{target.name}.*No space left.*resume with resume={path}"):
             save(target, 2)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert verify(path) is None

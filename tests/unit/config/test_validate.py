@@ -25,6 +25,6 @@ def test_only_classes_of_known_packages_are_built(target: Any) -> None:
 
 @pytest.mark.parametrize("text", ["${oc.create:{_target_: os.system}}", "a${oc.env:HOME}", "\\${x}"])
 def test_what_would_be_resolved_again_is_refused(text: str) -> None:
-    """`instantiate` resolves once more, behind the check: what is text now would then be a class."""
+    """`instantiate` resolves once more, after the check: what is text now would then be a class."""
     with pytest.raises(ValueError, match="resolved a second time"):
         check_targets({"_target_": "callbacks.niah_probe.NiahProbe", "needles": [text]}, "x")

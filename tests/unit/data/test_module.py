@@ -1,4 +1,4 @@
-"""TokenDataModule: the batch contract, the bytes behind bits per byte, and the shipped configurations."""
+"""TokenDataModule: the batch contract, the bytes that bits per byte counts, and the shipped configurations."""
 
 import gzip
 from pathlib import Path

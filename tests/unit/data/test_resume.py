@@ -242,7 +242,7 @@ def ranks() -> dict[bool, list[dict[str, list[list[int]]]]]:
 
 @pytest.mark.parametrize("injected", [True, False])
 def test_two_ranks_in_lightning(ranks: dict[bool, list[dict[str, list[list[int]]]]], injected: bool) -> None:
-    """With use_distributed_sampler on and off: the samplers stay ours, and each rank goes on exactly."""
+    """With use_distributed_sampler on and off: the samplers stay ours, and each rank continues exactly."""
     first, second = ranks[injected]
     alone = list(chain(*epochs(loader(batch_size=8), 2)))
     for step, batch in enumerate(alone):

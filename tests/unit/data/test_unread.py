@@ -76,7 +76,7 @@ def test_a_checkpoint_knows_the_text_that_it_was_validated_on(caplog: pytest.Log
 
 
 def test_a_figure_is_not_taken_over_from_another_validation_text(tmp_path: Path) -> None:
-    """A finished run that is resumed validates again if the text behind the same names is another one now."""
+    """A finished run that is resumed validates again if the text after the same names is another one now."""
     Path("val").mkdir()
     for i in range(8):
         Path("val", f"{i}.txt").write_text(f"held out {i} " * 30)

@@ -247,7 +247,7 @@ def test_what_is_logged_behind_the_end_hides_nothing(tmp_path: Path) -> None:
             log(folder, range(2), 1.0).finalize("failed")
         logger = log(folder, range(resume_from_step or 0, 4), 1.0, resume_from_step)
         logger.finalize("success")
-        logger.log_metrics({"x": 9.0}, 4)  # a validation behind the last step
+        logger.log_metrics({"x": 9.0}, 4)  # a validation after the last step
         logger.finalize("success")
         assert shown(folder) == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]
 

@@ -196,7 +196,7 @@ def path(request, monkeypatch):
 
 @every_pair(changes=MODELS, sizes=[{}, {"global_chunk": 96, "shard": 192, "local_chunks": [16, 7]}], path=PATHS)
 def test_float32_model_is_bitwise_causal(changes, sizes, path):
-    """A later token leaves not even its rounding behind, in its own block of the projection or another."""
+    """A later token leaves not even its rounding after, in its own block of the projection or another."""
     model, tokens = build_model(torch.float32, **(sizes | changes)), make_tokens(150)
     with torch.inference_mode():
         truth = model(tokens).logits

@@ -1,4 +1,4 @@
-"""Parameter groups, Muon and AdamW behind one interface, warm-up and cosine (T5)."""
+"""Parameter groups, Muon and AdamW after one interface, warm-up and cosine (T5)."""
 
 import copy
 import io
@@ -101,7 +101,7 @@ def test_what_a_memory_hangs_on_learns_at_its_own_rate_and_does_not_decay(name):
 
 
 def test_muon_and_adamw_are_what_they_are_apart():
-    """Behind one interface each part does bitwise what torch's own does."""
+    """After one interface each part does bitwise what torch's own does."""
     together, apart = Net(), Net()
     optimizer = build_optimizer(together, optim_config("muon"))
     matrices, rest = parameter_groups(apart, optim_config("muon"))
@@ -231,7 +231,7 @@ def test_muons_moments_lie_side_by_side_and_train_as_if_they_did_not(monkeypatch
     assert file.tell() < 1.2 * sum(x.nbytes for state in optimizer.state.values() for x in state.values()) + 20_000
     optimizer.load_state_dict(copy.deepcopy(apart.state_dict()))
     train(net, optimizer, 1, seed=5)
-    assert storages(optimizer) == 1, "again behind a checkpoint"
+    assert storages(optimizer) == 1, "again after a checkpoint"
     optimizer.state.clear()  # a rollback to the start of a run
     train(net, optimizer, 1)
     assert storages(optimizer) == 1
