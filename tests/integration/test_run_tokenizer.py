@@ -184,9 +184,9 @@ def test_another_tokenizer_is_refused(
 def test_the_same_tokenizer_under_another_name_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
     run = trained(folders)
     Path("tok.json").rename("moved.json")
-    for more in ("init_from=a", f"resume={run}"):
-        for path in ("moved.json", run / COPY):
-            assert train("name=b", more, f"data.source.tokenizer={path}", "optim.total_steps=6") == 0
+    for i, more in enumerate(("init_from=a", f"resume={run}")):
+        for j, path in enumerate(("moved.json", run / COPY)):  # folders are named by the second
+            assert train(f"name=b{i}{j}", more, f"data.source.tokenizer={path}", "optim.total_steps=6") == 0
 
 
 def test_runs_of_older_versions_work_with_a_warning(

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.data.loader import EpochSampler, ResumableLoader
 from atlas_lm.data.recall import RecallSource
+from tests.support.pairwise import every_pair
 from tests.support.two_ranks import run_on_two_ranks, shared_folder
 
 SAMPLES, BATCH = 50, 4  # 12 full batches, 2 samples left out
@@ -48,10 +49,8 @@ def epochs(train: ResumableLoader, count: int) -> list[list[list[list[int]]]]:
     return [[tokens(batch) for batch in train] for _ in range(count)]
 
 
-@pytest.mark.parametrize("workers", [(0, 0), (2, 2), (0, 2), (2, 0)], ids=str)
-@pytest.mark.parametrize("seen", [0, 1, 5, 11, 12, 13, 30])
-def test_the_rest_is_identical(workers: tuple[int, int], seen: int) -> None:
-    before, after = workers
+@every_pair(seen=[0, 1, 5, 11, 12, 13, 30], before=[0, 2], after=[0, 2])
+def test_the_rest_is_identical(seen: int, before: int, after: int) -> None:
     asked = seen
     whole = list(chain(*epochs(datamodule(0).train_dataloader(), 4)))
     first = datamodule(before).train_dataloader()
