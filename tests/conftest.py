@@ -11,5 +11,7 @@ _NAMES = {
 for _name in [name for name in os.environ if name in _NAMES or name.startswith(_PREFIXES)]:
     del os.environ[_name]
 
+# Two processes run tests: with a thread per core each they would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would print a warning
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

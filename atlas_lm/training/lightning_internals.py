@@ -1,6 +1,6 @@
 """All private names of Lightning that the package needs, in one file: an upgrade of Lightning is one diff.
 
-`tests/callbacks/test_lightning_internals.py` checks them against the installed version. Written for Lightning 2.6.
+`tests/unit/callbacks/test_lightning_internals.py` checks them against the installed version. Written for Lightning 2.6.
 What Lightning writes into checkpoint files is a format and stands in `checkpoints/content.py`.
 """
 

@@ -5,7 +5,7 @@ other callbacks' state are bitwise those of a run that never saw the batches in 
 moves on.
 
 Lightning has no public way to do this; what is private stands in `lightning_internals.py`, and
-`tests/callbacks/test_spike_rollback.py` holds it to that oracle.
+`tests/unit/callbacks/test_spike_rollback.py` holds it to that oracle.
 """
 
 import copy

@@ -6,12 +6,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import faults, gpu, soak
+from benchmarks import faults, gpu, memory_layer, soak, train_step
 from benchmarks.safeguards import standard_error
 from tests.support import ROOT
 from tests.support.launching import SMALL_MODEL
@@ -27,8 +28,21 @@ def run(name: str, tmp_path: Path, *asked: str) -> tuple[list[dict[str, Any]], s
     return json.loads(target.read_text()), done.stdout
 
 
-def test_memory_layer(tmp_path: Path) -> None:
-    rows, output = run("memory_layer", tmp_path, "--chunks", "16", "128", "--lengths", "64", "--dtypes", "fp32")
+def in_workers(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], *asked: str
+) -> tuple[list[dict[str, Any]], str]:
+    """As `run`, for those that measure in processes of their own."""
+    target = tmp_path / "rows.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["benchmark", *asked, "--repeats", "1", "--json", str(target)])
+        benchmark.main()
+    return json.loads(target.read_text()), capsys.readouterr().out
+
+
+def test_memory_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--chunks", "16", "128", "--lengths", "64", "--dtypes", "fp32"]
+    rows, output = in_workers(memory_layer, tmp_path, capsys, *asked)
     assert [(row["name"], row["chunk"], row["length"]) for row in rows] == [("atlas-lm", 16, 64)], (
         "128 > 64 is left out"
     )
@@ -39,9 +53,10 @@ def test_memory_layer(tmp_path: Path) -> None:
     assert "| atlas-lm | gradient | fp32 | 16 | 64 |" in output
 
 
-def test_train_step(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--layers", "1", "--dim", "64", "--chunks", "16", "--lengths", "64", "--dtypes", "fp32", "--peers"]
-    rows, output = run("train_step", tmp_path, *asked, "--without", "titans-pytorch MAC")
+    rows, output = in_workers(train_step, tmp_path, capsys, *asked, "--without", "titans-pytorch MAC")
     assert [row["name"] for row in rows] == ["atlas-lm", "transformer"]
     for row in rows:
         assert set(row) >= FIELDS
@@ -87,11 +102,11 @@ def test_safeguards(tmp_path: Path) -> None:
     assert "ratios of blocks" in output
 
 
-def test_an_unknown_model_is_named() -> None:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--model", "tinny", "--lengths", "64"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "no model 'tinny'; choose one of" in done.stderr
+def test_an_unknown_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train_step", "--model", "tinny", "--lengths", "64"])
+    with pytest.raises(SystemExit, match="no model 'tinny'; choose one of"):
+        train_step.main()
 
 
 # The fault suite

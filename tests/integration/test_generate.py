@@ -47,7 +47,7 @@ def test_top_k_and_temperature() -> None:
     [
         (["run=x", "promt=a"], "did you mean 'prompt'"),
         (["prompt=a"], "run= is missing"),
-        (["run=x", "tokens=many"], "tokens=many must be a number"),
+        (["run=x", "tokens=many"], "tokens=many must be a whole number"),
         (["run=x", "tokens=0"], "tokens=0"),
         (["run=x", "temperature=nan"], "temperature=nan at least 0"),
         (["run=nowhere"], "no run 'nowhere'"),

@@ -16,6 +16,11 @@ SOME = [
 
 
 def test_some_tests_as_on_a_login_node(tmp_path: Path) -> None:
-    command = ["make", "test-login-node", f"PYTHON={sys.executable}", f"TESTS={' '.join(SOME)} -p no:cacheprovider"]
+    command = [
+        "make",
+        "test-login-node",
+        f"PYTHON={sys.executable}",
+        f"TESTS={' '.join(SOME)} -p no:cacheprovider -n 0",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

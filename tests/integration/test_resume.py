@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from tests.support.launching import (
     SMALL_DATA,
     SMALL_MODEL,
     before_launch,
+    finished_run,
     launch,
     only_run,
     report_of,
@@ -49,11 +51,11 @@ WORLDS = ["as it was", *(pytest.param(kind, marks=pytest.mark.slow) for kind in 
 
 
 @pytest.fixture(autouse=True, params=WORLDS)
-def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """All of this holds whatever happens between two processes, see `worlds.py`."""
     now = World(request.param, monkeypatch, tmp_path)
     before_launch.append(now.begin)
-    yield
+    yield now
     before_launch.clear()
     monkeypatch.undo()
     time.tzset()
@@ -72,6 +74,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.chdir(before)
         sys.argv = arguments
     return only_run(folder / "outputs")
+
+
+@pytest.fixture(scope="module")
+def finished_x(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of a finished run named x, to be copied."""
+    return finished_run(tmp_path_factory.mktemp("x"), "name=x").parents[1]
+
+
+@pytest.fixture
+def x(finished_x: Path, in_tmp: Path, world: World) -> Path:
+    """The folder of a finished run named x below the working directory."""
+    if world.kind in KINDS:  # which happens between the process that trained it and those of the test
+        assert small_run(in_tmp, "name=x") == 0
+    else:
+        shutil.copytree(finished_x, in_tmp / "outputs", symlinks=True)
+    return only_run(in_tmp / "outputs")
 
 
 IN_THE_FAST_SUITE = (2, 7)  # before any save, after a validation with a save
@@ -349,9 +367,8 @@ def test_an_older_checkpoint_begins_a_run_of_its_own(in_tmp: Path) -> None:
     assert len(list((in_tmp / "outputs" / "x").glob("2*"))) == 2
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more_steps(in_tmp: Path) -> None:
-    assert small_run(in_tmp, "name=x") == 0
-    run = only_run(in_tmp / "outputs")
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(x: Path, in_tmp: Path) -> None:
+    run = x
     assert small_run(in_tmp, "name=x", "resume=x", "optim.total_steps=6", "trainer.val_check_interval=100") == 0
     assert only_run(in_tmp / "outputs") == run
     assert report_of(run)["steps"] == 6
@@ -364,10 +381,9 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(in_tmp: Path) -> Non
 
 @pytest.mark.parametrize("refused", ["data.seq_len=16", "model.window=9", "trainer.accelerator=gpu"])
 def test_a_refused_resume_leaves_the_run_as_it_was(
-    in_tmp: Path, capsys: pytest.CaptureFixture[str], refused: str
+    x: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str], refused: str
 ) -> None:
-    assert small_run(in_tmp, "name=x") == 0
-    run = only_run(in_tmp / "outputs")
+    run = x
     files = ("report.json", "report.md", "config.yaml", "environment.json", "metrics.jsonl", "checkpoints/last.ckpt")
     before = {name: (run / name).read_bytes() for name in files}
     capsys.readouterr()
@@ -406,9 +422,8 @@ def test_the_exit_code_is_the_same_before_training(in_tmp: Path, monkeypatch: py
     assert small_run(in_tmp, "name=x", "callbacks.interrupt.requeue_exit_code=99") == 99
 
 
-def test_weights_alone_cannot_be_resumed(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert small_run(in_tmp, "name=x") == 0
-    content = torch.load(only_run(in_tmp / "outputs") / "checkpoints" / "last.ckpt", weights_only=True)
+def test_weights_alone_cannot_be_resumed(x: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(x / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save({name: content[name] for name in ("state_dict", "hyper_parameters")}, in_tmp / "weights.ckpt")
     capsys.readouterr()
     assert small_run(in_tmp, "name=y", "resume=weights.ckpt") == 1
@@ -418,9 +433,8 @@ def test_weights_alone_cannot_be_resumed(in_tmp: Path, capsys: pytest.CaptureFix
     assert "init_from=" in errors[0]
 
 
-def test_auto_with_nothing_intact_is_an_error(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert small_run(in_tmp, "name=x") == 0
-    run = only_run(in_tmp / "outputs")
+def test_auto_with_nothing_intact_is_an_error(x: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = x
     (run / "report.json").unlink()
     for path in (run / "checkpoints").glob("*.ckpt"):
         if not path.is_symlink():

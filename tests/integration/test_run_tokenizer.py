@@ -40,11 +40,15 @@ def bpe(path: Path, words: str) -> str:
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    (tmp_path / "corpus").mkdir()
+    write_sources(tmp_path)
+
+
+def write_sources(folder: Path) -> None:
+    (folder / "corpus").mkdir()
     for i in range(60):
-        (tmp_path / "corpus" / f"{i}.py").write_text(f"document {i}: {WORDS} " * 4)
-        shutil.copy(f"corpus/{i}.py", f"corpus/{i}.txt")
-    bpe(tmp_path / "tok.json", WORDS)
+        for suffix in ("py", "txt"):
+            (folder / "corpus" / f"{i}.{suffix}").write_text(f"document {i}: {WORDS} " * 4)
+    bpe(folder / "tok.json", WORDS)
 
 
 SOURCES = {
@@ -65,6 +69,25 @@ def train(*overrides: str, source: str = "text") -> int:
     held_out = [] if source == "tokens" else ["data.source.validation_fraction=0.2"]
     settings = [*SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, "callbacks=basic", "callbacks.step_checkpoint.every_n_steps=2"]
     return launch(*SOURCES[source], *held_out, *settings, *overrides)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Working directories with a finished run named a, to be copied: every path in its configuration is relative."""
+    found = {source: tmp_path_factory.mktemp(source) for source in ("text", "tokens")}
+    for source, folder in found.items():
+        write_sources(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["train.py"])
+            assert train("name=a", source=source) == 0
+    return found
+
+
+def trained(folders: dict[str, Path], source: str = "text") -> Path:
+    """The folder of a finished run named a, and what it was trained on, in the working directory."""
+    shutil.copytree(folders[source], Path.cwd(), symlinks=True, dirs_exist_ok=True)
+    return only_run(Path.cwd() / "outputs", "a")
 
 
 def said(run: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -102,9 +125,8 @@ def test_a_run_folder_alone_is_enough(
     assert said(resolve_checkpoint(elsewhere), capsys) == first
 
 
-def test_exit_gates_measure_with_the_copy(tmp_path: Path) -> None:
-    assert train() == 0
-    run = only_run(tmp_path / "outputs")
+def test_exit_gates_measure_with_the_copy(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = trained(folders)
     evidence = RunArtifacts(run, tmp_path / "decisions.yaml", sequences=2)
     before = [batch["input_ids"] for batch in evidence.batches]
     bpe(tmp_path / "tok.json", WORDS[::-1])
@@ -118,9 +140,10 @@ def test_exit_gates_measure_with_the_copy(tmp_path: Path) -> None:
         _ = RunArtifacts(run, tmp_path / "decisions.yaml", sequences=2).batches
 
 
-def test_a_copy_that_is_lost_or_changed_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train() == 0
-    run = only_run(tmp_path / "outputs")
+def test_a_copy_that_is_lost_or_changed_is_noticed(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(folders)
     first, ours = said(run, capsys), JsonTokenizer("tok.json").fingerprint()
     whole = (run / COPY).read_bytes()
     theirs = bpe(run / COPY, WORDS[::-1])
@@ -141,10 +164,9 @@ def test_a_copy_that_is_lost_or_changed_is_noticed(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("what", ["init_from=a", "init_from={run}", "init_from={checkpoint}", "resume={run}"])
 @pytest.mark.parametrize("source", ["text", "tokens"])
 def test_another_tokenizer_is_refused(
-    tmp_path: Path, what: str, source: str, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], tmp_path: Path, what: str, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("name=a", source=source) == 0
-    run, ours = only_run(tmp_path / "outputs", "a"), JsonTokenizer("tok.json").fingerprint()
+    run, ours = trained(folders, source), JsonTokenizer("tok.json").fingerprint()
     own = [path for path in run.rglob("*") if ".hydra" not in path.parts and path.name not in ("train.log", ".lock")]
     before = [path.stat().st_mtime_ns for path in own]
     theirs = bpe(tmp_path / "tok.json", WORDS[::-1])
@@ -159,9 +181,8 @@ def test_another_tokenizer_is_refused(
     assert [path.stat().st_mtime_ns for path in own] == before, "the run is as it was"
 
 
-def test_the_same_tokenizer_under_another_name_is_the_same(tmp_path: Path) -> None:
-    assert train("name=a") == 0
-    run = only_run(tmp_path / "outputs", "a")
+def test_the_same_tokenizer_under_another_name_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = trained(folders)
     Path("tok.json").rename("moved.json")
     for more in ("init_from=a", f"resume={run}"):
         for path in ("moved.json", run / COPY):
@@ -169,10 +190,9 @@ def test_the_same_tokenizer_under_another_name_is_the_same(tmp_path: Path) -> No
 
 
 def test_runs_of_older_versions_work_with_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert train("name=a") == 0
-    run = only_run(tmp_path / "outputs", "a")
+    run = trained(folders)
     first = said(run, capsys)
     forget(run)
     logging.getLogger("atlas_lm.data.run_tokenizer").addHandler(
