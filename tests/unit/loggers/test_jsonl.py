@@ -240,7 +240,7 @@ def test_a_file_that_is_in_order_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_rows_of_version_0_1_have_the_names_of_now(tmp_path: Path) -> None:
-    former = {"spike/" + "ppl": 3.0, "niah/accuracy/layer_0": 0.5, "guard/" + "outliers": 2.0, "train/loss": 1.0}
+    former = {"spike/ppl": 3.0, "niah/accuracy/layer_0": 0.5, "guard/outliers": 2.0, "train/loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"seq": 0, "step": 0, **former}) + "\n")
     (found,) = read_rows(tmp_path / "metrics.jsonl")
     assert found == {
