@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and durable: the one place of the package that renames, links, syncs and hashes."""
+"""Files that are whole or absent, and durable: what the rooms share to write, link, sync and hash them."""
 
 import hashlib
 import os

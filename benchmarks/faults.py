@@ -47,13 +47,13 @@ SHORT = [
 ]  # fmt: skip
 LOOKS = [
     "callbacks.spike_rollback.every_n_steps=5", "callbacks.niah_probe.every_n_steps=60",
-    "callbacks.memory_contribution.every_n_steps=60", "callbacks.checkpoint.every_n_steps=10",
+    "callbacks.memory_contribution.every_n_steps=60", "callbacks.step_checkpoint.every_n_steps=10",
     "callbacks.rank_agreement.every_n_steps=10", "callbacks.hang_watch.timeout_s=10",
 ]  # fmt: skip
 BARE = [
     "callbacks=basic", "~callbacks.nonfinite_guard", "~callbacks.interrupt", "~callbacks.random_state",
     "~callbacks.outlier_guard", "~callbacks.hang_watch", "~callbacks.rank_agreement", "~callbacks.weight_integrity",
-    "callbacks.checkpoint.every_n_steps=10",
+    "callbacks.step_checkpoint.every_n_steps=10",
 ]  # fmt: skip
 VARIANTS = {
     "ours": LOOKS,
@@ -65,10 +65,10 @@ VARIANTS = {
 }  # fmt: skip
 TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp"]
 COUNTERS = {
-    "guard/skipped_steps": "nonfinite guard",
-    "guard/outliers": "outlier guard",
-    "guard/corruptions": "weight integrity",
-    "spike/count": "spike rollback",
+    "nonfinite_guard/skipped_steps": "nonfinite guard",
+    "outlier_guard/outliers": "outlier guard",
+    "weight_integrity/corruptions": "weight integrity",
+    "spike_rollback/count": "spike rollback",
 }
 TIMEOUT = 900  # seconds that a run may take
 
@@ -204,8 +204,8 @@ def detection(run: Run, before_resume: list[dict[str, Any]]) -> tuple[str | None
                 if row["step"] >= batch:
                     # corruption demands a rollback, which counts as a spike: the first to speak is the one that saw it
                     seen = seen or (who, row["step"] - batch + 1)
-                    act = "skip" if name in ("guard/skipped_steps", "guard/outliers") else "rollback"
-                    acts += [act] if name != "guard/corruptions" else []
+                    act = "skip" if name in ("nonfinite_guard/skipped_steps", "outlier_guard/outliers") else "rollback"
+                    acts += [act] if name != "weight_integrity/corruptions" else []
                     lost += act == "skip"
                 before[name] = value
     if seen is None:

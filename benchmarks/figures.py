@@ -45,7 +45,7 @@ class RunArtifacts(NamedTuple):
 
     reports: dict[str, dict[str, Any]]  # by experiment
     gates: dict[str, dict[str, dict[str, Any]]]  # by experiment, then by the gate's id
-    contribution: float  # the last memory/contribution of Stage 1
+    contribution: float  # the last memory_contribution/perplexity_rise of Stage 1
     folders: dict[str, str]  # by experiment, the run folder's name
 
 
@@ -63,7 +63,11 @@ def collect(outputs: str = "outputs") -> RunArtifacts:
             found = json.loads((folder / "exit_gates.json").read_text())[GATES[name]]
             gates[name] = {gate["id"]: gate for gate in found}
     rows = read_rows(resolve_run("stage1", outputs) / "metrics.jsonl")
-    contributions = [row["memory/contribution"] for row in rows if row.get("memory/contribution") is not None]
+    contributions = [
+        row["memory_contribution/perplexity_rise"]
+        for row in rows
+        if row.get("memory_contribution/perplexity_rise") is not None
+    ]
     return RunArtifacts(reports, gates, contributions[-1], folders)
 
 

@@ -2,7 +2,7 @@
 
 Each part is a process of its own with a time limit, the most valuable first, and its figures are written when it ends:
 a part that crashes or takes too long costs itself alone. `--device cpu --toy` runs all of it small, as a test.
-`python -m benchmarks.gpu --draw docs/results/gpu*.json` writes docs/gpu.md, a column for each run on a machine.
+`python -m benchmarks.gpu --draw docs/results/gpu.json docs/results/gpu_2.json` writes docs/gpu.md, a column for each.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def a_run(setting: Setting) -> Figures:
         "+experiment=stage1", f"trainer={'gpu' if setting.device == 'cuda' else 'cpu'}", f"optim.total_steps={steps}",
         "data.val_sequences=8", f"trainer.val_check_interval={steps // 2}", "trainer.log_every_n_steps=1",
         "callbacks.niah_probe.every_n_steps=30", "callbacks.memory_contribution.every_n_steps=1000",
-        "callbacks.spike_rollback.every_n_steps=10", "callbacks.checkpoint.every_n_steps=10",
+        "callbacks.spike_rollback.every_n_steps=10", "callbacks.step_checkpoint.every_n_steps=10",
     ]  # fmt: skip
     if setting.toy:
         common += ["data.seq_len=128", "data.batch_size=1", "model.layers=1"]
@@ -300,7 +300,7 @@ def draw(runs: list[Figures]) -> str:
     """docs/gpu.md: a column for each run. A part that a run did not reach is empty there."""
     lines = [
         "# On a GPU", "", "`python -m benchmarks.gpu --out docs/results/gpu.json` measures, and "
-        "`python -m benchmarks.gpu --draw docs/results/gpu*.json` writes this page.", "",
+        "`python -m benchmarks.gpu --draw docs/results/gpu.json docs/results/gpu_2.json` writes this page.", "",
     ]  # fmt: skip
     for part in dict.fromkeys(part for figures in runs for part in figures):
         doc = (PARTS[part][0].__doc__ or "").splitlines()[0]

@@ -13,12 +13,12 @@ GREY, INK = "#808890", "#1c2430"
 PLAIN, ATTENTION, MEMORY, GATE = "#e3e7ec", "#bfd7f2", "#f6d9a8", "#c9e6c4"
 RUNGS = (  # colour, name, what happens there, the safeguards
     ("#cfe3f7", "see", "measured, logged, judged",
-     "niah_probe, memory_contribution, gate_monitor, persistent_memory, rank_agreement, hang_watch"),
-    ("#d5ecd0", "clip", "a step is made smaller", "proactive_clipping, chunk_size, loss_weights"),
+     "niah_probe, memory_contribution, gate_monitor, persistent_memory_check, rank_agreement, hang_watch"),
+    ("#d5ecd0", "clip", "a step is made smaller", "proactive_clipping, chunk_size_scheduler, loss_weight_schedule"),
     ("#f3eab8", "skip", "a step is dropped", "nonfinite_guard, outlier_guard, weight_integrity"),
     ("#f8d8a6", "roll back", "an earlier state, other data", "spike_rollback"),
     ("#f4bfb4", "stop", "all ranks, everything saved", "the fourth spike, and every limit: report, exit code 1"),
-    ("#dccdf0", "resume", "bit for bit", "checkpoint, interrupt, random_state"),
+    ("#dccdf0", "resume", "bit for bit", "step_checkpoint, interrupt, random_state"),
 )  # fmt: skip
 
 

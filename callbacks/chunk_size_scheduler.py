@@ -2,7 +2,7 @@
 
 Watches:  the optimizer step, nothing else: after a rollback the sizes are those of the step to which it went back.
 Acts:     sets each local memory's chunk size at the beginning of a step.
-Logs:     memory/chunk_size (the largest) at every step; a line for every change.
+Logs:     chunk_size_scheduler/chunk_size (the largest) at every step; a line for every change.
 Requires: HasLocalChunks. Keeps the number of changes in the checkpoint.
 Source:   TNT, stage 2; T2: C_L(t) = max(1, floor(C_start · γ^t)); T4.
 """
@@ -127,13 +127,13 @@ class ChunkSizeScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sizes of this step. The step does not change within an accumulation window, and so neither do they."""
         if self._apply(trainer, pl_module):
-            record(trainer, {"memory/chunk_size": self.largest()})
+            record(trainer, {"chunk_size_scheduler/chunk_size": self.largest()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log here: within one hook Lightning refuses a name that `record` uses too."""
-        pl_module.log("memory/chunk_size", self.largest())
+        pl_module.log("chunk_size_scheduler/chunk_size", self.largest())
 
     def largest(self) -> float:
         """Chunk size of the last step, tokens."""

@@ -4,7 +4,7 @@ Watches:  mean, standard deviation and the share of polarised gates (< `low` or 
 Acts:     fails if gates are not finite, if a layer's deviation falls below `collapse_std` after `baseline_step`, or if
           its variance at `check_step` is below `growth` times that at `baseline_step`. on_failure: warn (once per kind)
           or stop (GateFailure), on all ranks together.
-Logs:     memory/gate_mean, memory/gate_std, memory/gate_polarised over all layers, when measured.
+Logs:     gate_monitor/mean, gate_monitor/std, gate_monitor/polarised over all layers, when measured.
 Requires: HasGates. Keeps the baseline in the checkpoint.
 Source:   C6.
 """
@@ -132,9 +132,9 @@ class GateMonitor(Callback):
         variances = (square_L - mean_L.square()).clamp_min(0).tolist()
         mean = float(mean_L.mean())
         values = {
-            "memory/gate_mean": mean,
-            "memory/gate_std": math.sqrt(max(float(square_L.mean()) - mean * mean, 0.0)),
-            "memory/gate_polarised": float(polarised_L.mean()),
+            "gate_monitor/mean": mean,
+            "gate_monitor/std": math.sqrt(max(float(square_L.mean()) - mean * mean, 0.0)),
+            "gate_monitor/polarised": float(polarised_L.mean()),
         }
         record(trainer, values)
         if step == self.baseline_step:

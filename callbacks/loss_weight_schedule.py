@@ -4,7 +4,7 @@ Watches:  the logged metric `watch`, averaged over ranks and steps, against its 
 Acts:     sets the weight of each named loss at the beginning of every step: held for the first `hold` of the run, then
           decayed exponentially to 1/`decay`. If the average rises above its best by more than `tolerance`, or the
           metric is not finite, all weights are 0 for `rest_steps` and come back `backoff` times as large.
-Logs:     loss_weight/<name> at the steps at which Lightning logs.
+Logs:     loss_weight_schedule/<name> at the steps at which Lightning logs.
 Requires: HasLossWeights. Keeps level, rest, average and best in the checkpoint.
 Source:   M15, C8: guard losses ten times the main loss have destroyed a run.
 """
@@ -140,7 +140,7 @@ class LossWeightSchedule(Callback):
         for name, weight in self.weights.items():
             pl_module.set_loss_weight(name, weight * factor)
         if is_logging_step(trainer):
-            record(trainer, {f"loss_weight/{name}": weight * factor for name, weight in self.weights.items()})
+            record(trainer, {f"loss_weight_schedule/{name}": weight * factor for name, weight in self.weights.items()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

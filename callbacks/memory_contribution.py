@@ -2,7 +2,7 @@
 
 Watches:  the loss at positions that attention cannot fully see, with and without the memory, every `every_n_steps`.
 Acts:     warns when the memory makes the prediction worse by more than `tolerance` (relative, of the perplexity).
-Logs:     memory/contribution: the share by which the perplexity rises without the memory; 0.2 is 20 %.
+Logs:     memory_contribution/perplexity_rise: the share by which the perplexity rises without the memory; 0.2 is 20 %.
 Requires: HasMemoryContribution and a validation loader.
 Source:   C1b. The needle says that the memory holds what is written; this says that the model uses it.
 """
@@ -70,9 +70,9 @@ class MemoryContribution(Callback):
         except ValueError as error:
             self._batch = None
             if trainer.is_global_zero:
-                log.warning("memory/contribution is not measured: %s", error)
+                log.warning("memory_contribution/perplexity_rise is not measured: %s", error)
             return
-        record_start(trainer, {"memory/contribution": gain})
+        record_start(trainer, {"memory_contribution/perplexity_rise": gain})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,7 +81,7 @@ class MemoryContribution(Callback):
         if self._batch is None or accumulates(trainer) or trainer.global_step % self.every_n_steps:
             return
         gain = self.measure(trainer, pl_module)
-        record(trainer, {"memory/contribution": gain})
+        record(trainer, {"memory_contribution/perplexity_rise": gain})
         wrong = self.judge(gain, trainer.global_step)
         if wrong and trainer.is_global_zero:
             log.warning(wrong)

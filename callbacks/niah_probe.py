@@ -4,9 +4,10 @@ Watches:  the cosine between what the memory retrieves for a needle's key and th
           random pairs written in the same way, every `every_n_steps` and before the first step; the same without the
           write, and the same with the gates that the model opens for held-out text.
 Acts:     warns below `threshold`, or stops all ranks together (`on_failure: stop`).
-Logs:     niah/accuracy (mean over layers, memories, heads and needles), niah/accuracy/layer_<i>, niah/control,
-          niah/retained (with the text's gates: how much the model chooses to write and keep; not judged),
-          niah/overhead_percent; to TensorBoard a heat map, layer by depth of the needle in the haystack.
+Logs:     niah_probe/accuracy (mean over layers, memories, heads and needles), niah_probe/accuracy/layer_<i>,
+          niah_probe/control, niah_probe/retained (with the text's gates: how much the model chooses to write and keep;
+          not judged),
+          niah_probe/overhead_percent; to TensorBoard a heat map, layer by depth of the needle in the haystack.
 Requires: HasWritableMemory and a validation loader.
 Source:   C1.
 """
@@ -146,12 +147,12 @@ class NiahProbe(Callback):
         accuracy_LD, control, retained = self.measure(trainer, pl_module)
         buried = accuracy_LD[:, -1]
         mean = float(buried.mean())
-        values = {"niah/accuracy": mean, "niah/control": control, "niah/retained": retained}
-        values |= {f"niah/accuracy/layer_{i}": float(value) for i, value in enumerate(buried)}
+        values = {"niah_probe/accuracy": mean, "niah_probe/control": control, "niah_probe/retained": retained}
+        values |= {f"niah_probe/accuracy/layer_{i}": float(value) for i, value in enumerate(buried)}
         self._draw(trainer, accuracy_LD)
         self.probes, self.seconds = self.probes + 1, self.seconds + time.perf_counter() - start
-        values["niah/overhead_percent"] = self.overhead_percent()
-        values["niah/step"] = trainer.global_step
+        values["niah_probe/overhead_percent"] = self.overhead_percent()
+        values["niah_probe/step"] = trainer.global_step
         record(trainer, values)
         wrong = self.judge(mean, control, trainer.global_step)
         if wrong and self.on_failure == "stop":
@@ -219,7 +220,7 @@ class NiahProbe(Callback):
         figure.colorbar(image, label="cosine")
         step = logging_step(trainer)
         for board in boards:
-            board.experiment.add_figure("niah/layer_by_depth", figure, step, close=False)
+            board.experiment.add_figure("niah_probe/layer_by_depth", figure, step, close=False)
 
     def state_dict(self) -> dict[str, Any]:
         """How much was probed and how long everything took, for the overhead."""

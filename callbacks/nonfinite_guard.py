@@ -3,7 +3,7 @@
 Watches:  the loss of every micro-batch of a step; the norm of all gradients, before clipping.
 Acts:     drops the gradients on all ranks together: weights and moments stay. More than `max_consecutive` such steps
           in a row raise NonFiniteTraining on all ranks. With a loss scaler (16-mixed) it is the scaler that skips.
-Logs:     guard/skipped_steps, when it grows.
+Logs:     nonfinite_guard/skipped_steps, when it grows.
 Requires: any LightningModule with automatic optimization; with HasGradientNorm it takes less time. Keeps its counters
           in the checkpoint.
 Source:   C2: NaN is a failure at once, and every comparison with it is False.
@@ -85,7 +85,7 @@ class NonfiniteGuard(Callback):
             name: [rank for rank, both in enumerate(by_rank) if both[i]] for i, name in enumerate(("loss", "gradient"))
         }
         self.count(trainer.global_step, where)
-        record(trainer, {"guard/skipped_steps": self.skipped})
+        record(trainer, {"nonfinite_guard/skipped_steps": self.skipped})
         # a scaler overflows while it looks for its scale, but no scale helps against a loss of NaN
         self.judge(may_stop=bool(where["loss"]) or not scaled)
 

@@ -4,7 +4,7 @@ Watches:  the loss of every optimizer step, the worst rank's, against the median
 Acts:     drops the gradients of an outlier on all ranks together: weights and moments stay. When `streak` or more in a
           row are over, demands a rollback of the first callback that can (`CanRollBack`), so that the steps which they
           cost are trained after all. More than `max_consecutive` in a row raise LossOutliers on all ranks.
-Logs:     guard/outliers, when it grows.
+Logs:     outlier_guard/outliers, when it grows.
 Requires: any LightningModule with automatic optimization. Keeps the window in the checkpoint.
 Source:   a held-out perplexity that creeps up by less than its threshold between two evaluations is no spike to C2, and
           twenty batches of noise at a low learning rate do just that (docs/decisions/0031-outlier-guard.md).
@@ -106,7 +106,7 @@ class OutlierGuard(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # a scaler wants to see its gradients
             optimizer.zero_grad(set_to_none=True)  # never times 0: 0 · NaN is NaN
         self.outliers, self.consecutive = self.outliers + 1, self.consecutive + 1
-        record(trainer, {"guard/outliers": self.outliers})
+        record(trainer, {"outlier_guard/outliers": self.outliers})
         what = f"loss {loss:.4g} at step {trainer.global_step}, above {limit:.4g}"
         if self.consecutive > self.max_consecutive:
             raise LossOutliers(

@@ -80,7 +80,7 @@ class PersistentMemoryCheck(Callback):
         if not memory:
             raise ValueError(
                 "persistent_memory_check: this model has no persistent memory: remove the check with "
-                "~callbacks.persistent_memory"
+                "~callbacks.persistent_memory_check"
             )
         hashes = gathered(trainer, digest(memory))
         self.judge(hashes, self.saved)

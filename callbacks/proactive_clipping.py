@@ -3,7 +3,7 @@
 Watches:  the local chunk sizes at each step; the gradient's norm before clipping.
 Acts:     sets the Trainer's clip threshold of this very step to κ_base · sqrt(32 / C_L), C_L the largest local chunk;
           `transition_factor` of it in the step in which any size changed and the `transition_steps` − 1 after it.
-Logs:     optim/clip_threshold, clip/transitions, clip/clips at every step.
+Logs:     optim/clip_threshold, proactive_clipping/transitions, proactive_clipping/clips at every step.
 Requires: HasLocalChunks; with HasGradientNorm it takes less time. Keeps sizes, the distance to their change and counts
           in the checkpoint.
 Source:   C5.
@@ -90,8 +90,8 @@ class ProactiveClipping(Callback):
         trainer.gradient_clip_algorithm = "norm"  # type: ignore[assignment]
         self.clips += float(gradient_norm(pl_module, optimizer)) > kappa
         pl_module.log("optim/clip_threshold", kappa)
-        pl_module.log("clip/transitions", float(self.transitions))
-        pl_module.log("clip/clips", float(self.clips))
+        pl_module.log("proactive_clipping/transitions", float(self.transitions))
+        pl_module.log("proactive_clipping/clips", float(self.clips))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last change is, and the counts."""

@@ -5,10 +5,10 @@ Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, agains
           takes the mean training loss in between instead.
 Acts:     returns to the second most recent of the last `keep_last` snapshots (model, optimizer, schedulers, scaler,
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
-          `mode: observe` only records.
-Logs:     spike/ppl, spike/ema, spike/ppl_delta, spike/threshold, spike/count, spike/rollbacks, spike/timeline.
-          Another callback may call `request_rollback` for a reason of its own; while one says `blocks_snapshot`,
-          nothing is kept.
+          `mode: observe` only records. Other callbacks may call `request_rollback`; while one has `blocks_snapshot`
+          true, no snapshot is taken.
+Logs:     spike_rollback/ppl, spike_rollback/ema, spike_rollback/ppl_delta, spike_rollback/threshold,
+          spike_rollback/count, spike_rollback/rollbacks, spike_rollback/timeline.
 Requires: HasHeldOutLoss and a validation loader (neither where it watches the training loss). Listed after the
           checkpoint callbacks: it runs last of all.
 Source:   C2, C3. A failsafe, not the first defence.
@@ -108,7 +108,7 @@ class SpikeRollback(Checkpoint):
         self.ema_of = ""  # what it is the average of
         self.rollbacks = 0
         self.spikes: list[int] = []  # optimizer steps at which one was seen
-        self.cooldown_until = 0  # training batches
+        self.cooldown_until = 0  # logging step
         self.snapshots: list[StoredSnapshot] = []
         self._requested: str | None = None
         self._unwritten = False  # the newest snapshot has no file yet, or an old one
@@ -227,7 +227,7 @@ class SpikeRollback(Checkpoint):
         record(trainer, self._counters())
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule, due: bool) -> None:
-        """Measure, judge, act. Not `due`: a loss was not finite; the model may still be sound, then nothing is kept."""
+        """Measure, judge, act. Not `due`: a loss was not finite; no snapshot is taken, and the average stays."""
         perplexity = self._perplexity(trainer, pl_module)
         self._losses = []
         delta, step = self.delta(perplexity), trainer.global_step
@@ -238,7 +238,9 @@ class SpikeRollback(Checkpoint):
         record(trainer, self._counters())
         if spike and self.mode == "act":
             rise = f"{delta:+.1%} above its average" if math.isfinite(delta) else "not finite"
-            self._roll_back(trainer, pl_module, f"held-out perplexity {rise}")
+            self._roll_back(
+                trainer, pl_module, f"{'held-out' if self.watch == 'held_out' else 'training'} perplexity {rise}"
+            )
             record(trainer, self._counters())
         if due and not spike and delta <= self.threshold:
             self.update_ema(perplexity)
@@ -269,15 +271,19 @@ class SpikeRollback(Checkpoint):
 
     def _values(self, perplexity: float, delta: float) -> dict[str, float]:
         return {
-            "spike/ppl": perplexity,
-            "spike/ema": math.nan if self.ema is None else self.ema,
-            "spike/ppl_delta": delta,
-            "spike/threshold": self.threshold,
+            "spike_rollback/ppl": perplexity,
+            "spike_rollback/ema": math.nan if self.ema is None else self.ema,
+            "spike_rollback/ppl_delta": delta,
+            "spike_rollback/threshold": self.threshold,
         }
 
     def _counters(self) -> dict[str, float]:
         rollbacks = float(self.rollbacks)
-        return {"spike/count": float(len(self.spikes)), "spike/rollbacks": rollbacks, "spike/timeline": rollbacks}
+        return {
+            "spike_rollback/count": float(len(self.spikes)),
+            "spike_rollback/rollbacks": rollbacks,
+            "spike_rollback/timeline": rollbacks,
+        }
 
     def _now(self, trainer: Trainer) -> int:
         """Training steps so far, those of abandoned timelines included."""

@@ -2,7 +2,7 @@
 
 Watches:  the step counter, and rank zero's clock.
 Acts:     saves every `every_n_steps`, `every_n_minutes` after the last save, and at the end; keeps the newest `keep`;
-          `last.ckpt` links to the newest. Saves when a step is complete: see step_border.py.
+          `last.ckpt` links to the newest. Saves when a step is complete: see support/step_end.py.
 Logs:     nothing.
 Requires: any LightningModule.
 """

@@ -6,7 +6,7 @@ Watches:  one 64-bit sum over the bits of each parameter and of each tensor of t
 Acts:     drops the gradients on all ranks together, warns with ranks and names, and demands a rollback of the first
           callback that can (`CanRollBack`). Without one, or if the damage is still there at the next step, raises
           WeightsCorrupted on all ranks.
-Logs:     guard/corruptions, when it grows.
+Logs:     weight_integrity/corruptions, when it grows.
 Requires: a LightningModule with automatic optimization. The sums and the count travel in the checkpoint and in the
           snapshots of a rollback, so that restored weights are held to the sums of their own time; a new fit begins
           with new sums.
@@ -90,7 +90,7 @@ class WeightIntegrity(Callback):
         """On all ranks, of which at least one found something wrong."""
         optimizer.zero_grad(set_to_none=True)  # weights and moments stay as they are
         self.corruptions += 1
-        record(trainer, {"guard/corruptions": self.corruptions})
+        record(trainer, {"weight_integrity/corruptions": self.corruptions})
         step = trainer.global_step
         reason = f"weights changed outside the optimizer before step {step}: {'; '.join(_told(wrong))}"
         if trainer.is_global_zero:

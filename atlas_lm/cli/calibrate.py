@@ -1,7 +1,7 @@
 """The spike threshold that fits a run (C3): python -m atlas_lm calibrate run=stage1
 
-Reads how far the held-out perplexity rose above its moving average in an observed run (`spike/ppl_delta`) and sets the
-threshold above what is usual there: the 99th percentile plus one standard deviation, and never below 5 %.
+Reads how far the held-out perplexity rose above its moving average in an observed run (`spike_rollback/ppl_delta`) and
+sets the threshold above what is usual there: the 99th percentile plus one standard deviation, and never below 5 %.
 Writes calibration.json and calibration.png to the run folder.
 """
 

@@ -42,8 +42,19 @@ def check_numbers(values: Mapping[str, Any], names: Iterable[str], where: str | 
             raise ValueError(f"{where}: {name} is {values[name]!r} and must be a number or null: correct it")
 
 
+FORMER_CALLBACKS = {  # keys of version 0.1, and those of now, which are the names of the callbacks' files
+    "checkpoint": "step_checkpoint",
+    "chunk_size": "chunk_size_scheduler",
+    "loss_weights": "loss_weight_schedule",
+    "persistent_memory": "persistent_memory_check",
+}
+
+
 def read_config(path: Path) -> DictConfig:
-    """The configuration in a YAML file. ValueError: it is none. OSError: it cannot be read."""
+    """The configuration in a YAML file; that of a run of version 0.1 with the keys of now.
+
+    ValueError: it is none. OSError: it cannot be read.
+    """
     try:
         found = OmegaConf.load(path)
     except OSError as error:
@@ -58,4 +69,9 @@ def read_config(path: Path) -> DictConfig:
         raise ValueError(f"{path}: values nested too deeply") from None
     if not isinstance(found, DictConfig):
         raise ValueError(f"{path} is no configuration of a run: choose another run")
+    callbacks = found._get_node("callbacks")
+    if isinstance(callbacks, DictConfig) and not callbacks._is_none() and not callbacks._is_missing():
+        for former, name in FORMER_CALLBACKS.items():
+            if former in callbacks and name not in callbacks:
+                callbacks[name] = callbacks.pop(former)
     return found

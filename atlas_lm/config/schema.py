@@ -106,7 +106,7 @@ class ModelConfig:
     """Whether the memory restarts where a document begins."""
     polarisation_cap: float = number(minimum=0)
     """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient
-    (M15); its weight comes from `callbacks.loss_weights`."""
+    (M15); its weight comes from `callbacks.loss_weight_schedule`."""
     rope_base: float = number(minimum=1)
     """Base of the rotary position embedding."""
 

@@ -127,16 +127,8 @@ class RunArtifacts:
 
     @cached_property
     def final_chunks(self) -> tuple[int, ...]:
-        """Local chunk sizes that the run ended with."""
-        chunks = tuple(self.model_config.local_chunks)
-        if not self.has("callbacks.chunk_size"):
-            if any("ChunkSizeScheduler" in name for name in self.content.get("callbacks", {})):
-                raise ValueError(
-                    "a scheduler changed the chunk sizes of this run, and its config has no callbacks.chunk_size"
-                )
-            return chunks
-        sizes = self.build("callbacks.chunk_size").chunk_sizes(int(self.content["global_step"]))
-        return tuple(sizes) * len(chunks) if len(sizes) == 1 else tuple(sizes)
+        """Local chunk sizes that the run ended with, which its checkpoint holds."""
+        return tuple(self.content.get("local_chunks") or self.model_config.local_chunks)
 
     def new_module(self, **optim: Any) -> Any:
         """The checkpoint's model at the final chunk sizes, on the CPU; `optim`: settings to change of its optimizer."""

@@ -21,7 +21,7 @@ STEPS = 1000
 ROLLBACKS, SPIKES = 3, 10
 KAPPA, REFERENCE = 0.5, 32  # C5: the threshold at a chunk of 32 tokens
 CHUNKS = range(1, 65)
-WATCHED = ("train/loss", "val/loss", "optim/grad_norm", "spike/ppl", FIELDS["ppl_delta"])  # NaN in one is NaN
+WATCHED = ("train/loss", "val/loss", "optim/grad_norm", "spike_rollback/ppl", FIELDS["ppl_delta"])  # NaN in one is NaN
 
 
 def last_value(rows: Rows, metric: str) -> float:
@@ -44,7 +44,7 @@ def logged(rows: Rows, metric: str) -> tuple[int, int]:
 
 def probe_overhead(rows: Rows, every: int) -> GateResult:
     """G2-2: what probing every `every` steps costs, and how often it has happened."""
-    probes, percent = logged(rows, FIELDS["niah_accuracy"])[0], last_value(rows, "niah/overhead_percent")
+    probes, percent = logged(rows, FIELDS["niah_accuracy"])[0], last_value(rows, "niah_probe/overhead_percent")
     few = "" if probes >= PROBES else f": at least {PROBES} are needed, lower callbacks.niah_probe.every_n_steps"
     detail = f"{every} steps, {percent:.2f}% overhead, {probes} probes{few}"
     return GateResult(percent < OVERHEAD and not few, percent, detail)
@@ -65,8 +65,8 @@ def stability(report: dict[str, Any], rows: Rows, guarded: bool) -> GateResult:
             wrong.append(f"{metric} was not finite {bad} times")
     if not guarded:
         wrong.append("without callbacks.nonfinite_guard nobody saw the steps that were not logged")
-    elif any("guard/skipped_steps" in row for row in rows):
-        wrong.append(f"{last_value(rows, 'guard/skipped_steps'):.0f} steps skipped for NaN or infinity")
+    elif any("nonfinite_guard/skipped_steps" in row for row in rows):
+        wrong.append(f"{last_value(rows, 'nonfinite_guard/skipped_steps'):.0f} steps skipped for NaN or infinity")
     return GateResult(not wrong, steps, "; ".join(wrong) or f"{steps} steps, no NaN, no OOM, 0 skipped")
 
 
@@ -137,7 +137,7 @@ def few_rollbacks(rows: Rows, mode: str) -> GateResult:
 
 def few_spikes(rows: Rows) -> GateResult:
     """G4-3."""
-    count = int(last_value(rows, "spike/count"))
+    count = int(last_value(rows, "spike_rollback/count"))
     return GateResult(count < SPIKES, count, f"{count} {'<' if count < SPIKES else '>='} {SPIKES}")
 
 

@@ -27,7 +27,8 @@ JUDGED_BY = "val/loss"  # the metric beside the hyperparameters
 def custom_scalars(layout: Layout) -> dict[str, dict[str, list[Any]]]:
     """category → chart → tags, as `SummaryWriter.add_custom_scalars` takes it: lines, each tag matched as a whole.
 
-    TensorBoard takes tags for regular expressions and matches their beginning: spike/ppl would draw spike/ppl_delta.
+    TensorBoard takes tags for regular expressions and matches their beginning: spike_rollback/ppl would draw
+    spike_rollback/ppl_delta.
     ValueError: a chart without a list of tags.
     """
     for category, charts in layout.items():

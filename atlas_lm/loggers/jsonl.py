@@ -29,18 +29,34 @@ from atlas_lm.files import write_atomically
 FIELDS = {
     "lm_loss": "train/loss",
     "perplexity": "train/ppl",
-    "ppl_delta": "spike/ppl_delta",
-    "gate_mean": "memory/gate_mean",
-    "gate_std": "memory/gate_std",
-    "gate_polarised": "memory/gate_polarised",
-    "niah_accuracy": "niah/accuracy",
-    "chunk_size": "memory/chunk_size",
+    "ppl_delta": "spike_rollback/ppl_delta",
+    "gate_mean": "gate_monitor/mean",
+    "gate_std": "gate_monitor/std",
+    "gate_polarised": "gate_monitor/polarised",
+    "niah_accuracy": "niah_probe/accuracy",
+    "chunk_size": "chunk_size_scheduler/chunk_size",
     "clip_threshold": "optim/clip_threshold",
     "grad_norm": "optim/grad_norm",
     "tokens_per_second": "perf/tokens_per_second",
-    "rollback_count": "spike/rollbacks",
+    "rollback_count": "spike_rollback/rollbacks",
 }
-GLOBAL_STEP, TIMELINE = "train/global_step", "spike/timeline"
+FORMER_NAMES = {  # of version 0.1, and those of now, which begin with the name of the callback's file
+    "guard/skipped_steps": "nonfinite_guard/skipped_steps",
+    "guard/outliers": "outlier_guard/outliers",
+    "guard/corruptions": "weight_integrity/corruptions",
+    "memory/contribution": "memory_contribution/perplexity_rise",
+    "memory/gate_mean": "gate_monitor/mean",
+    "memory/gate_std": "gate_monitor/std",
+    "memory/gate_polarised": "gate_monitor/polarised",
+    "memory/chunk_size": "chunk_size_scheduler/chunk_size",
+}
+FORMER_PREFIXES = {
+    "niah/": "niah_probe/",
+    "spike/": "spike_rollback/",
+    "loss_weight/": "loss_weight_schedule/",
+    "clip/": "proactive_clipping/",
+}
+GLOBAL_STEP, TIMELINE = "train/global_step", "spike_rollback/timeline"
 
 
 def row(step: int, seconds: float, metrics: Mapping[str, float], seq: int = 0, timeline: int = 0) -> dict[str, Any]:
@@ -79,9 +95,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if broken and found.get("seq") != _next_seq(rows):
             raise ValueError(f"{path}, line {broken}: no JSON object, and rows follow it: restore or delete that line")
         broken = None
+        found = {current_name(name): value for name, value in found.items()}
         _check_row(found, f"{path}, line {number}")
         rows.append(found)
     return rows
+
+
+def current_name(metric: str) -> str:
+    """The name that a metric has now."""
+    prefix = next((former for former in FORMER_PREFIXES if metric.startswith(former)), "")
+    return FORMER_NAMES.get(metric, FORMER_PREFIXES.get(prefix, "") + metric[len(prefix) :])
 
 
 def _check_row(row: Mapping[str, Any], where: str) -> None:

@@ -1,15 +1,15 @@
 """The memory one token at a time: slow and obvious, the truth that the fast form is tested against.
 
-    g_t = (1 − θ_t) Σ_{i = t−c+1..t} γ_i ∇ℓ(W_ξ; k_i, v_i) / D_i       ATLAS eq 9, M4, M16
-    S_t = θ_t S_{t−1} + g_t                                            ATLAS eq 33
+    g_t = Σ_{i = t−c+1..t} γ_i ∇ℓ(W_ξ; k_i, v_i) / D_i                 ATLAS eq 9 (the Omega rule), M4, M16
+    S_t = θ_t S_{t−1} + (1 − θ_t) g_t                                  ATLAS eq 33, M5
     W_t − W_init = α_t (W_{t−1} − W_init) − η_t U(S_t)                 ATLAS eq 32
     y_t = M(W_t; q_t)
 
 W_ξ are the weights at the start of the token's chunk. D_i, the curvature that token i shares with the tokens of the
 chunk up to t, makes every write a share of the error (η ≤ 1: no overshoot): D_i = c (κ_ii + Σ_{j≠i} γ_j κ_ij), so that
 D⁻¹ κ diag(γ) has row sums ≤ 1/c (Gershgorin). It grows with t, and applies to the whole partial sum: at every t the
-memory is what it would be if the chunk ended there. With θ constant, (1 − θ) at the intake equals M16's η (1 − θ),
-but S stays an average of gradients, bounded, whatever θ does.
+memory is what it would be if the chunk ended there. With (1 − θ) at the intake S is an average of gradients, bounded
+whatever θ does; with a constant θ that equals a factor (1 − θ) on η.
 
 Forgetting leads back to W_init, not to zero: a two-layer network at zero has no gradient and never learns again.
 

@@ -173,7 +173,9 @@ class Block(nn.Module):
 
 
 class Fusion(nn.Module):
-    """How the memory acts on the attention's output; a gate g of 0 takes the memory branch out (M12).
+    """How the memory acts on the attention's output (M12).
+
+    With `convex` a gate g of 0 leaves attention alone, with the others it silences the attention.
 
     multiplicative:      attention ⊙ g,                       g = σ(Linear(memory))
     normalised_product:  RMSNorm(attention) ⊙ g,              g = σ(memory ⊙ w), memory already normalised (Titans)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from atlas_lm.loggers.jsonl import current_name
+
 METRICS = "callback_metrics"
 
 
@@ -64,7 +66,7 @@ class RunStats(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """They are set when training starts; a rollback leaves them: what was measured stays measured."""
         if "train" not in self._since:
-            self._restored = dict(checkpoint.get(METRICS, {}))
+            self._restored = {current_name(name): value for name, value in checkpoint.get(METRICS, {}).items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -83,7 +83,7 @@ class AtlasModule(L.LightningModule):
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
         self._last_step_ended: float | None = None
-        # of the gradients of this step in these versions; as long as they are held no other has their id
+        # cached norm: (id, version) of each gradient, the norm, the gradients; held, so that no other gets their ids
         self._known_norm: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
         self._gates: tuple[Tensor, ...] = ()  # of the last training step
         self.loss_weights = {"polarisation": 0.0}  # λ of M15, until a schedule sets it
@@ -123,7 +123,7 @@ class AtlasModule(L.LightningModule):
     ) -> Tensor:
         """What every memory answers after learning pairs (C1), with its gates open, or as `batch` opens them.
 
-        See `needles.write_and_read`.
+        See `atlas_lm.model.probes.write_and_read`.
         """
         return write_and_read(self.model, keys, values, query, None if batch is None else batch["input_ids"])
 

@@ -94,7 +94,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> tuple[list[nn.Par
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """One optimizer for all parameters."""
+    """One optimizer for all parameters. ValueError: a name that is none of ours."""
     matrices, rest = parameter_groups(model, config)
     adamw = [
         {"params": rest["decayed"], "lr": config.lr, "weight_decay": config.weight_decay},
@@ -104,6 +104,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     betas = (float(config.betas[0]), float(config.betas[1]))
     if config.name == "adamw":
         return AdamW(adamw, lr=config.lr, betas=betas)
+    if config.name != "muon":
+        raise ValueError(f"optim.name={config.name} must be adamw or muon: correct it")
     muon = {"params": matrices, "lr": config.muon_lr, "weight_decay": config.weight_decay}
     return MuonAdamW([muon], adamw, lr=config.lr, betas=betas)
 

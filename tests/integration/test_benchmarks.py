@@ -150,9 +150,9 @@ def test_detection_is_read_from_the_records(tmp_path: Path) -> None:
 
     quiet = [row(i, i + 1) for i in range(4)]
     assert faults.detection(run, quiet) == (None, None, None, 0)
-    skips = [row(4, 5, **{"guard/outliers": 1}), row(5, 6, **{"guard/outliers": 2})]
+    skips = [row(4, 5, **{"outlier_guard/outliers": 1}), row(5, 6, **{"outlier_guard/outliers": 2})]
     assert faults.detection(run, quiet + skips) == ("outlier guard", 1, "2 skips", 2)
-    back = [row(6, 3, **{"spike/count": 1}), row(7, 4)]
+    back = [row(6, 3, **{"spike_rollback/count": 1}), row(7, 4)]
     assert faults.detection(run, quiet + skips + back) == ("outlier guard", 1, "2 skips, 1 rollback", 6)
 
 

@@ -47,7 +47,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["optim.learning_rate=1"], ["optim.learning_rate", "there are name, lr"]),
         (["trainer.max_stepz=1"], ["trainer.max_stepz", "did you mean 'max_steps'"]),
         (["trainer.benchmark=true"], ["trainer.benchmark", "+trainer.benchmark=<value> adds it"]),
-        (["callbacks.checkpoint.kep=1"], ["callbacks.checkpoint.kep", "did you mean 'keep'"]),
+        (["callbacks.step_checkpoint.kep=1"], ["callbacks.step_checkpoint.kep", "did you mean 'keep'"]),
         (["+trainer.max_stepz=1"], ["trainer.max_stepz", "Trainer", "did you mean 'max_steps'"]),
         (["data.source.tokeniser=bytes"], ["data.source.tokeniser", "did you mean 'tokenizer'"]),
         (["+data.batchsize=1"], ["data.batchsize", "TokenDataModule", "did you mean 'batch_size'"]),

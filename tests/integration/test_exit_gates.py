@@ -177,9 +177,8 @@ def test_the_model_is_measured_at_the_sizes_it_ended_with(run: Path, monkeypatch
     sizes = (1, 4, 8, 16, 16, 16)  # 32 and 64 are longer than this model's shard
     assert seen == [((size,), len(evidence.batches) and 4) for size in sizes]
     assert evidence.module.local_chunks == (2,)
-    change_config(run, callbacks__chunk_size=None)
-    with pytest.raises(ValueError, match=r"no callbacks\.chunk_size"):
-        RunArtifacts(run, run).final_chunks  # noqa: B018
+    change_config(run, callbacks__chunk_size_scheduler=None)
+    assert RunArtifacts(run, run).final_chunks == (2,), "the checkpoint's, whatever the configuration says"
 
 
 def test_perplexity_is_that_of_all_scored_tokens(run: Path) -> None:

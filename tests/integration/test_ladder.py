@@ -44,7 +44,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
     assert (found["status"], found["steps"], found["skipped_steps"]) == ("finished", 6, 1)
     assert found["verdict"].endswith("; 1 skipped step on the way")
     rows = read_rows(run / "metrics.jsonl")
-    assert [row["step"] for row in rows if row.get("guard/skipped_steps") == 1] == [2]
+    assert [row["step"] for row in rows if row.get("nonfinite_guard/skipped_steps") == 1] == [2]
     assert {row["rollback_count"] for row in rows if row["rollback_count"] is not None} == {0}, "the model was sound"
     assert found["val_loss"] is not None
 
@@ -114,7 +114,7 @@ def test_weights_that_change_by_themselves_are_rolled_back_in_the_very_step(
     run = only_run(in_tmp / "outputs")
     assert report_of(run)["rollbacks"] == 1
     rows = read_rows(run / "metrics.jsonl")
-    assert next(row["step"] for row in rows if row.get("guard/corruptions") == 1) == 6
+    assert next(row["step"] for row in rows if row.get("weight_integrity/corruptions") == 1) == 6
     assert (
         "weights changed outside the optimizer before step 6: rank 0: model.norm.weight"
         in (run / "train.log").read_text()

@@ -62,13 +62,13 @@ def test_a_run_logs_the_metrics_of_the_page(guarded_run: Path) -> None:
         name: metric.when for name, metric in reference.METRICS.items()
         if not fnmatch.filter(metrics, re.sub(r"<\w+>", "*", name))
     }  # fmt: skip
-    steps = {name for name in unseen if name.startswith("memory/gate_")}  # measured every 10 steps
+    steps = {name for name in unseen if name.startswith("gate_monitor/")}  # measured every 10 steps
     assert {unseen[name] for name in unseen.keys() - steps} <= {reference.EVENT, "validations on data=recall"}
     assert set(reference.COLUMNS) <= logged
 
 
 def test_a_metric_without_a_row_is_found() -> None:
-    assert unknown_metrics({"train/loss", "niah/accuracy/layer_3", "niah/other"}) == {"niah/other"}
+    assert unknown_metrics({"train/loss", "niah_probe/accuracy/layer_3", "niah_probe/other"}) == {"niah_probe/other"}
 
 
 def unknown_files(files: set[str]) -> set[str]:

@@ -160,7 +160,7 @@ def test_a_failed_run_reports_and_is_not_the_latest(
 
     monkeypatch.setattr(train.AtlasModule, "training_step", poisoned)
     at_once = "callbacks.nonfinite_guard.max_consecutive=0"
-    assert small_run(in_tmp, "name=x", "callbacks.checkpoint.every_n_steps=1", at_once) == 1
+    assert small_run(in_tmp, "name=x", "callbacks.step_checkpoint.every_n_steps=1", at_once) == 1
     error = capsys.readouterr().err
     assert "error: NaN or infinity in step 2 (loss on rank 0; gradient on rank 0)" in error
     assert "lower optim.lr" in error

@@ -358,7 +358,7 @@ def test_the_same_command_under_a_scheduler_changes_no_configuration(
 
 
 def test_an_older_checkpoint_begins_a_run_of_its_own(in_tmp: Path) -> None:
-    assert small_run(in_tmp, "name=x", "callbacks.checkpoint.every_n_steps=2") == 0
+    assert small_run(in_tmp, "name=x", "callbacks.step_checkpoint.every_n_steps=2") == 0
     run = only_run(in_tmp / "outputs")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     time.sleep(1.1)  # folders are named by the second
@@ -448,7 +448,7 @@ def test_auto_with_nothing_intact_is_an_error(x: Path, in_tmp: Path, capsys: pyt
 
 
 def test_auto_takes_the_newest_intact_one_and_says_what_it_skipped(in_tmp: Path) -> None:
-    assert small_run(in_tmp, "name=x", "callbacks.checkpoint.every_n_steps=1") == 0
+    assert small_run(in_tmp, "name=x", "callbacks.step_checkpoint.every_n_steps=1") == 0
     run = only_run(in_tmp / "outputs")
     (run / "report.json").unlink()
     newest = run / "checkpoints" / "step-0000004.ckpt"

@@ -27,7 +27,9 @@ def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.delenv(resume.HANDED_DOWN, raising=False)
-    assert small_run(tmp_path, STEPS, "callbacks.checkpoint.every_n_steps=2", "+trainer.limit_train_batches=2") in (
+    assert small_run(
+        tmp_path, STEPS, "callbacks.step_checkpoint.every_n_steps=2", "+trainer.limit_train_batches=2"
+    ) in (
         0,
         1,
     )
@@ -62,7 +64,7 @@ def test_each_is_opened_once(tmp_path: Path, cut: Path, opened: Counter[str], ho
     changes = [
         STEPS,
         f"resume={named}",
-        "callbacks.checkpoint.every_n_steps=100",
+        "callbacks.step_checkpoint.every_n_steps=100",
         "callbacks.spike_rollback.mode=observe",
     ]
     assert small_run(tmp_path, *changes) == 0

@@ -154,7 +154,7 @@ CHANGES: dict[str, tuple[str, Check | None]] = {
     ),
     "logger.*": ("~logger.jsonl", lambda r: len(read_rows(r.run / "metrics.jsonl")) == DONE),
     "callbacks.*": (
-        "callbacks.checkpoint.every_n_steps=1",
+        "callbacks.step_checkpoint.every_n_steps=1",
         lambda r: (r.run / "checkpoints" / "step-0000007.ckpt").exists(),
     ),
     "paths.outputs": ("paths.outputs=others", lambda r: moved_on(Path("others"), "x")),

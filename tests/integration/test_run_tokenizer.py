@@ -67,7 +67,7 @@ def train(*overrides: str, source: str = "text") -> int:
         rows = [f"row {i}: {WORDS}" for i in range(150)]
         datasets.Dataset.from_dict({"text": rows}).save_to_disk("dataset")
     held_out = [] if source == "tokens" else ["data.source.validation_fraction=0.2"]
-    settings = [*SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, "callbacks=basic", "callbacks.checkpoint.every_n_steps=2"]
+    settings = [*SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, "callbacks=basic", "callbacks.step_checkpoint.every_n_steps=2"]
     return launch(*SOURCES[source], *held_out, *settings, *overrides)
 
 

@@ -112,7 +112,7 @@ def test_a_full_disk_while_saving(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fills_up)
-    assert small_run(in_tmp, "name=x", "callbacks.checkpoint.every_n_steps=1", "~callbacks.spike_rollback") == 1
+    assert small_run(in_tmp, "name=x", "callbacks.step_checkpoint.every_n_steps=1", "~callbacks.spike_rollback") == 1
     captured = capsys.readouterr()
     line = next(line for line in captured.err.splitlines() if line.startswith("error"))
     folder = run_of(in_tmp, "x") / "checkpoints"

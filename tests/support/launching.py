@@ -76,7 +76,7 @@ def finished_run(folder: Path, *overrides: str) -> Path:
 def with_all_safeguards(folder: Path, *overrides: str) -> Path:
     """A `finished_run` with all safeguards of stage 2."""
     often = ["callbacks.niah_probe.every_n_steps=2", "callbacks.spike_rollback.every_n_steps=2"]
-    longer = ["data.seq_len=48", "callbacks.chunk_size.gamma=0.9"]
+    longer = ["data.seq_len=48", "callbacks.chunk_size_scheduler.gamma=0.9"]
     return finished_run(folder, "callbacks=stage2", *often, *longer, *overrides)
 
 

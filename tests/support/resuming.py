@@ -14,12 +14,12 @@ from tests.support.launching import report_of
 
 # Looks, saves, validations and epochs (14 batches) all fall on different steps, and together on some.
 OFTEN = [
-    "optim.total_steps=24", "trainer.val_check_interval=6", "callbacks.checkpoint.every_n_steps=3",
+    "optim.total_steps=24", "trainer.val_check_interval=6", "callbacks.step_checkpoint.every_n_steps=3",
     "callbacks.spike_rollback.every_n_steps=4", "callbacks.niah_probe.every_n_steps=5",
     "callbacks.niah_probe.needles=1", "callbacks.niah_probe.haystack=4",
     "callbacks.memory_contribution.every_n_steps=7", "callbacks.spike_rollback.threshold=0.5",
 ]  # fmt: skip
-TIMED = ("time", "tokens_per_second", "perf/", "niah/overhead", "seq")  # differ between any two runs
+TIMED = ("time", "tokens_per_second", "perf/", "niah_probe/overhead", "seq")  # differ between any two runs
 
 
 def comparable(run: Path) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, str]]]:
     board = EventAccumulator(str(run / "tensorboard"), tensor_size_guidance={"": 0})
     board.Reload()
     names = [name for name in board.Tags()["tensors"] if not name.startswith((*TIMED, "_hparams_"))]
-    assert {"niah/layer_by_depth", "memory/gate/layer_0", "sample/text_summary", "train/loss"} <= {*names}
+    assert {"niah_probe/layer_by_depth", "memory/gate/layer_0", "sample/text_summary", "train/loss"} <= {*names}
     return {name: [(event.step, number(event)) for event in board.Tensors(name)] for name in names}
 
 

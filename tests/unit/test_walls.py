@@ -1,5 +1,6 @@
 """The walls between the rooms stand: each contract of pyproject.toml holds, and falls when a line breaks it."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tests.support import ROOT
 BROKEN = {  # contract → file, and the line that breaks it
     "Rooms stand above": ("atlas_lm/model/norm.py", "import atlas_lm.training.optimizer"),
     "The package knows no safeguard": ("atlas_lm/runs/stats.py", "import callbacks.support.probing"),
-    "Safeguards know no model": ("callbacks/gate_monitor.py", "import atlas_lm.config.names"),
+    "Safeguards import nothing": ("callbacks/gate_monitor.py", "import atlas_lm.config.names"),
     "The memory's mathematics": ("atlas_lm/memory/state.py", "import numpy"),
     "No circles": ("atlas_lm/memory/network.py", "import atlas_lm.memory.state"),
 }
@@ -52,3 +53,22 @@ def test_a_planted_violation_breaks_its_contract(copy: Path, contract: str) -> N
 def test_every_file_is_in_a_room() -> None:
     flat = {path.name for path in (ROOT / "atlas_lm").glob("*.py")}
     assert flat == {"__init__.py", "__main__.py", "files.py"}
+
+
+def imported(folder: Path) -> dict[str, set[str]]:
+    """The packages that each file of a folder imports, without its own package's."""
+    found = {}
+    for path in folder.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+        found[str(path.relative_to(folder))] = {name.partition(".")[0] for name in names}
+    return found
+
+
+def test_the_memory_imports_torch_and_python_alone(copy: Path) -> None:
+    allowed = {"atlas_lm", "torch", "__future__", *sys.stdlib_module_names}
+    assert set().union(*imported(ROOT / "atlas_lm" / "memory").values()) <= allowed
+    with (copy / "atlas_lm/memory/state.py").open("a") as handle:
+        handle.write("\nimport einops\n")
+    assert "einops" in imported(copy / "atlas_lm" / "memory")["state.py"]

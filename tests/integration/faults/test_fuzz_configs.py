@@ -139,7 +139,7 @@ class Fuzzer:
         node = self.r.choice(["model", "data", "optim", "trainer", "data.source", "data.source.files", "seed",
                               "data.batch_size", "data._target_", "trainer._target_", "data.source._target_",
                               "model.dim", "optim.lr", "paths", "precision", "callbacks", "logger", "name",
-                              "callbacks.checkpoint", "callbacks.progress", "logger.jsonl",
+                              "callbacks.step_checkpoint", "callbacks.progress", "logger.jsonl",
                               "trainer.plugins"])  # fmt: skip
         required = ("model", "data", "optim", "trainer", "data.source", "data.source.files", "data.batch_size",
                     "data._target_", "data.source._target_")  # fmt: skip
@@ -254,7 +254,7 @@ def test_wrong_command_lines(count: int, capsys: pytest.CaptureFixture[str]) -> 
         ("data.seq_len='long'", "data.seq_len is 'long' and must be a whole number or null"),
         ("data.seed=[1]", "data.seed is [1] and must be a whole number"),
         ("~data.source._target_", "and must be a Source with its _target_"),
-        ("callbacks.checkpoint.keep=2.5", "callbacks.checkpoint.keep is 2.5 and must be a whole number"),
+        ("callbacks.step_checkpoint.keep=2.5", "callbacks.step_checkpoint.keep is 2.5 and must be a whole number"),
         ("logger.tensorboard.save_dir=0", "logger.tensorboard.save_dir is 0 and must be text"),
         ("~seed", "seed is required: give seed=<value>"),
         ("model.persistent_keys=2147483647", "memory is short"),

@@ -21,7 +21,7 @@ def write_run(outputs: Path, name: str, gates: dict[str, float], **values: Any) 
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "config.yaml").write_text("name: x\n")
-    rows = [row(i, 0.0, {"memory/contribution": 5.0 + i}) for i in range(2)]
+    rows = [row(i, 0.0, {"memory_contribution/perplexity_rise": 5.0 + i}) for i in range(2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     judged = [{"id": gate, "passed": value > 0, "measured": value} for gate, value in gates.items()]
     phase = figures.GATES.get(name)

@@ -118,14 +118,20 @@ def test_each_step_uses_its_sizes_and_changes_are_told(fit: Any, caplog: pytest.
     told = [text for name, _, text in caplog.record_tuples if name == "callbacks.chunk_size_scheduler"]
     assert len(told) == 5
     assert told[0] == "step 1: local chunk sizes [32, 32] → [16, 16]"
-    recorded = [(step, row["memory/chunk_size"]) for step, row in lines.rows if "memory/chunk_size" in row]
+    recorded = [
+        (step, row["chunk_size_scheduler/chunk_size"])
+        for step, row in lines.rows
+        if "chunk_size_scheduler/chunk_size" in row
+    ]
     assert recorded == [(1, 16.0), (2, 8.0), (3, 4.0), (4, 2.0), (5, 1.0)]
 
 
 def test_the_largest_size_is_logged_at_every_step(fit: Any) -> None:
     lines = Lines()
     fit(Chunked(), ChunkSizeScheduler(start=[8, 16], total_steps=8, gamma=1.0), logger=lines)
-    assert [row["memory/chunk_size"] for _, row in lines.rows if "memory/chunk_size" in row] == [16.0] * 8
+    assert [
+        row["chunk_size_scheduler/chunk_size"] for _, row in lines.rows if "chunk_size_scheduler/chunk_size" in row
+    ] == [16.0] * 8
 
 
 def test_sizes_change_only_between_accumulation_windows(fit: Any) -> None:

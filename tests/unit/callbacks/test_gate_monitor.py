@@ -68,11 +68,11 @@ def test_it_measures_when_it_is_due() -> None:
 def test_the_statistics(fit: Any) -> None:
     lines = Lines()
     fit(Gated({0: torch.tensor([[0.05, 0.5], [0.95, 0.9]])}), monitor(every_n_steps=100), logger=lines, max_steps=2)
-    rows = {step: row for step, row in lines.rows if "memory/gate_mean" in row}
+    rows = {step: row for step, row in lines.rows if "gate_monitor/mean" in row}
     assert list(rows) == [1], "the loggers count from 0"
-    assert rows[1]["memory/gate_mean"] == pytest.approx(0.6)
-    assert rows[1]["memory/gate_std"] == pytest.approx(float(torch.tensor([0.05, 0.5, 0.95, 0.9]).std(correction=0)))
-    assert rows[1]["memory/gate_polarised"] == pytest.approx(0.5)
+    assert rows[1]["gate_monitor/mean"] == pytest.approx(0.6)
+    assert rows[1]["gate_monitor/std"] == pytest.approx(float(torch.tensor([0.05, 0.5, 0.95, 0.9]).std(correction=0)))
+    assert rows[1]["gate_monitor/polarised"] == pytest.approx(0.5)
 
 
 # It trips

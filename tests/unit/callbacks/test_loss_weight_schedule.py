@@ -96,7 +96,7 @@ def test_every_step_uses_its_weight(fit: Any) -> None:
     fit(module, schedule(hold=0.5, decay=16.0, watch=None), logger=lines)
     assert module.used == pytest.approx([2, 2, 2, 2, 2, 1, 0.5, 0.25])
     assert module.loss_weights["other"] == 7.0, "what is not named is left alone"
-    logged = [row["loss_weight/pull"] for _, row in lines.rows if "loss_weight/pull" in row]
+    logged = [row["loss_weight_schedule/pull"] for _, row in lines.rows if "loss_weight_schedule/pull" in row]
     assert logged == pytest.approx(module.used)
 
 

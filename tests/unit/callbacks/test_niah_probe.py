@@ -91,17 +91,21 @@ def test_what_it_logs(tmp_path: Path) -> None:
     board, lines = TensorBoardLogger(tmp_path, name="", version="board"), Lines()
     fit(wide(), NiahProbe(every_n_steps=2), MemoryContribution(every_n_steps=2), folder=tmp_path, logger=[board, lines])
     rows = lines.rows
-    assert [step for step, row in rows if "niah/accuracy" in row] == [0, 1, 3], "before training, after steps 2 and 4"
-    assert all(0.8 < value <= 1 for value in values_of(rows, "niah/accuracy"))
-    assert values_of(rows, "niah/accuracy/layer_0") == values_of(rows, "niah/accuracy"), "there is one layer"
-    assert all(0 < value <= 100 for value in values_of(rows, "niah/overhead_percent"))
-    assert len(values_of(rows, "memory/contribution")) == 3
+    assert [step for step, row in rows if "niah_probe/accuracy" in row] == [0, 1, 3], (
+        "before training, after steps 2 and 4"
+    )
+    assert all(0.8 < value <= 1 for value in values_of(rows, "niah_probe/accuracy"))
+    assert values_of(rows, "niah_probe/accuracy/layer_0") == values_of(rows, "niah_probe/accuracy"), (
+        "there is one layer"
+    )
+    assert all(0 < value <= 100 for value in values_of(rows, "niah_probe/overhead_percent"))
+    assert len(values_of(rows, "memory_contribution/perplexity_rise")) == 3
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
-    assert "niah/layer_by_depth" in events.Tags()["images"]
-    assert len(events.Images("niah/layer_by_depth")) == 3
+    assert "niah_probe/layer_by_depth" in events.Tags()["images"]
+    assert len(events.Images("niah_probe/layer_by_depth")) == 3
 
 
 def test_training_is_bitwise_undisturbed(tmp_path: Path) -> None:
@@ -253,7 +257,7 @@ def test_contribution_is_the_rise_of_the_perplexity_without_the_memory(
     module, lines = Judged((), 1.0), Lines()
     module.losses = (1.0, 1.0 + math.log(1.25))
     fit(module, MemoryContribution(every_n_steps=4), folder=tmp_path, logger=lines)
-    assert values_of(lines.rows, "memory/contribution") == pytest.approx([0.25, 0.25])
+    assert values_of(lines.rows, "memory_contribution/perplexity_rise") == pytest.approx([0.25, 0.25])
     module.losses = (1.0, 0.9)
     with caplog.at_level(logging.WARNING):
         fit(module, MemoryContribution(every_n_steps=1), folder=tmp_path)
@@ -279,7 +283,7 @@ def test_text_that_attention_sees_whole_measures_nothing(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         fit(module, MemoryContribution(every_n_steps=1), folder=tmp_path, logger=lines)
     assert "not measured: sequences of 24 tokens lie within the reach of attention, 24 tokens" in caplog.text
-    assert values_of(lines.rows, "memory/contribution") == []
+    assert values_of(lines.rows, "memory_contribution/perplexity_rise") == []
 
 
 def test_the_rows_of_metrics_are_json(tmp_path: Path) -> None:

@@ -44,7 +44,11 @@ def test_it_skips_a_bad_loss(fit: Any, line: Any, value: float) -> None:
     assert [i for i in range(1, 7) if weights.same(i, i + 1)] == [3, 5], "those steps, and no other, change nothing"
     assert all(p.isfinite().all() for p in module.parameters())
     assert guard.skipped == 2
-    counts = [(step, row["guard/skipped_steps"]) for step, row in lines.rows if "guard/skipped_steps" in row]
+    counts = [
+        (step, row["nonfinite_guard/skipped_steps"])
+        for step, row in lines.rows
+        if "nonfinite_guard/skipped_steps" in row
+    ]
     assert counts == [(3, 1.0), (5, 2.0)], "also between the steps at which Lightning logs"
 
 
@@ -118,7 +122,7 @@ def test_it_is_silent_and_bitwise_inert_on_a_healthy_run(fit: Any, line: Any, sa
     guard, lines = NonfiniteGuard(0), Lines()
     same_training(fit(line(), guard, logger=lines), fit(line()))
     assert guard.skipped == 0
-    assert not [row for _, row in lines.rows if "guard/skipped_steps" in row]
+    assert not [row for _, row in lines.rows if "nonfinite_guard/skipped_steps" in row]
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")

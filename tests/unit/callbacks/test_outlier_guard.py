@@ -42,7 +42,7 @@ def test_an_outlier_changes_no_weight_and_no_moment(fit: Any, same_training: Any
     assert watching.outliers == 1
     assert torch.equal(module.before[3], module.before[4]), "the step of the fourth batch was skipped"
     assert not torch.equal(module.before[4], module.before[5])
-    assert trainer.callback_metrics["guard/outliers"] == 1
+    assert trainer.callback_metrics["outlier_guard/outliers"] == 1
     assert trainer.global_step == STEPS
 
 

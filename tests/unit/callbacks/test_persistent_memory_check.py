@@ -93,5 +93,5 @@ def test_the_module_is_checked_before_step_0(fit: Any, line: Any) -> None:
         fit(line(), PersistentMemoryCheck())
     module = Remembering()
     module.persistent_memory = list  # type: ignore[method-assign, assignment]
-    with pytest.raises(ValueError, match=r"remove the check with ~callbacks\.persistent_memory$"):
+    with pytest.raises(ValueError, match=r"remove the check with ~callbacks\.persistent_memory_check$"):
         fit(module, PersistentMemoryCheck())

@@ -80,8 +80,8 @@ def test_it_clips_in_the_same_step(fit: Any) -> None:
     assert clipping.clips == 8 - len(clipped)
     assert clipping.clips >= 6, "the test would not notice"
     assert watch.metrics["optim/clip_threshold"] == pytest.approx(0.1)
-    assert watch.metrics["clip/transitions"] == 2
-    assert watch.metrics["clip/clips"] == clipping.clips
+    assert watch.metrics["proactive_clipping/transitions"] == 2
+    assert watch.metrics["proactive_clipping/clips"] == clipping.clips
 
 
 def test_it_clips_norms_whatever_the_trainer_was_told(fit: Any) -> None:

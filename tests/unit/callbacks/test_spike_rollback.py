@@ -291,7 +291,7 @@ def test_another_callback_may_demand_a_return(fit: Any, tmp_path: Path) -> None:
     guard = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=100.0)
     trainer = fit(Line(), Demands(), guard, enable_checkpointing=True)
     assert (guard.spikes, guard.rollbacks) == ([5], 1)
-    assert trainer.callback_metrics["spike/rollbacks"] == 1
+    assert trainer.callback_metrics["spike_rollback/rollbacks"] == 1
     assert trainer.global_step == 8
     with pytest.raises(TrainingUnstable, match="the weights have changed, and spike_rollback only observes"):
         SpikeRollback("unused", mode="observe").request_rollback("the weights have changed")

@@ -103,7 +103,9 @@ def test_it_stops_at_one_bit(fit: Any, line: Any, moment: str, name: str, hook: 
     with pytest.raises(WeightsCorrupted, match=named):
         fit(line(), Flip({3}, moment, hook), weights, WeightIntegrity(), logger=lines, **validation)
     assert len(weights.start) == 4
-    assert [row for _, row in lines.rows if "guard/corruptions" in row] == [{"guard/corruptions": 1.0}]
+    assert [row for _, row in lines.rows if "weight_integrity/corruptions" in row] == [
+        {"weight_integrity/corruptions": 1.0}
+    ]
 
 
 def test_a_demanded_rollback_brings_back_what_was(fit: Any, line: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,7 +183,7 @@ def test_it_is_silent_and_bitwise_inert_on_a_healthy_run(fit: Any, same_training
     ours = fit(Normed(), guard, logger=lines, max_steps=2, **changes)
     same_training(ours, fit(Normed(), max_steps=2, **changes))
     assert guard.corruptions == 0
-    assert not [row for _, row in lines.rows if "guard/corruptions" in row]
+    assert not [row for _, row in lines.rows if "weight_integrity/corruptions" in row]
 
 
 def test_skipped_steps_and_rollbacks_of_others_are_no_corruption(fit: Any, line: Any) -> None:

@@ -32,7 +32,7 @@ def make_run(folder: Path, deltas: list[float]) -> Path:
     logger = JsonlLogger(str(folder / "metrics.jsonl"))
     for i, delta in enumerate(deltas):
         logger.log_metrics({"train/loss": 2.0}, step=2 * i)
-        logger.log_metrics({"train/loss": 2.0, "spike/ppl_delta": delta}, step=2 * i + 1)
+        logger.log_metrics({"train/loss": 2.0, "spike_rollback/ppl_delta": delta}, step=2 * i + 1)
     logger.finalize("success")
     return folder
 

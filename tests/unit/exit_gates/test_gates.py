@@ -34,8 +34,10 @@ def rows_of(*steps: dict[str, float]) -> Rows:
 
 
 def probes(count: int, *overheads: float, accuracy: float = 0.9) -> Rows:
-    found = [{"niah/accuracy": accuracy, "niah/overhead_percent": 0.5}] * (count - len(overheads))
-    return rows_of(*found, *({"niah/accuracy": accuracy, "niah/overhead_percent": percent} for percent in overheads))
+    found = [{"niah_probe/accuracy": accuracy, "niah_probe/overhead_percent": 0.5}] * (count - len(overheads))
+    return rows_of(
+        *found, *({"niah_probe/accuracy": accuracy, "niah_probe/overhead_percent": percent} for percent in overheads)
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_g2_2_the_probe_is_cheap_and_frequent(rows: Rows, passes: bool) -> None:
 
 @pytest.mark.parametrize("rows", [[], rows_of({"train/loss": 1.0}), probes(6, math.nan)])
 def test_g2_2_no_overhead_is_no_low_overhead(rows: Rows) -> None:
-    with pytest.raises(ValueError, match="niah/overhead_percent"):
+    with pytest.raises(ValueError, match="niah_probe/overhead_percent"):
         records.probe_overhead(rows, 200)
 
 
@@ -74,8 +76,8 @@ LOSSES = [{"train/loss": 2.0, "val/loss": 2.0}] * 3
         ({}, [], True, "no finite lm_loss"),
         ({}, [{"train/loss": math.nan}], True, "train/loss was not finite 1 times"),
         ({}, [*LOSSES, {"val/loss": math.inf}], True, "val/loss was not finite"),
-        ({}, [*LOSSES, {"spike/ppl_delta": math.inf}], True, "spike/ppl_delta was not finite"),
-        ({}, [*LOSSES, {"guard/skipped_steps": 2.0}], True, "2 steps skipped"),
+        ({}, [*LOSSES, {"spike_rollback/ppl_delta": math.inf}], True, "spike_rollback/ppl_delta was not finite"),
+        ({}, [*LOSSES, {"nonfinite_guard/skipped_steps": 2.0}], True, "2 steps skipped"),
         ({}, LOSSES, False, "nonfinite_guard"),
     ],
 )
@@ -90,36 +92,39 @@ def test_g2_4_a_stable_run(report: dict[str, Any], metrics: Rows, guarded: bool,
     [([0.1, 0.2], 2, True), ([0.1, math.inf], 2, True), ([0.1, 0.2], 1, False), ([], 0, False), ([math.nan], 1, False)],
 )
 def test_g2_7_deltas_are_on_both_sides(deltas: list[float], on_board: int, passes: bool) -> None:
-    rows = rows_of({"train/loss": 1.0}, *({"spike/ppl_delta": delta} for delta in deltas))
+    rows = rows_of({"train/loss": 1.0}, *({"spike_rollback/ppl_delta": delta} for delta in deltas))
     assert records.deltas_visible(rows, on_board).passed is passes
 
 
 def test_g2_7_counts_the_scalars_of_all_event_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no TensorBoard event files"):
-        records.board_values(tmp_path, "spike/ppl_delta")
+        records.board_values(tmp_path, "spike_rollback/ppl_delta")
     for suffix, steps in (("a", (0, 100, 200)), ("b", (150, 300))):  # the second goes back, as a resumed run does
         with SummaryWriter(str(tmp_path / "tensorboard"), filename_suffix=suffix) as writer:
             for step in steps:
-                writer.add_scalar("spike/ppl_delta", 0.1, step)
-                writer.add_scalar("spike/ppl", 9.0, step)
-    assert records.board_values(tmp_path, "spike/ppl_delta") == 5
-    assert records.board_values(tmp_path, "niah/accuracy") == 0
+                writer.add_scalar("spike_rollback/ppl_delta", 0.1, step)
+                writer.add_scalar("spike_rollback/ppl", 9.0, step)
+    assert records.board_values(tmp_path, "spike_rollback/ppl_delta") == 5
+    assert records.board_values(tmp_path, "niah_probe/accuracy") == 0
 
 
 def clipped(chunk: float, factor: float = 1.0) -> dict[str, float]:
     threshold = 0.5 * math.sqrt(32 / chunk) * factor if chunk else 1.0
-    return {"memory/chunk_size": chunk, "optim/clip_threshold": float(torch.tensor(threshold))}  # float32, as logged
+    return {
+        "chunk_size_scheduler/chunk_size": chunk,
+        "optim/clip_threshold": float(torch.tensor(threshold)),
+    }  # float32, as logged
 
 
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
-        ([clipped(32), clipped(7), clipped(7, 0.5), {"memory/chunk_size": 3.0}], None),
+        ([clipped(32), clipped(7), clipped(7, 0.5), {"chunk_size_scheduler/chunk_size": 3.0}], None),
         ([clipped(32), clipped(7, 1.00001)], "step 1, chunk 7: clipped at"),
         ([clipped(32), clipped(7, 0.25)], "the formula says"),
         ([], "0 rows"),
-        ([{"memory/chunk_size": 3.0}, {"optim/clip_threshold": 0.5}], "0 rows"),
-        ([clipped(32), {"memory/chunk_size": 3.0, "optim/clip_threshold": math.nan}], "1 not finite"),
+        ([{"chunk_size_scheduler/chunk_size": 3.0}, {"optim/clip_threshold": 0.5}], "0 rows"),
+        ([clipped(32), {"chunk_size_scheduler/chunk_size": 3.0, "optim/clip_threshold": math.nan}], "1 not finite"),
     ],
 )
 def test_g4_1_the_run_clipped_by_the_formula(metrics: Rows, words: str | None) -> None:
@@ -145,21 +150,23 @@ def test_g4_1_another_formula_fails() -> None:
 
 @pytest.mark.parametrize(("last", "passes"), [(0.0, True), (3.0, True), (4.0, False)])
 def test_g4_2_few_rollbacks(last: float, passes: bool) -> None:
-    rows = rows_of({"spike/rollbacks": 0.0}, {"spike/rollbacks": last}, {"train/loss": 1.0})
+    rows = rows_of({"spike_rollback/rollbacks": 0.0}, {"spike_rollback/rollbacks": last}, {"train/loss": 1.0})
     assert records.few_rollbacks(rows, "act").passed is passes
     assert not records.few_rollbacks(rows, "observe").passed
 
 
 @pytest.mark.parametrize(("last", "passes"), [(0.0, True), (9.0, True), (10.0, False)])
 def test_g4_3_few_spikes(last: float, passes: bool) -> None:
-    assert records.few_spikes(rows_of({"spike/count": 0.0}, {"spike/count": last})).passed is passes
+    assert records.few_spikes(rows_of({"spike_rollback/count": 0.0}, {"spike_rollback/count": last})).passed is passes
 
 
-@pytest.mark.parametrize("metrics", [[{"train/loss": 1.0}], [{"spike/count": math.nan, "spike/rollbacks": math.nan}]])
+@pytest.mark.parametrize(
+    "metrics", [[{"train/loss": 1.0}], [{"spike_rollback/count": math.nan, "spike_rollback/rollbacks": math.nan}]]
+)
 def test_g4_2_and_3_what_was_not_counted_is_not_zero(metrics: Rows) -> None:
-    with pytest.raises(ValueError, match="spike/rollbacks"):
+    with pytest.raises(ValueError, match="spike_rollback/rollbacks"):
         records.few_rollbacks(rows_of(*metrics), "act")
-    with pytest.raises(ValueError, match="spike/count"):
+    with pytest.raises(ValueError, match="spike_rollback/count"):
         records.few_spikes(rows_of(*metrics))
 
 

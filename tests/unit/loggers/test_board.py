@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
 LAYOUT = {
-    "Safeguards": {"perplexity": ["spike/ppl", "spike/ema"], "needle": ["niah/accuracy"]},
+    "Safeguards": {"perplexity": ["spike_rollback/ppl", "spike_rollback/ema"], "needle": ["niah_probe/accuracy"]},
     "Training": {"loss": ["val/loss"]},
 }
 PARAMS = {"model": {"dim": 16, "local_chunks": [4, 8], "residual": True, "memory": None}, "vocab_size": 257}
@@ -98,7 +98,7 @@ def a_run(folder: Path, status: str = "success", losses: tuple[float, ...] = (3.
     logger = BoardLogger(str(folder), LAYOUT)
     logger.log_hyperparams(PARAMS)
     for step, loss in enumerate(losses, first):
-        logger.log_metrics({"val/loss": loss, "spike/ppl": loss, "spike/ppl_delta": 0.0}, step)
+        logger.log_metrics({"val/loss": loss, "spike_rollback/ppl": loss, "spike_rollback/ppl_delta": 0.0}, step)
     logger.finalize(status)
 
 
@@ -111,7 +111,7 @@ def test_the_layout_reaches_tensorboard(tmp_path: Path) -> None:
         "Training": ["loss"],
     }
     drawn = set().union(*(board.drawn(tag) for tag in layout["Safeguards"]["perplexity"]))
-    assert drawn == {"spike/ppl"}, "spike/ppl_delta is another chart's"
+    assert drawn == {"spike_rollback/ppl"}, "spike_rollback/ppl_delta is another chart's"
 
 
 def test_tags_with_signs_of_regular_expressions_are_meant_literally() -> None:
@@ -208,14 +208,14 @@ def test_the_configured_layout_has_all_safeguards_on_one_page(tmp_path: Path) ->
     config = OmegaConf.load(ROOT / "conf/logger/default.yaml").tensorboard
     logger = instantiate(config, save_dir=str(tmp_path))
     assert isinstance(logger, BoardLogger)
-    logger.log_metrics({"niah/accuracy": 0.9, "niah/control": 0.0, "train/loss": 2.0}, 0)
+    logger.log_metrics({"niah_probe/accuracy": 0.9, "niah_probe/control": 0.0, "train/loss": 2.0}, 0)
     logger.finalize("success")
     board = Board(tmp_path / "tensorboard")
     layout = board.layout()
     assert list(layout) == ["Safeguards", "Training"]
     assert set().union(*(board.drawn(tag) for tag in layout["Safeguards"]["needle"])) == {
-        "niah/accuracy",
-        "niah/control",
+        "niah_probe/accuracy",
+        "niah_probe/control",
     }
     assert {"perplexity", "rollbacks", "gates", "chunk size", "clipping", "skipped steps"} <= set(layout["Safeguards"])
 

@@ -54,8 +54,9 @@ def test_the_fields_of_the_specification_are_always_there() -> None:
     full = row(3, 0.0, {name: float(i) for i, name in enumerate(FIELDS.values())})
     assert [full[field] for field in FIELDS] == list(range(len(FIELDS)))
     logged_as = {
-        "ppl_delta": "spike/ppl_delta", "niah_accuracy": "niah/accuracy", "chunk_size": "memory/chunk_size",
-        "clip_threshold": "optim/clip_threshold", "rollback_count": "spike/rollbacks",
+        "ppl_delta": "spike_rollback/ppl_delta", "niah_accuracy": "niah_probe/accuracy",
+        "chunk_size": "chunk_size_scheduler/chunk_size",
+        "clip_threshold": "optim/clip_threshold", "rollback_count": "spike_rollback/rollbacks",
     }  # fmt: skip
     for field, metric in logged_as.items():
         assert row(3, 0.0, {metric: 0.5})[field] == 0.5
@@ -84,7 +85,7 @@ def test_an_existing_file_is_continued(tmp_path: Path) -> None:
 
 def test_a_rollback_turns_the_optimizer_steps_back_and_the_timeline_forward(tmp_path: Path) -> None:
     done = [{"train/global_step": float(step)} for step in (1, 2, 3, 4)]
-    back = {"train/global_step": 2.0, "spike/timeline": 1.0}
+    back = {"train/global_step": 2.0, "spike_rollback/timeline": 1.0}
     log(tmp_path / "metrics.jsonl", *done, back, {"train/global_step": 3.0}, {"val/loss": 1.0})
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["seq"] for row in rows] == [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
@@ -93,13 +94,18 @@ def test_a_rollback_turns_the_optimizer_steps_back_and_the_timeline_forward(tmp_
 
 
 def test_a_timeline_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
-    log(tmp_path / "metrics.jsonl", {"spike/timeline": 2.0}, {"spike/timeline": math.nan}, {"train/loss": 1.0})
+    log(
+        tmp_path / "metrics.jsonl",
+        {"spike_rollback/timeline": 2.0},
+        {"spike_rollback/timeline": math.nan},
+        {"train/loss": 1.0},
+    )
     assert [row["timeline"] for row in read_rows(tmp_path / "metrics.jsonl")] == [2, 2, 2]
 
 
 def test_a_callback_in_mid_step_and_lightning_behind_it_share_a_row(tmp_path: Path) -> None:
     logger = JsonlLogger(str(tmp_path / "metrics.jsonl"))
-    logger.log_metrics({"niah/accuracy": 0.9}, step=7)
+    logger.log_metrics({"niah_probe/accuracy": 0.9}, step=7)
     logger.log_metrics({"train/loss": 2.0}, step=7)
     logger.finalize("success")
     (only,) = read_rows(logger.path)
@@ -108,7 +114,7 @@ def test_a_callback_in_mid_step_and_lightning_behind_it_share_a_row(tmp_path: Pa
 
 def test_numbers_and_timeline_go_on_in_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log(path, {"spike/timeline": 2.0}, {"train/loss": 1.0})
+    log(path, {"spike_rollback/timeline": 2.0}, {"train/loss": 1.0})
     log(path, {"train/loss": 1.0}, {"train/loss": 1.0})
     rows = read_rows(path)
     assert [row["seq"] for row in rows] == [0, 1, 2, 3]
@@ -231,3 +237,13 @@ def test_a_file_that_is_in_order_is_left_alone(tmp_path: Path) -> None:
     logger.resume_from_step(1)
     assert path.read_bytes() == before
     assert not (tmp_path / "metrics.cut.jsonl").exists()
+
+
+def test_rows_of_version_0_1_have_the_names_of_now(tmp_path: Path) -> None:
+    former = {"spike/ppl": 3.0, "niah/accuracy/layer_0": 0.5, "guard/outliers": 2.0, "train/loss": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"seq": 0, "step": 0, **former}) + "\n")
+    (found,) = read_rows(tmp_path / "metrics.jsonl")
+    assert found == {
+        "seq": 0, "step": 0, "spike_rollback/ppl": 3.0, "niah_probe/accuracy/layer_0": 0.5,
+        "outlier_guard/outliers": 2.0, "train/loss": 1.0,
+    }  # fmt: skip
