@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+# isort: split
 # README: from here
+import lightning as L
+
 from callbacks import SpikeRollback
 
 
