@@ -51,7 +51,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["+trainer.max_stepz=1"], ["trainer.max_stepz", "Trainer", "did you mean 'max_steps'"]),
         (["data.source.tokeniser=bytes"], ["data.source.tokeniser", "did you mean 'tokenizer'"]),
         (["+data.batchsize=1"], ["data.batchsize", "TokenDataModule", "did you mean 'batch_size'"]),
-        (["+callbacks.chekpoint.keep=3"], ["callbacks.chekpoint", "no _target_", "did you mean 'step_checkpoint'"]),
+        (["+callbacks.step_chekpoint.keep=3"], ["step_chekpoint", "no _target_", "did you mean 'step_checkpoint'"]),
         (["callbacks.progress=null"], ["callbacks.progress", "no _target_", "~callbacks.progress"]),
         (["~callbacks.progess"], ["callbacks.progess", "does not exist"]),
         (["data=text"], ["data.source.files is required"]),
@@ -83,7 +83,7 @@ def test_misspelled_keys_in_an_experiment_file(in_tmp: Path, capsys: pytest.Capt
     for name, content, words in [
         ("a", "model: {dimm: 3}", ["model.dimm", "did you mean 'dim'", "(in conf/experiment/a.yaml)"]),
         ("b", "trainer: {max_stepz: 3}", ["trainer.max_stepz", "did you mean 'max_steps'"]),
-        ("c", "callbacks: {chekpoint: {keep: 3}}", ["callbacks.chekpoint", "did you mean 'step_checkpoint'"]),
+        ("c", "callbacks: {step_chekpoint: {keep: 3}}", ["callbacks.step_chekpoint", "did you mean 'step_checkpoint'"]),
         ("d", "modle: {dim: 3}", ["modle", "did you mean 'model'"]),
         ("e", "model: {dim: 3", ["broken YAML", "e.yaml"]),
     ]:
