@@ -2,7 +2,7 @@
 
 Each part is a process of its own with a time limit, the most valuable first, and its figures are written when it ends:
 a part that crashes or takes too long costs itself alone. `--device cpu --toy` runs all of it small, as a test.
-`python -m benchmarks.gpu --draw docs/results/gpu.json docs/results/gpu_2.json` writes docs/gpu.md, a column for each.
+`python -m benchmarks.gpu --draw` writes docs/gpu.md from the runs in docs/results, a column for each.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 ROOT = Path(__file__).parents[1]
+RUNS = sorted((ROOT / "docs" / "results").glob("gpu*.json"))
 Figures = dict[str, Any]
 
 
@@ -300,7 +301,7 @@ def draw(runs: list[Figures]) -> str:
     """docs/gpu.md: a column for each run. A part that a run did not reach is empty there."""
     lines = [
         "# On a GPU", "", "`python -m benchmarks.gpu --out docs/results/gpu.json` measures, and "
-        "`python -m benchmarks.gpu --draw docs/results/gpu.json docs/results/gpu_2.json` writes this page.", "",
+        "`python -m benchmarks.gpu --draw` writes this page, with a column for each run there is.", "",
     ]  # fmt: skip
     for part in dict.fromkeys(part for figures in runs for part in figures):
         doc = (PARTS[part][0].__doc__ or "").splitlines()[0]
@@ -334,10 +335,10 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--draw", type=Path, nargs="+")
+    parser.add_argument("--draw", action="store_true")
     setting = parser.parse_args(namespace=Setting())
     if setting.draw:
-        (ROOT / "docs" / "gpu.md").write_text(draw([json.loads(path.read_text()) for path in setting.draw]))
+        (ROOT / "docs" / "gpu.md").write_text(draw([json.loads(path.read_text()) for path in RUNS]))
         return
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: this machine has no CUDA device: --device cpu --toy runs everything small")
