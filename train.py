@@ -18,6 +18,7 @@ from atlas_lm.cli import errors as cli
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.run_tokenizer import keep_tokenizer
+from atlas_lm.files import ROOT
 from atlas_lm.runs.lifecycle import close_run_folder, open_run_folder, result_of_sweep, write_resumed_metadata
 from atlas_lm.runs.report import Report, judge
 from atlas_lm.runs.resume import load_starting_weights, rewind_loggers
@@ -26,17 +27,14 @@ from atlas_lm.training.lightning_internals import count_recorded_steps
 from atlas_lm.training.module import AtlasModule
 from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, warn_unusual_settings
 
-ROOT = Path(__file__).parent
-
 
 def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
-    config = check_config(cfg)
-    done = result_of_sweep(cfg)
+    config, done = check_config(cfg), result_of_sweep(cfg)
     if done is not None:
         return done
     with preemption.preemptible(requeue_exit_code(cfg)):
-        with open_run_folder(cfg, ROOT) as resumes:
+        with open_run_folder(cfg) as resumes:
             report = fit(cfg, config, resumes)
         close_run_folder(cfg, report)
     return report
@@ -48,13 +46,13 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
     warn_unusual_settings(config, dm)
-    bytes_per_token = dm.validation_bytes / dm.validation_tokens if dm.validation_bytes else None
-    module = AtlasModule(config.model, config.optim, dm.vocab_size, bytes_per_token, dm.tokenizer_fingerprint)
+    text = dm.validation_bytes_per_token, dm.tokenizer_fingerprint
+    module = AtlasModule(config.model, config.optim, dm.vocab_size, *text)
     point = load_starting_weights(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
 
     held_out = f"{dm.held_out_fingerprint}, {cfg.data}, {cfg.trainer}, {config.precision}"
-    stats = RunStats(held_out, partial(write_resumed_metadata, cfg, ROOT) if resumes else None)
+    stats = RunStats(held_out, partial(write_resumed_metadata, cfg) if resumes else None)
     trainer = build_trainer(cfg, stats)
     if point is not None:
         rewind_loggers(trainer, point)

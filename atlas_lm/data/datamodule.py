@@ -159,6 +159,12 @@ class TokenDataModule(lightning.LightningDataModule):
         raw = self.held_out_bytes()
         return None if raw is None else len(raw)
 
+    @property
+    def validation_bytes_per_token(self) -> float | None:
+        """Of exactly these targets; None where they are no text."""
+        found = self.validation_bytes
+        return found / self.validation_tokens if found else None
+
     def held_out_bytes(self, split: Split = "validation") -> bytes | None:
         """The raw bytes of exactly the targets that the split's dataloader scores, in order; None: not text."""
         return self._dataset(split).scored_bytes(self.held_out_indices(split))

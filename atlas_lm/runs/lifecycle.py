@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.config.parsing import CONFIG
-from atlas_lm.files import next_free, write_atomically
+from atlas_lm.files import ROOT, next_free, write_atomically
 from atlas_lm.runs.environment import environment
 from atlas_lm.runs.folder import FINISHED, finished_runs, has_ended_well, mark_latest, write_identity
 from atlas_lm.runs.report import Report
@@ -27,7 +27,7 @@ LOCK, REPORT = ".lock", "report.json"
 
 
 @contextmanager
-def open_run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
+def open_run_folder(cfg: DictConfig) -> Iterator[bool]:
     """Hold the run's folder; True if a run is resumed there.
 
     Until it trains nothing of that run changes, see `write_resumed_metadata`.
@@ -43,7 +43,7 @@ def open_run_folder(cfg: DictConfig, root: Path) -> Iterator[bool]:
         if resumes and not cfg.resume:
             raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
         if not resumes:
-            write_atomically(run / "environment.json", json.dumps(environment(root), indent=2) + "\n")
+            write_atomically(run / "environment.json", json.dumps(environment(ROOT), indent=2) + "\n")
             write_identity(run, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
             write_atomically(run / CONFIG, configuration(cfg))
         yield resumes
@@ -72,10 +72,10 @@ def configuration(cfg: DictConfig) -> str:
 
 
 @rank_zero_only
-def write_resumed_metadata(cfg: DictConfig, root: Path) -> None:
+def write_resumed_metadata(cfg: DictConfig) -> None:
     """Training continues: its configuration and environment are the run's now, and its old report is withdrawn."""
     run = Path(cfg.paths.run)
-    now = environment(root)
+    now = environment(ROOT)
     try:
         then = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
