@@ -20,8 +20,8 @@ from callbacks import SpikeRollback
 
 
 def fit(module, training, validation, folder, callbacks=(), **settings):
-    module.held_out_loss = module.loss  # all that it asks of a module: the mean loss of a validation batch
-    rollback = SpikeRollback(folder, threshold=0.05, every_n_steps=5, max_rollbacks=3)
+    module.held_out_loss = module.loss  # all that it asks of a module: the mean loss of a batch
+    rollback = SpikeRollback(folder, threshold=0.05, every_n_steps=5, max_rollbacks=3, rows=64)  # 64 held-out samples
     trainer = L.Trainer(max_steps=60, callbacks=[*callbacks, rollback], **settings)
     trainer.fit(module, training, validation)
     return rollback
