@@ -19,9 +19,8 @@ from atlas_lm.files import sha256, write_atomically
 
 MANIFEST = "manifest.json"
 
-Position = tuple[
-    float, int
-]  # logging steps, which never go back, and optimizer steps of a checkpoint: what orders them
+# logging steps, which never go back, and optimizer steps of a checkpoint: what orders them
+Position = tuple[float, int]
 
 
 def verify(path: str | Path) -> str | None:

@@ -19,10 +19,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import OmegaConf, ValidationError
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from atlas_lm.config.names import nearest
 
@@ -61,14 +63,27 @@ def parse(options: type[T], arguments: Sequence[str], command: str = "") -> T:
     for f in fields(options):  # type: ignore[arg-type]
         if is_required(f) and given.get(f.name, "") == "":
             raise ValueError(f"{f.name}= is missing: {help_of(options, f)}; --help lists all options")
-    typed = OmegaConf.structured(options)
-    for name, value in given.items():
-        optional = NoneType in get_args(kinds[name])
-        try:
-            typed[name] = None if optional and value in ("none", "None", "null") else value
-        except ValidationError:
-            raise ValueError(f"{name}={value} must be {in_words(kinds[name])}") from None
-    return OmegaConf.to_object(typed)  # type: ignore[return-value]
+    return options(**{name: typed(options, name, value, kinds[name]) for name, value in given.items()})
+
+
+def typed(options: type, name: str, value: Any, kind: Any) -> Any:
+    """The value of an option in its type. ValueError naming both if it cannot be.
+
+    Text stays as it was typed: to OmegaConf "${x}" is a reference, and "???" a value that is missing.
+    """
+    wanted = {k for k in get_args(kind) or (kind,) if k is not NoneType}
+    if NoneType in get_args(kind) and value in ("none", "None", "null"):
+        return None
+    if kind == list[str] or str in wanted:
+        return value
+    if Path in wanted:
+        return Path(value)
+    config = OmegaConf.structured(options)
+    try:
+        config[name] = value
+        return config[name]
+    except OmegaConfBaseException:
+        raise ValueError(f"{name}={value} must be {in_words(kind)}") from None
 
 
 def in_words(kind: Any) -> str:

@@ -98,11 +98,13 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
     path = Path(resume)
     if path.is_file():
         run = path.resolve().parent.parent
-        here = position(path)
-        # several files may hold the same moment: last.ckpt, interrupted.ckpt, a snapshot; damaged ones do not count
-        later = (file for file in checkpoints_in(path.resolve().parent) if position(file) > here)
-        continues = (run / CONFIG).is_file() and all(why_unusable(file) is not None for file in later)
-        return run if continues else None
+        if not (run / CONFIG).is_file():
+            return None
+        here, others = position(path), {file: position(file) for file in checkpoints_in(run / "checkpoints")}
+        # several files may hold one moment: last.ckpt, interrupted.ckpt, a snapshot; damaged later ones do not count
+        later = [file for file, found in others.items() if found > here]
+        newest = here in others.values() and all(why_unusable(file) is not None for file in later)
+        return run if newest else None
     try:
         return resolve_run(path, outputs)
     except ValueError:

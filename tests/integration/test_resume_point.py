@@ -13,6 +13,7 @@ from atlas_lm import files
 from atlas_lm.checkpoints import manifest
 from atlas_lm.checkpoints.io import AtomicCheckpointIO
 from atlas_lm.runs import resume
+from atlas_lm.runs.resolve import run_folder
 from atlas_lm.runs.stats import RunStats
 from tests.support.launching import only_run, small_run
 
@@ -110,3 +111,16 @@ def test_what_is_trusted_is_that_file_once(cut: Path) -> None:
 
 def test_a_runs_counters_keep_the_name_that_stored_checkpoints_have() -> None:
     assert RunStats().state_key == "RunRecorder"
+
+
+def test_a_file_that_is_none_of_the_runs_newest_begins_a_run_of_its_own(cut: Path) -> None:
+    """One that a rollback abandoned, or that lies elsewhere in the run's folder, is not where that run ended."""
+    newest = (cut / "checkpoints" / "last.ckpt").resolve()
+    outputs, name = str(cut.parents[1]), cut.parent.name
+    assert run_folder(str(newest), outputs, name, "new") == str(cut.resolve())
+    content = torch.load(newest, weights_only=True)
+    content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] += 5
+    for path in (newest.with_name("snapshot-7.ckpt.abandoned1"), cut / "elsewhere" / "x.ckpt"):
+        path.parent.mkdir(exist_ok=True)
+        torch.save(content, path)
+        assert run_folder(str(path), outputs, name, "new") == str(cut.parent / "new")

@@ -136,3 +136,16 @@ def test_a_module_as_a_process() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: unknown argument 'ot=x'")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["${oc.env:PATH}", "${x}", "???", "a: b", "[1", "null", " x "])
+def test_text_stays_as_it_was_typed(text: str) -> None:
+    assert parse(Plain, [f"run={text}"]).run == text
+    assert parse(Plain, ["run=a", f"folder={text}"]).folder == Path(text)
+    assert parse(WithRest, [text]).paths == [text]
+
+
+@pytest.mark.parametrize("value", ["${x}", "???", "${oc.env:PATH}"])
+def test_references_are_no_numbers(value: str) -> None:
+    with pytest.raises(ValueError, match=r"steps=.* must be a whole number"):
+        parse(Plain, ["run=a", f"steps={value}"])
