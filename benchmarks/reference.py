@@ -75,7 +75,7 @@ class Metric(NamedTuple):
     """Every step; at an interval; or the event that it reports, after which a healthy run does not have it."""
 
 
-STEP, PROBE, LOOK, VALIDATION = "logging steps", "at probes", "at evaluations", "validations"
+STEP, PROBE, CHECK, VALIDATION = "logging steps", "at probes", "at evaluations", "validations"
 EVENT = "when it happens"
 METRICS = {
     "train/loss": Metric("nats per token", "mean loss of the batch", "module", STEP),
@@ -92,13 +92,14 @@ METRICS = {
     "recall/accuracy": Metric("share", "right answers", "module", "validations on data=recall"),
     "memory/norm/layer_<i>": Metric("", "norm of W − W_init after the first validation sequence", "module",
                                     "validations"),
-    "gate_monitor/mean": Metric("", "mean of the gates of the last training step", "gate_monitor", LOOK),
-    "gate_monitor/std": Metric("", "their standard deviation", "gate_monitor", LOOK),
-    "gate_monitor/polarised": Metric("share", "gates below `low` or above `high`", "gate_monitor", LOOK),
+    "gate_monitor/mean": Metric("", "mean of the gates of the last training step", "gate_monitor", CHECK),
+    "gate_monitor/std": Metric("", "their standard deviation", "gate_monitor", CHECK),
+    "gate_monitor/polarised": Metric("share", "gates below `low` or above `high`", "gate_monitor", CHECK),
     "chunk_size_scheduler/chunk_size": Metric("tokens", "largest local chunk", "chunk_size_scheduler", STEP),
     "memory_contribution/perplexity_rise": Metric("share", "rise of the held-out perplexity when "
         "the memory's output is zeroed; 0.2 is "
                                   "20 %", "memory_contribution", PROBE),
+    "memory_contribution/step": Metric("optimizer steps", "when that was measured", "memory_contribution", PROBE),
     "niah_probe/accuracy": Metric("cosine", "of the needle and what is retrieved for its "
         "key, mean over layers, memories, "
                             "heads and needles", "niah_probe", PROBE),
@@ -107,10 +108,10 @@ METRICS = {
     "niah_probe/retained": Metric("cosine", "with the gates that the model opens for text", "niah_probe", PROBE),
     "niah_probe/overhead_percent": Metric("%", "share of the training time that probes took", "niah_probe", PROBE),
     "niah_probe/step": Metric("optimizer steps", "when the needle was probed", "niah_probe", PROBE),
-    "spike_rollback/ppl": Metric("", "perplexity of the fixed held-out batch", "spike_rollback", LOOK),
-    "spike_rollback/ema": Metric("", "its moving average before this evaluation", "spike_rollback", LOOK),
-    "spike_rollback/ppl_delta": Metric("share", "its rise above that average; 0.05 is 5 %", "spike_rollback", LOOK),
-    "spike_rollback/threshold": Metric("share", "the rise that is a spike", "spike_rollback", LOOK),
+    "spike_rollback/ppl": Metric("", "perplexity of the fixed held-out batch", "spike_rollback", CHECK),
+    "spike_rollback/ema": Metric("", "its moving average before this evaluation", "spike_rollback", CHECK),
+    "spike_rollback/ppl_delta": Metric("share", "its rise above that average; 0.05 is 5 %", "spike_rollback", CHECK),
+    "spike_rollback/threshold": Metric("share", "the rise that is a spike", "spike_rollback", CHECK),
     "spike_rollback/count": Metric("", "spikes so far", "spike_rollback", STEP),
     "spike_rollback/rollbacks": Metric("", "rollbacks so far", "spike_rollback", STEP),
     "spike_rollback/timeline": Metric("", "number of the timeline, the rollbacks so far", "spike_rollback", STEP),
@@ -339,7 +340,7 @@ def config_page() -> str:
     parts += ["## Experiments and sweeps", ""]
     chosen = [
         (f"+{p.parent.name}={p.stem}", head_comment(p))
-        for g in ("experiment", "sweep")
+        for g in ("experiment", "debug", "sweep")
         for p in sorted(CONF.glob(f"{g}/*.yaml"))
     ]
     parts += [rows_of("argument|what it is", [(code(name), about) for name, about in chosen])]

@@ -42,32 +42,33 @@ __all__ = [
     "WeightIntegrity",
 ]
 
-# Imported when they are asked for: a program that takes one safeguard pays for one.
+# Imported when they are asked for: a program that takes one safeguard pays for one. The package's own name is not
+# written here: a copy under another name works too.
 _HOME = {
-    "ChunkSizeScheduler": "callbacks.chunk_size_scheduler",
-    "GateMonitor": "callbacks.gate_monitor",
-    "HangWatch": "callbacks.hang_watch",
-    "Interrupt": "callbacks.interrupt",
-    "LossWeightSchedule": "callbacks.loss_weight_schedule",
-    "MemoryContribution": "callbacks.memory_contribution",
-    "NiahProbe": "callbacks.niah_probe",
-    "NonfiniteGuard": "callbacks.nonfinite_guard",
-    "OutlierGuard": "callbacks.outlier_guard",
-    "PersistentMemoryCheck": "callbacks.persistent_memory_check",
-    "ProactiveClipping": "callbacks.proactive_clipping",
-    "RandomState": "callbacks.random_state",
-    "RankAgreement": "callbacks.rank_agreement",
-    "SpikeRollback": "callbacks.spike_rollback",
-    "StepCheckpoint": "callbacks.step_checkpoint",
-    "TrainingProgress": "callbacks.progress",
-    "WeightIntegrity": "callbacks.weight_integrity",
+    "ChunkSizeScheduler": "chunk_size_scheduler",
+    "GateMonitor": "gate_monitor",
+    "HangWatch": "hang_watch",
+    "Interrupt": "interrupt",
+    "LossWeightSchedule": "loss_weight_schedule",
+    "MemoryContribution": "memory_contribution",
+    "NiahProbe": "niah_probe",
+    "NonfiniteGuard": "nonfinite_guard",
+    "OutlierGuard": "outlier_guard",
+    "PersistentMemoryCheck": "persistent_memory_check",
+    "ProactiveClipping": "proactive_clipping",
+    "RandomState": "random_state",
+    "RankAgreement": "rank_agreement",
+    "SpikeRollback": "spike_rollback",
+    "StepCheckpoint": "step_checkpoint",
+    "TrainingProgress": "progress",
+    "WeightIntegrity": "weight_integrity",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

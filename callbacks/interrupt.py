@@ -72,6 +72,7 @@ class Interrupt(Checkpoint):
         if not received:
             return
         save(trainer, self.path)
+        rank_zero_info(f"saved {self.path}")
         if received == signal.SIGINT:
             raise KeyboardInterrupt
         name = self._name(received)

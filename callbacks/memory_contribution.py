@@ -3,6 +3,7 @@
 Watches:  the loss at positions that attention cannot fully see, with and without the memory, every `every_n_steps`.
 Acts:     warns when the memory makes the prediction worse by more than `tolerance` (relative, of the perplexity).
 Logs:     memory_contribution/perplexity_rise: the share by which the perplexity rises without the memory; 0.2 is 20 %.
+          memory_contribution/step: the optimizer step at which that was measured.
 Requires: HasMemoryContribution and a validation loader.
 Source:   C1b. The needle says that the memory holds what is written; this says that the model uses it.
 """
@@ -72,7 +73,7 @@ class MemoryContribution(Callback):
             if trainer.is_global_zero:
                 log.warning("memory_contribution/perplexity_rise is not measured: %s", error)
             return
-        record_start(trainer, {"memory_contribution/perplexity_rise": gain})
+        record_start(trainer, self._values(gain, trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,10 +82,13 @@ class MemoryContribution(Callback):
         if self._batch is None or accumulates(trainer) or trainer.global_step % self.every_n_steps:
             return
         gain = self.measure(trainer, pl_module)
-        record(trainer, {"memory_contribution/perplexity_rise": gain})
+        record(trainer, self._values(gain, trainer.global_step))
         wrong = self.judge(gain, trainer.global_step)
         if wrong and trainer.is_global_zero:
             log.warning(wrong)
+
+    def _values(self, gain: float, step: int) -> dict[str, float]:
+        return {"memory_contribution/perplexity_rise": gain, "memory_contribution/step": step}
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """Relative rise of the perplexity when the memory's output is zeroed, over all ranks."""

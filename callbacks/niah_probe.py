@@ -7,7 +7,8 @@ Acts:     warns below `threshold`, or stops all ranks together (`on_failure: sto
 Logs:     niah_probe/accuracy (mean over layers, memories, heads and needles), niah_probe/accuracy/layer_<i>,
           niah_probe/control, niah_probe/retained (with the text's gates: how much the model chooses to write and keep;
           not judged),
-          niah_probe/overhead_percent; to TensorBoard a heat map, layer by depth of the needle in the haystack.
+          niah_probe/overhead_percent (after the first step); to TensorBoard a heat map, layer by depth of the needle
+          in the haystack.
 Requires: HasWritableMemory and a validation loader.
 Source:   C1.
 """
@@ -151,7 +152,8 @@ class NiahProbe(Callback):
         values |= {f"niah_probe/accuracy/layer_{i}": float(value) for i, value in enumerate(buried)}
         self._draw(trainer, accuracy_LD)
         self.probes, self.seconds = self.probes + 1, self.seconds + time.perf_counter() - start
-        values["niah_probe/overhead_percent"] = self.overhead_percent()
+        if trainer.global_step:  # before that there is no training to compare with
+            values["niah_probe/overhead_percent"] = self.overhead_percent()
         values["niah_probe/step"] = trainer.global_step
         record(trainer, values)
         wrong = self.judge(mean, control, trainer.global_step)

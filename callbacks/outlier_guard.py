@@ -2,7 +2,7 @@
 
 Watches:  the loss of every optimizer step, the worst rank's, against the median of the last `window` accepted ones.
 Acts:     drops the gradients of an outlier on all ranks together: weights and moments stay. When `streak` or more in a
-          row are over, demands a rollback of the first callback that can (`CanRollBack`), so that the steps which they
+          row are over, requests a rollback of the first callback that can (`CanRollBack`), so that the steps which they
           cost are trained after all. More than `max_consecutive` in a row raise LossOutliers on all ranks.
 Logs:     outlier_guard/outliers, when it grows.
 Requires: any LightningModule with automatic optimization. Keeps the window in the checkpoint.

@@ -62,7 +62,7 @@ class TrainingProgress(RichProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
-        self._started = self._shown = time.monotonic()
+        self._started, self._shown = time.monotonic(), -math.inf  # the first line comes with the first step
         self._first_step = trainer.global_step
 
     def on_train_batch_end(
@@ -98,7 +98,9 @@ class TrainingProgress(RichProgressBar):
         """`step 120/600  loss 2.31  ppl 10.1  tokens/s 8,400  ETA 3:12`"""
         done = trainer.global_step - self._first_step
         total = trainer.max_steps if trainer.max_steps > 0 else math.nan
-        left = (now - self._started) / done * (total - trainer.global_step) if done else math.nan
+        remaining = total - trainer.global_step
+        known = done > 1 or not remaining  # the first one warms up
+        left = (now - self._started) / done * remaining if done and known else math.nan
         of = f"/{total}" if trainer.max_steps > 0 else ""
         values = "".join(f"  {name} {value}" for name, value in self.get_metrics(trainer, None).items())  # type: ignore[arg-type]
         return f"step {trainer.global_step}{of}{values}  ETA {clock(left)}"

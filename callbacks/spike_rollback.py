@@ -69,8 +69,9 @@ class SpikeRollback(Checkpoint):
     """Keeps snapshots of healthy moments and goes back to one when the run is no longer healthy.
 
     `threshold`: relative rise of the perplexity above its moving average that is a spike. `smoothing`: weight of the
-    newest value in that average. `rows`: sequences of the held-out batch, per rank. `cool_down_steps`: training steps
-    after a rollback in which only what is not finite is a spike.
+    newest value in that average. `rows`: rows (samples, sequences) of the held-out batch, per rank, from as many
+    validation batches as it takes; None: the first validation batch. The fewer, the more the perplexity of a healthy
+    run moves about. `cool_down_steps`: training steps after a rollback in which only what is not finite is a spike.
 
     A `Checkpoint` by type: Lightning runs these after all other callbacks. ValueError: a value out of its range.
     """
@@ -86,15 +87,16 @@ class SpikeRollback(Checkpoint):
         max_rollbacks: int = 3,
         cool_down_steps: int = 0,
         smoothing: float = 0.8,
-        rows: int = 1,
+        rows: int | None = None,
         watch: str = "held_out",
         mode: str = "act",
     ) -> None:
         check(
             "spike_rollback", every_n_steps=(every_n_steps, at_least(1)), keep_last=(keep_last, at_least(2)),
             max_rollbacks=(max_rollbacks, at_least(0)), cool_down_steps=(cool_down_steps, at_least(0)),
-            rows=(rows, at_least(1)), threshold=(threshold, above(0, "0.05 means 5 %")), smoothing=(smoothing, share()),
-            watch=(watch, one_of("held_out", "training_loss")), mode=(mode, one_of("act", "observe")),
+            rows=(1 if rows is None else rows, at_least(1)), threshold=(threshold, above(0, "0.05 means 5 %")),
+            smoothing=(smoothing, share()), watch=(watch, one_of("held_out", "training_loss")),
+            mode=(mode, one_of("act", "observe")),
         )  # fmt: skip
         self.folder = Path(folder)
         self.threshold, self.every_n_steps, self.keep_last = threshold, every_n_steps, keep_last

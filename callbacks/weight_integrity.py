@@ -2,14 +2,14 @@
 
 Watches:  one 64-bit sum over the bits of each parameter and of each tensor of the optimizer's state, from the end of an
           optimizer step to the moment before the next: forward, backward, validation, all that lies between. Not the
-          buffers, as modules rightly change those in forward (BatchNorm). Any single changed bit changes the sum.
-Acts:     drops the gradients on all ranks together, warns with ranks and names, and demands a rollback of the first
+          buffers, which modules may change in forward (BatchNorm). Any single changed bit changes the sum.
+Acts:     drops the gradients on all ranks together, warns with ranks and names, and requests a rollback of the first
           callback that can (`CanRollBack`). Without one, or if the damage is still there at the next step, raises
           WeightsCorrupted on all ranks.
 Logs:     weight_integrity/corruptions, when it grows.
 Requires: a LightningModule with automatic optimization. The sums and the count travel in the checkpoint and in the
-          snapshots of a rollback, so that restored weights are held to the sums of their own time; a new fit begins
-          with new sums.
+          snapshots of a rollback, so that restored weights are compared with the sums of their own time; a new fit
+          begins with new sums.
 Source:   silent data corruption strikes without NaN: no safeguard that looks at values or losses sees a small one.
 """
 
@@ -45,7 +45,7 @@ class WeightIntegrity(Callback):
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self.corruptions = 0  # steps at which some were found, rolled back ones included
         self._expected: Fingerprint | dict[str, int] | None = None  # None: within an optimizer step
-        self._requested: int | None = None  # step at which a rollback was demanded that has not come yet
+        self._requested: int | None = None  # step at which a rollback was requested that has not come yet
         self._parameters: dict[str, Tensor] = {}
         self._sums = BitSums()
 
@@ -92,14 +92,15 @@ class WeightIntegrity(Callback):
         self.corruptions += 1
         record(trainer, {"weight_integrity/corruptions": self.corruptions})
         step = trainer.global_step
-        reason = f"weights changed outside the optimizer before step {step}: {'; '.join(_told(wrong))}"
+        reason = f"weights changed outside the optimizer before step {step}"
+        found = f"{reason}: {'; '.join(_by_rank(wrong))}"
         if trainer.is_global_zero:
-            log.warning("%s", reason)
+            log.warning("%s", found)
         able = who_can_roll_back(trainer)
         if able is None or self._requested is not None:
-            failed = "" if able is None else f" (the rollback demanded at step {self._requested} did not repair them)"
+            failed = "" if able is None else f" (the rollback requested at step {self._requested} did not repair them)"
             raise WeightsCorrupted(
-                f"{reason}{failed}: resume the last checkpoint; if it happens again on the same machine, its memory is "
+                f"{found}{failed}: resume the last checkpoint; if it happens again on the same machine, its memory is "
                 "bad"
             )
         self._requested = step
@@ -152,7 +153,7 @@ def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [state if isinstance(state, dict) else {} for state in optimizer.state.values()]
 
 
-def _told(wrong: list[list[str]]) -> list[str]:
+def _by_rank(wrong: list[list[str]]) -> list[str]:
     """For each rank that found something: what."""
     return [
         f"rank {rank}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"

@@ -98,7 +98,7 @@ class EmptyDocuments:
         """Log how many there are of each split."""
         for split, names in self._empty.items():
             log.log(
-                self._level, "%d of %d documents of the %s split hold no text, such as %s",
+                self._level, "data: %d of %d documents of the %s split hold no text, such as %s",
                 len(names), self._total[split], split, names[0],
             )  # fmt: skip
 

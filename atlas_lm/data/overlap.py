@@ -82,7 +82,7 @@ class Overlap:
     @rank_zero_only
     def _warn(self, split: Split, others: str, found: list[tuple[str, int]]) -> None:
         log.log(
-            self._level, "%d of %d documents of the %s split, %d bytes, are in the %s split too, such as %s: "
+            self._level, "data: %d of %d documents of the %s split, %d bytes, are in the %s split too, such as %s: "
             "they are left out of the %s split",
             len(found), len(found) + self._kept[split], split, sum(n for _, n in found), others, found[0][0], split,
         )  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from atlas_lm.config.parsing import CONFIG
 from atlas_lm.files import ROOT, next_free, write_atomically
@@ -19,6 +21,7 @@ from atlas_lm.runs.environment import environment
 from atlas_lm.runs.folder import FINISHED, finished_runs, has_ended_well, mark_latest, write_identity
 from atlas_lm.runs.report import Report
 from atlas_lm.runs.resolve import AUTO
+from atlas_lm.runs.stats import RunStats
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,12 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def stats_of(cfg: DictConfig, held_out_text: str, resumes: bool) -> RunStats:
+    """The statistics of a run that is about to train; when it does, `write_resumed_metadata`, if it is resumed."""
+    measured = f"{held_out_text}, {cfg.data}, {cfg.trainer}, {cfg.precision}"
+    return RunStats(measured, partial(write_resumed_metadata, cfg) if resumes else None)
+
+
 def configuration(cfg: DictConfig) -> str:
     """What a run folder holds of its configuration. `resume` is left out: it says how this process came to the run."""
     return OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True)
@@ -92,11 +101,40 @@ def write_resumed_metadata(cfg: DictConfig) -> None:
 
 def archive_if_changed(path: Path, text: str) -> None:
     """Rename `path` to <stem>.<n><suffix> if it holds something other than `text`."""
-    if not path.is_file() or path.read_text(encoding="utf-8") == text:
+    if not path.is_file():
+        return
+    before = path.read_text(encoding="utf-8")
+    if before == text:
         return
     aside = next_free(path)
     path.rename(aside)
-    log.info("%s differs from that of the run so far, which is kept as %s", path.name, aside.name)
+    log.info("%s changes in %s; as it was so far it is kept as %s", path.name, changed_keys(before, text), aside.name)
+
+
+def changed_keys(before: str, now: str, shown: int = 6) -> str:
+    """Names of the settings in which two YAML or JSON texts differ, as train.py takes them."""
+    old, new = (settings_in(text) for text in (before, now))
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def settings_in(text: str) -> dict[str, Any]:
+    """Dotted name → value. Of a text that is broken, or holds no settings: the text itself, under a name for all."""
+    try:
+        found = OmegaConf.create(text)
+    except (ValueError, OSError, YAMLError):
+        return {"all": text}
+    flat: dict[str, Any] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                visit(f"{name}.{key}" if name else str(key), inner)
+        else:
+            flat[name] = value
+
+    visit("", OmegaConf.to_container(found))
+    return flat
 
 
 def delete_stale_report(run: Path) -> None:
@@ -105,10 +143,14 @@ def delete_stale_report(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
+def is_sweep() -> bool:
+    """Whether Hydra runs this process's job as one of several (-m)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def result_of_sweep(cfg: DictConfig) -> Report | None:
     """The report of a run that a sweep which is resumed has finished before; None: there is something to train."""
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    if hydra is None or hydra.mode != RunMode.MULTIRUN or cfg.resume != AUTO:
+    if not is_sweep() or cfg.resume != AUTO:
         return None
     run = Path(cfg.paths.run)
     if not has_ended_well(run):

@@ -26,6 +26,7 @@ Report = dict[str, Any]
 # Bytes of text below which the verdict compares with no compressor: of a short text their headers (18 and 60 bytes) and
 # the empty window that they begin with are most of what they need, whatever the model is worth. gzip's window.
 LEAST_BYTES = 32_768
+WORTHLESS = 8.0  # bits per byte: what the bytes take as they are
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int) -> float:
@@ -75,6 +76,7 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
         "needle_accuracy": stats.training.get("niah_probe/accuracy"),
         "needle_at_step": count(stats.training.get("niah_probe/step")),
         "memory_contribution": stats.training.get("memory_contribution/perplexity_rise"),
+        "memory_contribution_at_step": count(stats.training.get("memory_contribution/step")),
         "parameters": sum(p.numel() for p in module.parameters()),
         "precision": str(trainer.precision),
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -167,7 +169,9 @@ def quality(report: Report) -> str:
         )
         lost = report.get("lost_characters") or 0.0
         without = f" without the {lost:.2%} of its characters that the tokenizer loses" if lost else ""
-        if size < LEAST_BYTES:
+        if bits >= WORTHLESS:
+            against = f"no fewer than the {WORTHLESS:g} that a byte has: the model is useless"
+        elif size < LEAST_BYTES:
             against = f"{size} bytes are too few to compare with gzip and xz, which need {LEAST_BYTES} to get going"
         return f"{bits:.3f} bits per byte on held-out text{without}, {against}"
     accuracy, chance = report.get("recall_accuracy"), report.get("recall_chance")

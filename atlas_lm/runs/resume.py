@@ -13,7 +13,7 @@ from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from atlas_lm.checkpoints.listing import Usable, newest_examined
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.runs.init_from import weights_to_start_from
-from atlas_lm.runs.resolve import AUTO, examined_checkpoint
+from atlas_lm.runs.resolve import AUTO, examined_checkpoint, unfinished_run
 from atlas_lm.training.load import check_same_model, load_weights
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,18 @@ def _examined(config: TrainConfig) -> Usable | None:
                 f"resume=auto: no checkpoint of {config.paths.run!r} is intact: "
                 "start again without resume=, or restore one"
             )
-        rank_zero_info("resume=auto: there is no unfinished run of %s, a new one begins", config.name)
+        rank_zero_info("resume=auto: %s", nothing_to_resume(Path(config.paths.outputs), config.name))
     return found
+
+
+def nothing_to_resume(outputs: Path, name: str) -> str:
+    """That a new run of `name` begins, and which others wait: whoever forgot `+experiment=` meant one of these."""
+    folders = [path for path in outputs.iterdir() if path.is_dir() and path.name != name] if outputs.is_dir() else []
+    waiting = sorted(path.name for path in folders if unfinished_run(path) is not None)
+    hint = (
+        f"; unfinished are {', '.join(waiting)}: name=<one of them>, with its settings, resumes it" if waiting else ""
+    )
+    return f"there is no unfinished run of {name!r}, a new one begins{hint}"
 
 
 def rank() -> int:

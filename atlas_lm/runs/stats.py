@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from atlas_lm.loggers.jsonl import current_name
+from atlas_lm.training.lightning_internals import count_recorded_steps
 
 METRICS = "callback_metrics"
 
@@ -54,8 +55,12 @@ class RunStats(Callback):
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._restored.items()})
             self._restored = {}
 
-    def skip_training(self) -> None:
-        """The checkpoint is of the last step, so Lightning does not start: what it had logged is what there is."""
+    def skip_training(self, trainer: Trainer, recorded: int) -> None:
+        """The checkpoint is of the last step, so Lightning does not start: what it had logged is what there is.
+
+        `recorded`: steps in the loggers. Lightning leaves before it counts them.
+        """
+        count_recorded_steps(trainer, recorded)
         self._begin()
         self.training = self._restored
 

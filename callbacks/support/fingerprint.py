@@ -91,11 +91,10 @@ class Fingerprint:
         """The sums by name, modulo 2⁶⁴; waits for the devices."""
         found: dict[str, int] = {}
         for of, sums, ends in zip(self.views, self.sums, self.ends, strict=True):
-            data, at = ends.cpu().numpy().tobytes(), 0
-            parts = list(zip(of.names, sums.tolist(), strict=True))
+            data, parts = ends.cpu().numpy().tobytes(), list(zip(of.names, sums.tolist(), strict=True))
             for name, x in of.ends:
-                parts.append((name, _sum_of(data[at : at + len(x)])))
-                at += len(x)
+                parts.append((name, _sum_of(data[: len(x)])))
+                data = data[len(x) :]
             for name, value in parts:
                 found[name] = (found.get(name, 0) + value) % 2**64
         return found
@@ -117,14 +116,9 @@ class BitSums:
         if not same or list(map(Tensor.data_ptr, local)) != self._addresses:
             self._make_views(local, names())
         made = self._views
-        return Fingerprint(
-            made,
-            [
-                torch.cat([rows.sum(1) for rows in of.words]) if of.words else torch.zeros(0, device="cpu")
-                for of in made
-            ],
-            [torch.cat([x for _, x in of.ends]) if of.ends else torch.zeros(0, device="cpu") for of in made],
-        )
+        nothing = [torch.zeros(0, device="cpu")]
+        sums = [torch.cat([rows.sum(1) for rows in of.words] or nothing) for of in made]
+        return Fingerprint(made, sums, [torch.cat([x for _, x in of.ends] or nothing) for of in made])
 
     def _make_views(self, local: list[Tensor], names: list[str]) -> None:
         held = [(name, x, _flat(x)) for name, x in zip(names, local, strict=True) if x.numel()]

@@ -3,6 +3,7 @@
 A probe must leave training bitwise as it was: no gradient, no random number, no mode of a module may differ after it.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from callbacks.support.lightning_internals import logging_step
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -42,10 +45,12 @@ def reshard(pl_module: LightningModule) -> None:
             module.reshard()
 
 
-def held_out_batch(trainer: Trainer, rows: int, asker: str) -> Any:
-    """The first `rows` rows of this rank's first validation batch, on its device; the same at every call.
+def held_out_batch(trainer: Trainer, rows: int | None, asker: str) -> Any:
+    """The first `rows` rows of this rank's validation data as one batch, on its device; the same at every call.
 
-    ValueError, naming who asks, if the Trainer has no validation data.
+    None: the first validation batch as it is. Where there are fewer rows, or batches that cannot be joined because
+    their tensors differ in more than the number of rows, those that there are, with a warning. ValueError, naming who
+    asks, if the Trainer has no validation data.
     """
     loaders = trainer.val_dataloaders
     if loaders is None:
@@ -55,9 +60,37 @@ def held_out_batch(trainer: Trainer, rows: int, asker: str) -> Any:
         )
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     with torch.random.fork_rng([]):  # an iterator draws a seed for its workers
-        batch = next(iter(loader))
-    batch = tree_map(lambda x: x[:rows] if isinstance(x, Tensor) and x.dim() else x, batch)
+        batches = iter(loader)
+        batch = next(batches)
+        while rows is not None and 0 < rows_of(batch) < rows:
+            joined = _joined(batch, next(batches, None))
+            if joined is None:
+                break
+            batch = joined
+    if rows is not None:
+        if 0 < rows_of(batch) < rows and trainer.is_global_zero:
+            log.warning(
+                "%s: rows=%d held-out rows are asked for, the validation loader gives %d: it measures on these",
+                asker, rows, rows_of(batch),
+            )  # fmt: skip
+        batch = tree_map(lambda x: x[:rows] if isinstance(x, Tensor) and x.dim() else x, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def rows_of(batch: Any) -> int:
+    """Of a batch's first tensor that has any; 0 where none has."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+
+def _joined(batch: Any, following: Any) -> Any:
+    """Both as one batch; None where there is no following one, or it is of another form."""
+    leaves, spec = tree_flatten(batch)
+    others, other_spec = tree_flatten(following)
+    alike = spec == other_spec and all(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() > 0 and x.shape[1:] == y.shape[1:]
+        for x, y in zip(leaves, others, strict=True)
+    )
+    return tree_unflatten([torch.cat(pair) for pair in zip(leaves, others, strict=True)], spec) if alike else None
 
 
 def record(trainer: Trainer, values: Mapping[str, float]) -> None:

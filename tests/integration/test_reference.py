@@ -40,7 +40,7 @@ def test_every_callback_is_exported() -> None:
         for name in re.findall(
             r"^class (\w+)\(\w*(?:Callback|Checkpoint|ProgressBar)\):", path.read_text(), re.MULTILINE
         ):
-            found[name] = f"callbacks.{path.stem}"
+            found[name] = path.stem
     assert found == callbacks._HOME
     assert sorted(found) == callbacks.__all__
     assert [getattr(callbacks, name).__name__ for name in callbacks.__all__] == callbacks.__all__

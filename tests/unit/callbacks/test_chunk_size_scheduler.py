@@ -1,4 +1,4 @@
-"""ChunkSizeScheduler: sizes exactly as the formula says, set at steps' borders, and back again after a rollback."""
+"""ChunkSizeScheduler: sizes exactly as the formula says, set at step ends, and back again after a rollback."""
 
 import logging
 import math
@@ -109,15 +109,15 @@ def test_soft_boundaries_stay_between_the_sizes() -> None:
 # In training
 
 
-def test_each_step_uses_its_sizes_and_changes_are_told(fit: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_step_uses_its_sizes_and_changes_are_reported(fit: Any, caplog: pytest.LogCaptureFixture) -> None:
     module, scheduler, lines = Chunked(), halving(), Lines()
     with caplog.at_level(logging.INFO, "callbacks.chunk_size_scheduler"):
         fit(module, scheduler, logger=lines, log_every_n_steps=16)
     assert module.used == HALVING
     assert scheduler.transitions == 5
-    told = [text for name, _, text in caplog.record_tuples if name == "callbacks.chunk_size_scheduler"]
-    assert len(told) == 5
-    assert told[0] == "step 1: local chunk sizes [32, 32] → [16, 16]"
+    reported = [text for name, _, text in caplog.record_tuples if name == "callbacks.chunk_size_scheduler"]
+    assert len(reported) == 5
+    assert reported[0] == "step 1: local chunk sizes [32, 32] → [16, 16]"
     recorded = [
         (step, row["chunk_size_scheduler/chunk_size"])
         for step, row in lines.rows
@@ -167,7 +167,7 @@ def test_it_is_bitwise_inert_while_sizes_stay(fit: Any, same_training: Any) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
-def test_a_resumed_run_goes_on(fit: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_continues(fit: Any, tmp_path: Path) -> None:
     fit(Chunked(), halving(), max_steps=4).save_checkpoint(tmp_path / "4.ckpt")
     module, scheduler = Chunked(), halving()
     fit(module, scheduler, ckpt_path=tmp_path / "4.ckpt")

@@ -100,9 +100,9 @@ def test_it_stops(fit: Any, plan: dict[int, Tensor], match: str, steps: int) -> 
 def test_it_warns_once_per_kind(fit: Any, caplog: pytest.LogCaptureFixture) -> None:
     module = Gated({3: spread(0.001), 4: spread(0.001), 6: spread(math.nan)})
     fit(module, monitor(on_failure="warn"))
-    told = [text for name, _, text in caplog.record_tuples if name == "callbacks.gate_monitor"]
+    reported = [text for name, _, text in caplog.record_tuples if name == "callbacks.gate_monitor"]
     assert len(module.seen) == 8
-    assert [text.split(":")[0] for text in told] == [
+    assert [text.split(":")[0] for text in reported] == [
         "gates of layer 0 have collapsed at step 3", "gates of layer 0 are NaN or infinite at step 6",
     ]  # fmt: skip
 

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from callbacks.hang_watch import HangWatch, RankSilent
 from callbacks.support import collectives as ranks
 from callbacks.support.connections import birth_of
-from callbacks.support.hang_judge import Judge, Sign
-from callbacks.support.heartbeat import GRACE_S
+from callbacks.support.hang_judge import DONE, Judge, Sign
+from callbacks.support.heartbeat import GRACE_S, Heartbeat
 from tests.support import ROOT
 from tests.support.forking import start
 from tests.support.toys import STEPS, Line, Lines, loader
@@ -74,6 +74,16 @@ def test_a_silent_rank_is_named_with_all_that_is_known_of_it() -> None:
         "vote: any_rank of callbacks.x). Remedy: its process was stopped or killed"
     )
     assert clock.run(1) is None, "it has come back"
+
+
+def test_before_the_first_step_a_rank_reports_that_it_sets_up() -> None:
+    store = torch.distributed.HashStore()
+    heart = Heartbeat(Judge(0, 1, 20, 600), store, None)
+    assert heart.at == (0, 0, "set-up")
+    heart.note(1, "forward")
+    heart.stop(DONE)
+    last = Sign(*json.loads(store.get("0")))
+    assert (last.step, last.phase, last.ended) == (1, "forward", DONE)
 
 
 def test_a_rank_that_was_never_heard_is_not_judged() -> None:
@@ -157,7 +167,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) 
         HangWatch(**settings)
 
 
-def test_a_process_is_told_from_another_of_its_number() -> None:
+def test_a_process_is_reported_from_another_of_its_number() -> None:
     assert birth_of(os.getpid()) == birth_of(os.getpid()) != birth_of(os.getppid())
     assert birth_of(2**22 + 1) == ""
 
@@ -196,12 +206,12 @@ def healthy(watch: bool) -> Any:
     def alive() -> list[str]:
         return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("hang_watch"))
 
-    class Look(lightning.Callback):
+    class Evaluate(lightning.Callback):
         def on_train_end(self, *_: Any) -> None:
             found["threads"] = alive()
 
     random.seed(1)
-    trainer = train(Slow(), *([HangWatch(timeout_s=5)] if watch else []), Look(), limit_val_batches=2)
+    trainer = train(Slow(), *([HangWatch(timeout_s=5)] if watch else []), Evaluate(), limit_val_batches=2)
     trainer.save_checkpoint(shared_folder() / "some.ckpt")
     found["left"] = alive()
     found["weights"] = [p.tolist() for p in trainer.lightning_module.parameters()]
@@ -304,16 +314,16 @@ class Ending(Lines):
 def one_rank(scenario: str, folder: Path) -> None:
     stalled = 8.0 if scenario.startswith("stall") else 600.0
     after, logger = After(), Ending()
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     timeout = float(os.environ.get("TIMEOUT_S", TIMEOUT_S))
     try:
         train(Faulty(scenario), HangWatch(timeout, stalled), after, logger=logger)
     except BaseException as error:
-        told = {"type": type(error).__name__, "message": str(error), "cause": type(error.__cause__).__name__}
+        outcome = {"type": type(error).__name__, "message": str(error), "cause": type(error.__cause__).__name__}
         raise
     finally:
-        told |= {"saw": after.saw, "logger": logger.status, "ended": time.time()}
-        (folder / f"told{os.environ['RANK']}").write_text(json.dumps(told))
+        outcome |= {"saw": after.saw, "logger": logger.status, "ended": time.time()}
+        (folder / f"outcome{os.environ['RANK']}").write_text(json.dumps(outcome))
 
 
 SCENARIOS = ("stop1", "stop0", "kill1", "error1", "stall1")
@@ -357,8 +367,10 @@ def launch(scenario: str, folder: Path, **env: str) -> dict[str, Any]:
     result: dict[str, Any] = {"codes": codes, "victim": victim, "other": other, "seconds": [end - at for end in ended]}
     for rank in range(2):
         result[f"stderr{rank}"] = (folder / f"stderr{rank}").read_text(errors="replace")
-        told = folder / f"told{rank}"
-        result[f"told{rank}"] = json.loads(told.read_text()) if told.exists() and told.stat().st_size else None
+        outcome = folder / f"outcome{rank}"
+        result[f"outcome{rank}"] = (
+            json.loads(outcome.read_text()) if outcome.exists() and outcome.stat().st_size else None
+        )
     return result
 
 
@@ -373,54 +385,54 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def survivors(run: dict[str, Any]) -> tuple[dict[str, Any], str, float]:
     other = run["other"]
     assert run["codes"][other] not in (None, 0), f"{run['codes']}\n{run[f'stderr{other}'][-3000:]}"
-    return run[f"told{other}"], run[f"stderr{other}"], run["seconds"][other]
+    return run[f"outcome{other}"], run[f"stderr{other}"], run["seconds"][other]
 
 
 @pytest.mark.parametrize("scenario", ["stop1", "stop0"])
 def test_a_stopped_rank_ends_the_run(results: dict[str, Any], scenario: str) -> None:
     run = results[scenario]
-    told, stderr, seconds = survivors(run)
+    outcome, stderr, seconds = survivors(run)
     victim, other = run["victim"], run["other"]
     assert TIMEOUT_S < seconds < TIMEOUT_S + SLACK_S
-    assert told["type"] == "RankSilent", stderr[-3000:]
-    assert told["message"].startswith(f"rank {victim} (host {socket.gethostname()}, pid ")
-    assert f"its last sign came from step {FAULT_STEP}, forward (last vote: " in told["message"]
-    assert f"rank {other} (host" in told["message"]
-    assert f"waits at step {FAULT_STEP}, backward, gradients all-reduced" in told["message"]
-    assert told["cause"] == "RuntimeError", "what gloo raised"
-    assert f"hang_watch: {told['message']}" in stderr
+    assert outcome["type"] == "RankSilent", stderr[-3000:]
+    assert outcome["message"].startswith(f"rank {victim} (host {socket.gethostname()}, pid ")
+    assert f"its last sign came from step {FAULT_STEP}, forward (last vote: " in outcome["message"]
+    assert f"rank {other} (host" in outcome["message"]
+    assert f"waits at step {FAULT_STEP}, backward, gradients all-reduced" in outcome["message"]
+    assert outcome["cause"] == "RuntimeError", "what gloo raised"
+    assert f"hang_watch: {outcome['message']}" in stderr
     assert run["codes"][victim] == -signal.SIGKILL, "it would keep its memory for ever"
 
 
 def test_the_way_for_exceptions_is_gone_in_full(results: dict[str, Any]) -> None:
-    told, _, _ = survivors(results["stop1"])
-    assert told["saw"] == "RuntimeError"
-    assert told["logger"] == "failed"
+    outcome, _, _ = survivors(results["stop1"])
+    assert outcome["saw"] == "RuntimeError"
+    assert outcome["logger"] == "failed"
 
 
 def test_a_killed_rank_is_named_though_gloo_notices_first(results: dict[str, Any]) -> None:
-    told, _, seconds = survivors(results["kill1"])
-    assert told["type"] == "RankSilent"
-    assert told["message"].startswith("rank 1 (host ")
-    assert f"its last sign came from step {FAULT_STEP}" in told["message"]
+    outcome, _, seconds = survivors(results["kill1"])
+    assert outcome["type"] == "RankSilent"
+    assert outcome["message"].startswith("rank 1 (host ")
+    assert f"its last sign came from step {FAULT_STEP}" in outcome["message"]
     assert seconds < TIMEOUT_S + SLACK_S
 
 
 def test_a_rank_that_fails_alone_is_named_with_its_error(results: dict[str, Any]) -> None:
     run = results["error1"]
-    told, _, _ = survivors(run)
-    assert told["type"] == "RankSilent"
-    assert "has left the run at step 3, forward" in told["message"]
-    assert "ValueError: a batch that only this rank has" in told["message"]
-    assert run["told1"]["type"] == "ValueError", "its own error stays what it was"
+    outcome, _, _ = survivors(run)
+    assert outcome["type"] == "RankSilent"
+    assert "has left the run at step 3, forward" in outcome["message"]
+    assert "ValueError: a batch that only this rank has" in outcome["message"]
+    assert run["outcome1"]["type"] == "ValueError", "its own error stays what it was"
 
 
 def test_a_stall_ends_both(results: dict[str, Any]) -> None:
     run = results["stall1"]
-    told, stderr, seconds = survivors(run)
-    assert told["type"] == "RankSilent", stderr[-3000:]
-    assert "no rank has got any further for 8 s: rank 1 (host" in told["message"]
-    assert f"lags, at step {FAULT_STEP}, forward" in told["message"]
+    outcome, stderr, seconds = survivors(run)
+    assert outcome["type"] == "RankSilent", stderr[-3000:]
+    assert "no rank has got any further for 8 s: rank 1 (host" in outcome["message"]
+    assert f"lags, at step {FAULT_STEP}, forward" in outcome["message"]
     assert 8 < seconds < 8 + GRACE_S + SLACK_S
     assert run["codes"][1] == 1, "it sleeps and cannot raise"
     assert "in fault" in run["stderr1"], "where its training thread is"

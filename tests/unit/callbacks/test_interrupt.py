@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's signals end at a step's border with a checkpoint; Ctrl-C twice, at once."""
+"""Ctrl-C and a scheduler's signals end at a step end with a checkpoint; Ctrl-C twice, at once."""
 
 import os
 import signal

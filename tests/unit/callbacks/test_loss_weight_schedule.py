@@ -105,10 +105,10 @@ def test_it_takes_them_away_and_brings_them_back(fit: Any, caplog: pytest.LogCap
     module = Weighted({2: bad})
     fit(module, schedule())
     assert module.used == [2, 2, 2, 0, 0, 1, 1, 1]
-    told = [text for name, _, text in caplog.record_tuples if name == "callbacks.loss_weight_schedule"]
-    assert len(told) == 1
-    assert told[0].startswith("step 3: watched has degraded (now ")
-    assert told[0].endswith("rest until step 5, then at 0.5")
+    reported = [text for name, _, text in caplog.record_tuples if name == "callbacks.loss_weight_schedule"]
+    assert len(reported) == 1
+    assert reported[0].startswith("step 3: watched has degraded (now ")
+    assert reported[0].endswith("rest until step 5, then at 0.5")
 
 
 def test_weights_of_zero_have_nothing_to_lose(fit: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,7 +134,7 @@ def test_it_is_silent_and_bitwise_inert_on_a_healthy_run(
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
 @pytest.mark.parametrize(("step", "rest"), [(4, [0, 1, 1, 1]), (6, [1, 1])])
-def test_a_resumed_run_goes_on(fit: Any, tmp_path: Path, step: int, rest: list[float]) -> None:
+def test_a_resumed_run_continues(fit: Any, tmp_path: Path, step: int, rest: list[float]) -> None:
     """In the middle of a rest, and after it."""
     fit(Weighted({2: 2.0}), schedule(), max_steps=step).save_checkpoint(tmp_path / "a.ckpt")
     module = Weighted()

@@ -126,7 +126,7 @@ def test_it_is_silent_and_bitwise_inert_on_a_healthy_run(fit: Any, line: Any, sa
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
-def test_a_streak_goes_on_over_a_resume(fit: Any, line: Any, tmp_path: Path) -> None:
+def test_a_streak_continues_over_a_resume(fit: Any, line: Any, tmp_path: Path) -> None:
     bad = dict.fromkeys((2, 3, 4), math.nan)
     fit(line(bad=bad), NonfiniteGuard(2), max_steps=4).save_checkpoint(tmp_path / "4.ckpt")
     guard = NonfiniteGuard(2)

@@ -55,7 +55,7 @@ def test_steps_of_a_streak_are_regained(fit: Any, tmp_path: Path) -> None:
     assert len(module.seen) > STEPS, "the skipped steps came again, with other batches"
 
 
-def test_a_streak_over_several_looks_is_regained_whole_and_once(fit: Any, tmp_path: Path) -> None:
+def test_a_streak_over_several_evaluations_is_regained_whole_and_once(fit: Any, tmp_path: Path) -> None:
     """No snapshot is taken in its middle: whoever returned to one would not get the steps before it back."""
     module, watching = Garbage(4, 5, 6), guard(max_consecutive=5)
     rollback = SpikeRollback(str(tmp_path), every_n_steps=1, watch="training_loss", threshold=1e300)

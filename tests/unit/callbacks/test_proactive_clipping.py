@@ -84,7 +84,7 @@ def test_it_clips_in_the_same_step(fit: Any) -> None:
     assert watch.metrics["proactive_clipping/clips"] == clipping.clips
 
 
-def test_it_clips_norms_whatever_the_trainer_was_told(fit: Any) -> None:
+def test_it_clips_norms_whatever_the_trainer_was_reported(fit: Any) -> None:
     trainer = fit(Chunked(), ProactiveClipping(), gradient_clip_val=9.0, gradient_clip_algorithm="value", max_steps=1)
     assert trainer.gradient_clip_val == 0.5
     assert trainer.gradient_clip_algorithm == "norm"
@@ -116,7 +116,7 @@ def test_a_skipped_step_is_no_clip(fit: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
-def test_a_resumed_run_goes_on(fit: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_continues(fit: Any, tmp_path: Path) -> None:
     """The break lies between a change and the end of its transition."""
     plan, whole = {3: (8, 8)}, Watch()
     clipping = ProactiveClipping(kappa_base=0.05, transition_steps=4)

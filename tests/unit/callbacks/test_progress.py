@@ -33,9 +33,13 @@ def test_lines_where_there_is_no_terminal(fit: Any, line: Any, capsys: pytest.Ca
     ]  # fmt: skip
 
 
-def test_lines_are_rare_but_the_last_step_always_shows(fit: Any, line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_rare_but_the_first_and_the_last_step_always_show(
+    fit: Any, line: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(line(), TrainingProgress(METRICS, every_n_seconds=1000))
-    assert [text.split()[1] for text in capsys.readouterr().out.splitlines() if text.startswith("step")] == ["8/8"]
+    lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step")]
+    assert [text.split()[1] for text in lines] == ["1/8", "8/8"], "a sign of life at once, and the end"
+    assert lines[0].endswith("ETA ?"), "how long the first step takes says nothing about the others"
 
 
 def test_a_bar_on_a_terminal(fit: Any, line: Any, monkeypatch: pytest.MonkeyPatch) -> None:

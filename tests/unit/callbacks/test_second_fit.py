@@ -174,7 +174,7 @@ def test_a_second_fit_begins_as_clean_as_with_new_objects(name, fit, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_resumed_fit_goes_on_with_its_state(name, fit, tmp_path):
+def test_a_resumed_fit_continues_with_its_state(name, fit, tmp_path):
     """The same objects or new ones: what the checkpoint holds is what the run continues with."""
     used = MAKERS[name](str(tmp_path / "used"))
     module = Everything()
@@ -185,11 +185,11 @@ def test_a_resumed_fit_goes_on_with_its_state(name, fit, tmp_path):
     run(fit, used, Everything(scale=3.0))  # another fit in between
     seen = {}
 
-    class Look(lightning.Callback):
+    class Evaluate(lightning.Callback):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             seen["state"] = simple(copy.deepcopy(used.state_dict()))
 
-    fit(Everything(), used, Look(), ckpt_path=path, limit_val_batches=1)
+    fit(Everything(), used, Evaluate(), ckpt_path=path, limit_val_batches=1)
     assert Path(path).exists()
     if name != "persistent_memory_check":  # its state is a hash of the module, checked as it is loaded
         assert seen["state"] == saved

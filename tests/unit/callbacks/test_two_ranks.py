@@ -51,7 +51,7 @@ def train(module: Line, *callbacks: Any, ckpt_path: Any = None, **changes: Any) 
     return {"raised": raised, "batches": len(module.seen), "weights": weights, "trainer": trainer}
 
 
-def told(run: dict[str, Any], **more: Any) -> dict[str, Any]:
+def summary(run: dict[str, Any], **more: Any) -> dict[str, Any]:
     del run["trainer"]
     return {**run, **more}
 
@@ -93,21 +93,21 @@ class GradientOn1(Line):
 
 def guard_skips_a_gradient() -> Any:
     guard, steps = NonfiniteGuard(1), Steps()
-    return told(train(GradientOn1(), guard, steps), skipped=guard.skipped, steps=steps.weight)
+    return summary(train(GradientOn1(), guard, steps), skipped=guard.skipped, steps=steps.weight)
 
 
 def guard_skips_a_loss() -> Any:
     guard, steps = NonfiniteGuard(1), Steps()
-    return told(train(LossOn1({3: math.nan}), guard, steps), skipped=guard.skipped, steps=steps.weight)
+    return summary(train(LossOn1({3: math.nan}), guard, steps), skipped=guard.skipped, steps=steps.weight)
 
 
 def guard_stops() -> Any:
-    return told(train(LossOn1({1: math.inf, 2: math.inf}, add=True), NonfiniteGuard(1)))
+    return summary(train(LossOn1({1: math.inf, 2: math.inf}, add=True), NonfiniteGuard(1)))
 
 
 def chunks_agree() -> Any:
     module, scheduler = Chunked(chunks=(4, 4) if is_rank_1() else (8, 16)), halving()
-    return told(train(module, scheduler), used=module.used, transitions=scheduler.transitions)
+    return summary(train(module, scheduler), used=module.used, transitions=scheduler.transitions)
 
 
 def clipping_agrees() -> Any:
@@ -118,31 +118,31 @@ def clipping_agrees() -> Any:
 
     clipping = ProactiveClipping(kappa_base=1e3)
     run = train(Both({2: 1e6, 5: 1e6}), clipping)
-    return told(run, clips=clipping.clips, kappa=run["trainer"].gradient_clip_val)
+    return summary(run, clips=clipping.clips, kappa=run["trainer"].gradient_clip_val)
 
 
 def gates_stop() -> Any:
-    return told(train(Gated({3: spread(math.nan)} if is_rank_1() else None), monitor()))
+    return summary(train(Gated({3: spread(math.nan)} if is_rank_1() else None), monitor()))
 
 
 def gates_share_their_statistics() -> Any:
     """Rank 1's gates stay as they are while rank 0's spread: together the variance grows 1.25 times only."""
     gates = monitor()
-    return told(
+    return summary(
         train(Gated({4: spread(0.1)} if is_rank_1() else {4: spread(0.1 * 1.5**0.5)}), gates), baseline=gates.baseline
     )
 
 
 def loss_weights_rest() -> Any:
     module = Weighted({2: math.nan} if is_rank_1() else {})
-    return told(train(module, schedule()), used=module.used)
+    return summary(train(module, schedule()), used=module.used)
 
 
 def loss_weights_share_their_average() -> Any:
     """1.2 here and 1.0 there are 1.1: too much. 1.06 and 1.0 are 1.03: fine."""
     module = Weighted({1: 1.06, 4: 1.2} if is_rank_1() else {})
     weights = schedule()
-    return told(train(module, weights), used=module.used, state=weights.state_dict())
+    return summary(train(module, weights), used=module.used, state=weights.state_dict())
 
 
 class MemoryOn1(lightning.Callback):
@@ -154,7 +154,7 @@ class MemoryOn1(lightning.Callback):
 
 
 def memories_differ() -> Any:
-    return told(train(Remembering(), MemoryOn1(), PersistentMemoryCheck()))
+    return summary(train(Remembering(), MemoryOn1(), PersistentMemoryCheck()))
 
 
 def memories_are_resumed() -> Any:
@@ -166,7 +166,7 @@ def memories_are_resumed() -> Any:
         tampered(path, by=1e-3)
     run["trainer"].strategy.barrier()
     wrong = train(Remembering(), PersistentMemoryCheck(), ckpt_path=path)
-    return told(run), told(fine), told(wrong)
+    return summary(run), summary(fine), summary(wrong)
 
 
 class Sharded(Line):
@@ -240,7 +240,7 @@ def healthy_with_and_without() -> Any:
         [value.tolist() for state in run["trainer"].optimizers[0].state.values() for value in state.values()]
         for run in runs
     ]
-    return [told(run, moments=found) for run, found in zip(runs, moments, strict=True)]
+    return [summary(run, moments=found) for run, found in zip(runs, moments, strict=True)]
 
 
 SCENARIOS = (
