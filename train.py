@@ -5,12 +5,9 @@ from atlas_lm.training import preemption
 if __name__ == "__main__":
     preemption.exit_when_preempted()  # before the imports below, which take seconds
 
-from functools import partial
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -19,11 +16,9 @@ from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.run_tokenizer import keep_tokenizer
 from atlas_lm.files import ROOT
-from atlas_lm.runs.lifecycle import close_run_folder, open_run_folder, result_of_sweep, write_resumed_metadata
+from atlas_lm.runs.lifecycle import close_run_folder, is_sweep, open_run_folder, result_of_sweep, stats_of
 from atlas_lm.runs.report import Report, judge
 from atlas_lm.runs.resume import load_starting_weights, rewind_loggers
-from atlas_lm.runs.stats import RunStats
-from atlas_lm.training.lightning_internals import count_recorded_steps
 from atlas_lm.training.module import AtlasModule
 from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, warn_unusual_settings
 
@@ -46,21 +41,18 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
     warn_unusual_settings(config, dm)
-    text = dm.validation_bytes_per_token, dm.tokenizer_fingerprint
-    module = AtlasModule(config.model, config.optim, dm.vocab_size, *text)
+    of_text = dm.vocab_size, dm.validation_bytes_per_token, dm.tokenizer_fingerprint
+    module = AtlasModule(config.model, config.optim, *of_text)
     point = load_starting_weights(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
-
-    held_out = f"{dm.held_out_fingerprint}, {cfg.data}, {cfg.trainer}, {config.precision}"
-    stats = RunStats(held_out, partial(write_resumed_metadata, cfg) if resumes else None)
+    stats = stats_of(cfg, dm.held_out_fingerprint, resumes)
     trainer = build_trainer(cfg, stats)
     if point is not None:
         rewind_loggers(trainer, point)
     try:
         trainer.fit(module, dm, ckpt_path=point.checkpoint if point else None)
-        if not stats.has_begun:  # its last step was done: Lightning leaves before it counts that
-            count_recorded_steps(trainer, point.next_step if point else 0)
-            stats.skip_training()
+        if not stats.has_begun:  # its last step was done
+            stats.skip_training(trainer, point.next_step if point else 0)
         if stats.validated_at != trainer.global_step:
             trainer.validate(module, dm, verbose=False)
     except BaseException as error:
@@ -68,7 +60,7 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
             stats.error = error  # Lightning gives callbacks the first one; a safeguard may have found its cause
         raise
     finally:
-        if stats.error is None and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep has more to do
+        if stats.error is None and not is_sweep():  # which has more to do
             preemption.ignore_from_now_on()
         if stats.has_begun or not resumes:  # a resume that is refused leaves the run as it was
             report = judge(Path(config.paths.run), trainer, module, dm, stats)

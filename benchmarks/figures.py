@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atlas_lm.files import ROOT, write_atomically
-from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.resolve import resolve_run
 
 BEGIN, END = "<!-- figures: python -m benchmarks.figures --write -->", "<!-- end of figures -->"
@@ -40,89 +39,74 @@ class Figure(NamedTuple):
     command: str
 
 
-class RunArtifacts(NamedTuple):
-    """What the newest finished runs say of themselves."""
+def collect(outputs: str = "outputs") -> dict[str, dict[str, Any]]:
+    """What the newest finished runs say, by experiment: their report; their gates by id; `folder`, its name.
 
-    reports: dict[str, dict[str, Any]]  # by experiment
-    gates: dict[str, dict[str, dict[str, Any]]]  # by experiment, then by the gate's id
-    contribution: float  # the last memory_contribution/perplexity_rise of Stage 1
-    folders: dict[str, str]  # by experiment, the run folder's name
-
-
-def collect(outputs: str = "outputs") -> RunArtifacts:
-    """Read the runs. ValueError or OSError, naming it, where one is missing or was not judged."""
-    reports, gates, folders = {}, {}, {}
+    ValueError or OSError, naming it, where a run is missing or was not judged.
+    """
+    found = {}
     for name, command in RUNS.items():
         try:
             folder = resolve_run(name, outputs)
         except ValueError as error:
             raise ValueError(f"{error}; it comes from {command}") from None
-        folders[name] = folder.resolve().name
-        reports[name] = json.loads((folder / "report.json").read_text())
+        found[name] = json.loads((folder / "report.json").read_text()) | {"folder": folder.name}
         if name in GATES:
-            found = json.loads((folder / "exit_gates.json").read_text())[GATES[name]]
-            gates[name] = {gate["id"]: gate for gate in found}
-    rows = read_rows(resolve_run("stage1", outputs) / "metrics.jsonl")
-    contributions = [
-        row["memory_contribution/perplexity_rise"]
-        for row in rows
-        if row.get("memory_contribution/perplexity_rise") is not None
-    ]
-    return RunArtifacts(reports, gates, contributions[-1], folders)
+            gates = json.loads((folder / "exit_gates.json").read_text())[GATES[name]]
+            found[name]["gates"] = {gate["id"]: gate for gate in gates}
+    return found
 
 
-def figures(found: RunArtifacts) -> list[Figure]:
+def figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
     """The rows of the table."""
-    stage1, twin, equal, recall, blind, stage2 = (found.reports[name] for name in RUNS)
-    second, fourth = found.gates["stage1"], found.gates["stage2"]
+    stage1, twin, equal, recall, blind, stage2 = (found[name] for name in RUNS)
     one, two = (f"python -m atlas_lm gates {GATES[name]} run={name}" for name in GATES)
 
-    def passed(gates: dict[str, dict[str, Any]]) -> tuple[str, list[float]]:
-        count = sum(gate["passed"] for gate in gates.values())
-        return f"**{count}/{len(gates)}**", [count, len(gates)]
-
-    def row(what: str, value: float, spec: str, command: str, bold: bool = False) -> Figure:
-        shown = format(value, spec)
-        return Figure(what, f"**{shown}**" if bold else shown, [value], command)
+    def row(what: str, value: float, form: str, command: str) -> Figure:
+        return Figure(what, form.format(value), [value], command)
 
     def minutes(what: str, run: dict[str, Any], command: str) -> Figure:
-        value = run["train_seconds"] / 60
-        return Figure(what, f"{value:.1f} min", [value], command)
+        return row(what, run["train_seconds"] / 60, "{:.1f} min", command)
+
+    def passed(what: str, run: dict[str, Any], command: str) -> Figure:
+        count, of = sum(gate["passed"] for gate in run["gates"].values()), len(run["gates"])
+        return Figure(what, f"**{count}/{of}**", [count, of], command)
+
+    def measured(what: str, run: dict[str, Any], gate: str, form: str) -> Figure:
+        return row(what, run["gates"][gate]["measured"], form, "the same")
 
     rates = [stage1["tokens_per_second"], twin["tokens_per_second"]]
     return [
-        row(f"held-out source ({stage1['val_bytes']:,} bytes), bits per byte", stage1["val_bits_per_byte"], ".3f",
-            RUNS["stage1"], bold=True),
-        row("the same bytes, gzip -9", stage1["gzip_bits_per_byte"], ".3f", "the same"),
-        row("the same bytes, xz -9e", stage1["xz_bits_per_byte"], ".3f", "the same"),
+        row(f"held-out source ({stage1['val_bytes']:,} bytes), bits per byte", stage1["val_bits_per_byte"],
+            "**{:.3f}**", RUNS["stage1"]),
+        row("the same bytes, gzip -9", stage1["gzip_bits_per_byte"], "{:.3f}", "the same"),
+        row("the same bytes, xz -9e", stage1["xz_bits_per_byte"], "{:.3f}", "the same"),
         row(f"no memory, same steps, {twin['parameters']:,} parameters instead of {stage1['parameters']:,}",
-            twin["val_bits_per_byte"], ".3f", RUNS["stage1_twin"]),
+            twin["val_bits_per_byte"], "{:.3f}", RUNS["stage1_twin"]),
         row(f"no memory, **equal time**: {equal['steps']:,} steps in {equal['train_seconds'] / 60:.1f} min",
-            equal["val_bits_per_byte"], ".3f", RUNS[EQUAL_TIME], bold=True),
+            equal["val_bits_per_byte"], "**{:.3f}**", RUNS[EQUAL_TIME]),
         minutes(f"training time, {stage1['steps']:,} steps, {stage1['tokens']:,} bytes, validation included", stage1,
                 RUNS["stage1"]),
         Figure("tokens per second (no memory)", f"{rates[0]:,.0f} ({rates[1]:,.0f})", rates, "both"),
-        row("recall two windows back, 16 pairs", recall["recall_accuracy"], ".3f", RUNS["recall"], bold=True),
-        row("recall, no memory (chance 0.016)", blind["recall_accuracy"], ".3f", RUNS["recall_twin"]),
+        row("recall two windows back, 16 pairs", recall["recall_accuracy"], "**{:.3f}**", RUNS["recall"]),
+        row("recall, no memory (chance 0.016)", blind["recall_accuracy"], "{:.3f}", RUNS["recall_twin"]),
         minutes("training time of recall", recall, RUNS["recall"]),
-        row("perplexity without the memory's output, as a multiple", 1 + found.contribution, ".2f", RUNS["stage1"]),
-        Figure("exit gates of Stage 1", *passed(second), one),
-        row("needle after 100 pairs, gates open, mean cosine", second["G2-5"]["measured"], ".3f", "the same"),
-        Figure("exit gates of Stage 2", *passed(fourth), two),
-        row("needle after Stage 2, at chunk 1", fourth["G4-6"]["measured"], ".3f", "the same"),
-        row("spread of the perplexity over chunk sizes 1 to 64", fourth["G4-4"]["measured"], ".1%", "the same"),
-        row("gates below 0.1 or above 0.9", fourth["G4-5"]["measured"], ".1%", "the same"),
+        row("perplexity without the memory's output, as a multiple", 1 + stage1["memory_contribution"], "{:.2f}",
+            RUNS["stage1"]),
+        passed("exit gates of Stage 1", stage1, one),
+        measured("needle after 100 pairs, gates open, mean cosine", stage1, "G2-5", "{:.3f}"),
+        passed("exit gates of Stage 2", stage2, two),
+        measured("needle after Stage 2, at chunk 1", stage2, "G4-6", "{:.3f}"),
+        measured("spread of the perplexity over chunk sizes 1 to 64", stage2, "G4-4", "{:.1%}"),
+        measured("gates below 0.1 or above 0.9", stage2, "G4-5", "{:.1%}"),
         minutes(f"training time of Stage 2, {stage2['steps']} steps, chunk 32 to 1", stage2, RUNS["stage2"]),
     ]  # fmt: skip
 
 
 def table(rows: list[Figure]) -> str:
     """The table in Markdown."""
-
-    def cell(command: str) -> str:
-        return f"`{command}`" if command.startswith("python") else command
-
-    return "\n".join([HEAD, *(f"| {r.what} | {r.shown} | {cell(r.command)} |" for r in rows)])
+    commands = (f"`{r.command}`" if r.command.startswith("python") else r.command for r in rows)
+    return "\n".join([HEAD, *(f"| {r.what} | {r.shown} | {c} |" for r, c in zip(rows, commands, strict=True))])
 
 
 def inserted(page: str, text: str) -> str:
@@ -131,12 +115,6 @@ def inserted(page: str, text: str) -> str:
         raise ValueError(f"the page needs one line {BEGIN!r} and, after it, one {END!r}")
     head, tail = page.partition(BEGIN)[0], page.partition(END)[2]
     return f"{head}{BEGIN}\n{text}\n{END}{tail}"
-
-
-def numbers(found: RunArtifacts, rows: list[Figure]) -> str:
-    """figures.json."""
-    values = [{"what": r.what.replace("**", ""), "values": r.values, "command": r.command} for r in rows]
-    return json.dumps({"runs": found.folders, "figures": values}, indent=2, ensure_ascii=False) + "\n"
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
@@ -151,7 +129,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     if asked.write:
         for page in PAGES:
             write_atomically(root / page, inserted((root / page).read_text(encoding="utf-8"), table(rows)))
-        write_atomically(root / NUMBERS, numbers(found, rows))
+        values = [{"what": r.what.replace("**", ""), "values": r.values, "command": r.command} for r in rows]
+        known = {"runs": {name: run["folder"] for name, run in found.items()}, "figures": values}
+        write_atomically(root / NUMBERS, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

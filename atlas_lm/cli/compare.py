@@ -6,7 +6,6 @@ Prints a table of all runs found; writes it to compare.md and draws the finished
 import glob
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,9 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from atlas_lm.cli.arguments import parse
 from atlas_lm.cli.figures import new_figure, save
@@ -26,7 +22,6 @@ from atlas_lm.files import write_atomically
 
 FIGURES = ("val_loss", "val_bits_per_byte", "tokens_per_second", "train_seconds", "tokens", "val_bytes")  # of a report
 COMPARABLE = {"tokens": "tokens trained on", "val_bytes": "bytes validated on"}  # must be alike in two runs
-PANELS = {"validation perplexity": "val ppl", "tokens per second": "tokens/s"}
 UNFINISHED = "unfinished"  # no report: it still runs, or was killed
 
 
@@ -59,23 +54,13 @@ class Run(NamedTuple):
         return math.exp(loss) if loss is not None and loss < 700 else None
 
     @property
-    def label(self) -> str:
-        return ", ".join(map(str, self.chunks)) if self.chunks else "no memory"
-
-    @property
     def finished(self) -> bool:
         """Whether it trained to its end and has a finite loss."""
         return self.status == "finished" and self.perplexity is not None
 
-
-COLUMNS: dict[str, Callable[[Run], tuple[Any, str]]] = {  # a value, None where it is not known, and its form
-    "local chunks": lambda run: (run.label, ""),
-    "val ppl": lambda run: (run.perplexity, ".3f"),
-    "bits/byte": lambda run: (run.report.get("val_bits_per_byte"), ".3f"),
-    "tokens/s": lambda run: (run.report.get("tokens_per_second"), ",.0f"),
-    "train time": lambda run: (run.report.get("train_seconds"), "time"),
-    "status": lambda run: (run.status, ""),
-}
+    @property
+    def label(self) -> str:
+        return ", ".join(map(str, self.chunks)) or "no memory"
 
 
 def find_runs(names: Sequence[str], outputs: str = "outputs") -> list[Path]:
@@ -121,21 +106,32 @@ def by_chunk_size(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (not run.chunks, sorted(run.chunks, reverse=True), run.folder))
 
 
-def cells(run: Run, base: Path) -> list[str]:
-    """One row: the folder as seen from `base`, then COLUMNS."""
-    row = [os.path.relpath(run.folder, base)]
-    for value, form in (column(run) for column in COLUMNS.values()):
-        row.append(
-            "–" if value is None else str(timedelta(seconds=round(value))) if form == "time" else f"{value:{form}}"
-        )
-    return row
+def cells(run: Run, base: Path) -> dict[str, str]:
+    """One row of the table; the folder as seen from `base`."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    seconds = run.report.get("train_seconds")
+    return {
+        "run": os.path.relpath(run.folder, base).replace("|", "\\|"),
+        "local chunks": run.label,
+        "val ppl": shown(run.perplexity, ".3f"),
+        "bits/byte": shown(run.report.get("val_bits_per_byte"), ".3f"),
+        "tokens/s": shown(run.report.get("tokens_per_second"), ",.0f"),
+        "train time": "–" if seconds is None else str(timedelta(seconds=round(seconds))),
+        "status": run.status,
+    }
 
 
 def remarks(runs: Sequence[Run], base: Path) -> list[str]:
     """What a reader of the table has to know: runs that are not drawn, and figures that cannot be compared."""
-    left_out = [(run, run.status) for run in runs if run.status != "finished"]
-    left_out += [(run, "no finite validation loss") for run in runs if run.status == "finished" and not run.finished]
-    lines = [f"{os.path.relpath(run.folder, base)}: {why}, not drawn" for run, why in left_out]
+    lines = [
+        f"{os.path.relpath(run.folder, base)}: "
+        f"{run.status if run.status != 'finished' else 'no finite validation loss'}, not drawn"
+        for run in runs
+        if not run.finished
+    ]
     for name, what in COMPARABLE.items():
         values = sorted({run.report[name] for run in runs if run.finished and run.report.get(name) is not None})
         if len(values) > 1:
@@ -144,28 +140,35 @@ def remarks(runs: Sequence[Run], base: Path) -> list[str]:
 
 
 def markdown(runs: Sequence[Run], base: Path) -> str:
-    """compare.md: the table and the remarks below it."""
-    rows = [["run", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *(cells(run, base) for run in runs)]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(["# Runs by chunk size", "", *table, "", *(f"- {line}" for line in remarks(runs, base)), ""])
+    """The table and the remarks below it, for compare.md and the terminal."""
+    table = [cells(run, base) for run in runs]
+    wide = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
+    rows = [{name: name for name in wide}, {name: "-" * width for name, width in wide.items()}, *table]
+    lines = ["| " + " | ".join(row[name].ljust(width) for name, width in wide.items()) + " |" for row in rows]
+    return "\n".join(["# Runs by chunk size", "", *lines, "", *(f"- {line}" for line in remarks(runs, base)), ""])
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """compare.png: validation perplexity and tokens per second of the finished runs against their largest chunk."""
+    """compare.png: validation perplexity and tokens per second of the finished runs, by their largest chunk."""
     figure, drawn = new_figure(9, 3.6), [run for run in runs if run.finished]
-    for axes, (title, name) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        shown = [(run, value) for run in drawn if (value := COLUMNS[name](run)[0]) is not None]
-        points = [(max(run.chunks), value, run.label * (len(run.chunks) > 1)) for run, value in shown if run.chunks]
-        places = sorted({x for x, _, _ in points})
-        line = "-" if len(places) == len(points) else "none"  # no line through several runs of one size
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", linestyle=line)
-        for x, y, label in points:
-            axes.annotate(label, (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
-        for _, value in ((run, value) for run, value in shown if not run.chunks):
-            axes.axhline(value, color="grey", linestyle=":", label="no memory")
-            axes.legend(fontsize=8)
+    panels: dict[str, Callable[[Run], Any]] = {
+        "validation perplexity": lambda run: run.perplexity,
+        "tokens per second": lambda run: run.report.get("tokens_per_second"),
+    }
+    for axes, (title, value) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        shown = [run for run in drawn if value(run) is not None]
+        points = [run for run in shown if run.chunks]
+        sizes = [max(run.chunks) for run in points]
+        line = "-" if len(set(sizes)) == len(sizes) else "none"  # no line through several runs of one size
+        axes.plot(sizes, [value(run) for run in points], marker="o", linestyle=line)
+        for run, size in zip(points, sizes, strict=True):
+            axes.annotate(run.label * (len(run.chunks) > 1), (size, value(run)), fontsize=8)
+        for run in shown:
+            if not run.chunks:
+                axes.axhline(value(run), color="grey", linestyle=":", label="no memory")
+                axes.legend(fontsize=8)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [str(x) for x in places])
+        axes.set_xticks(sorted(set(sizes)), map(str, sorted(set(sizes))), minor=False)
         axes.set_xticks([], minor=True)
         axes.set(xlabel="largest local chunk, tokens", ylabel=title)
         if not drawn:
@@ -182,15 +185,10 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> list[Run]:
     base = Path(os.path.commonpath([run.folder.parent for run in runs]))
     out = base if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    table = Table("run", *COLUMNS, box=SIMPLE_HEAD)
-    for run in runs:
-        table.add_row(*cells(run, base), style=None if run.finished else "yellow")
-    write_atomically(out / "compare.md", markdown(runs, base))
+    text = markdown(runs, base)
+    write_atomically(out / "compare.md", text)
     draw(runs, out / "compare.png")
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    for line in (*remarks(runs, base), f"wrote {out / 'compare.png'} and {out / 'compare.md'}"):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print(f"{text}\nwrote {out / 'compare.png'} and {out / 'compare.md'}")
     return runs
 
 

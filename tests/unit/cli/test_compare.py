@@ -84,9 +84,7 @@ def test_the_table_is_sorted_by_chunk_size_and_says_who_failed(
     assert rows[2][2:6] == [f"{math.exp(1.1):.3f}", "1.500", "4,000", "1:02:05"]
     assert rows[0][2:6] == ["–"] * 4
     shown = capsys.readouterr().out
-    for row in rows:
-        (line,) = [line for line in shown.splitlines() if line.split()[:1] == row[:1] and row[6] in line]
-        assert all(cell in line for cell in row)
+    assert (outputs / "chunks" / "compare.md").read_text() in shown
     for text in (shown, (outputs / "chunks" / "compare.md").read_text()):
         assert "d: failed, not drawn" in text
         assert "e: unfinished, not drawn" in text
