@@ -1,7 +1,7 @@
 """What becomes of the final model when a run meets faults: python -m benchmarks.faults [--faults a,b] [--seeds 3]
 
 Each fault is put into a short Stage 1 of the default model, through train.py in processes of its own, and its final
-validation loss is held against the clean run of the same seed. Variants: `ours`, all safeguards; `none`, the same
+validation loss is compared with the clean run of the same seed. Variants: `ours`, all safeguards; `none`, the same
 application without them and without clipping; `lightning`, with Lightning's SpikeDetection and gradient clipping.
 A run that stopped and says that it can be resumed is, with resume=auto. Results go to the JSON file as they come, and a
 second call does what is missing there. Disk full needs root, for a small tmpfs; else a limit on the size of files.
@@ -45,7 +45,7 @@ SHORT = [
     "data.val_sequences=64", f"trainer.val_check_interval={STEPS}", "trainer.log_every_n_steps=1",
     "callbacks.progress.every_n_seconds=1000",
 ]  # fmt: skip
-LOOKS = [
+EVALUATIONS = [
     "callbacks.spike_rollback.every_n_steps=5", "callbacks.niah_probe.every_n_steps=60",
     "callbacks.memory_contribution.every_n_steps=60", "callbacks.step_checkpoint.every_n_steps=10",
     "callbacks.rank_agreement.every_n_steps=10", "callbacks.hang_watch.timeout_s=10",
@@ -56,7 +56,7 @@ BARE = [
     "callbacks.step_checkpoint.every_n_steps=10",
 ]  # fmt: skip
 VARIANTS = {
-    "ours": LOOKS,
+    "ours": EVALUATIONS,
     "none": [*BARE, "trainer.gradient_clip_val=null"],
     "lightning": [
         *BARE, "+callbacks.spikes._target_=lightning.pytorch.callbacks.spike.SpikeDetection",
@@ -202,7 +202,7 @@ def detection(run: Run, before_resume: list[dict[str, Any]]) -> tuple[str | None
             value = row.get(name)
             if value is not None and value > before[name]:
                 if row["step"] >= batch:
-                    # corruption demands a rollback, which counts as a spike: the first to speak is the one that saw it
+                    # corruption requests a rollback, which counts as a spike: the first to speak is the one that saw it
                     seen = seen or (who, row["step"] - batch + 1)
                     act = "skip" if name in ("nonfinite_guard/skipped_steps", "outlier_guard/outliers") else "rollback"
                     acts += [act] if name != "weight_integrity/corruptions" else []

@@ -218,7 +218,7 @@ def test_exit_code_0_when_all_pass(run: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads((run / "exit_gates.json").read_text())["phase2"][0]["measured"] == "inf"
 
 
-def test_a_gate_that_breaks_fails_and_the_others_go_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gate_that_breaks_fails_and_the_others_continue(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(run: RunArtifacts) -> GateResult:
         raise KeyError("a bug")
 

@@ -14,7 +14,11 @@ from atlas_lm.loggers.jsonl import read_rows
 from tests.support.launching import only_run, report_of, small_run
 
 # Without the guard that would see the spoiled weights first: this is the ladder of those who watch the losses
-LOOKS = ["callbacks.spike_rollback.every_n_steps=2", "trainer.val_check_interval=100", "~callbacks.weight_integrity"]
+EVALUATIONS = [
+    "callbacks.spike_rollback.every_n_steps=2",
+    "trainer.val_check_interval=100",
+    "~callbacks.weight_integrity",
+]
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, batches: set[int], fault: Any) -> None:
@@ -34,11 +38,11 @@ def weights_times_thirty(module: Any, loss: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
+def test_a_step_that_is_not_finite_is_skipped_and_the_run_continues(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, {2}, lambda module, loss: loss * math.nan)
-    assert small_run(in_tmp, "optim.total_steps=6", *LOOKS) == 0
+    assert small_run(in_tmp, "optim.total_steps=6", *EVALUATIONS) == 0
     run = only_run(in_tmp / "outputs")
     found = report_of(run)
     assert (found["status"], found["steps"], found["skipped_steps"]) == ("finished", 6, 1)
@@ -49,9 +53,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
     assert found["val_loss"] is not None
 
 
-def test_a_spike_is_rolled_back_and_the_records_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_is_rolled_back_and_recorded(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {6}, weights_times_thirty)
-    assert small_run(in_tmp, "optim.total_steps=10", *LOOKS) == 0
+    assert small_run(in_tmp, "optim.total_steps=10", *EVALUATIONS) == 0
     run = only_run(in_tmp / "outputs")
     found = report_of(run)
     assert (found["status"], found["rollbacks"], found["skipped_steps"]) == ("finished", 1, None)
@@ -60,7 +64,7 @@ def test_a_spike_is_rolled_back_and_the_records_tell(in_tmp: Path, monkeypatch: 
     assert [row["seq"] for row in rows] == list(range(len(rows)))
     steps = [row["global_step"] for row in rows if row["global_step"] is not None]
     back = next(i for i in range(1, len(steps)) if steps[i] < steps[i - 1])
-    assert (steps[back - 1], steps[back]) == (7, 4), "the look after step 8 went back to step 4"
+    assert (steps[back - 1], steps[back]) == (7, 4), "the evaluation after step 8 went back to step 4"
     assert steps[-1] == 10
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), "the loggers' step never goes back"
     timeline = [row["timeline"] for row in rows]
@@ -76,7 +80,7 @@ def test_the_fourth_spike_stops_with_everything_saved(
 ) -> None:
     with monkeypatch.context() as patched:
         spoil(patched, set(range(4, 100, 3)), weights_times_thirty)
-        assert small_run(in_tmp, "optim.total_steps=40", *LOOKS) == 1
+        assert small_run(in_tmp, "optim.total_steps=40", *EVALUATIONS) == 1
     printed = capsys.readouterr()
     line = next(line for line in printed.err.splitlines() if line.startswith("error: "))
     assert "max_rollbacks=3" in line
@@ -98,7 +102,7 @@ def test_the_fourth_spike_stops_with_everything_saved(
 
 def test_observing_is_left_to_the_one_who_asks(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {4}, weights_times_thirty)
-    assert small_run(in_tmp, "optim.total_steps=8", *LOOKS, "callbacks.spike_rollback.mode=observe") == 0
+    assert small_run(in_tmp, "optim.total_steps=8", *EVALUATIONS, "callbacks.spike_rollback.mode=observe") == 0
     rows = read_rows(only_run(in_tmp / "outputs") / "metrics.jsonl")
     assert max(row["ppl_delta"] for row in rows if row["ppl_delta"] is not None) > 0.05
     assert {row["rollback_count"] for row in rows if row["rollback_count"] is not None} == {0}
@@ -109,8 +113,8 @@ def test_weights_that_change_by_themselves_are_rolled_back_in_the_very_step(
 ) -> None:
     """All safeguards as they are configured."""
     spoil(monkeypatch, {6}, weights_times_thirty)
-    looks = [looks for looks in LOOKS if "weight_integrity" not in looks]
-    assert small_run(in_tmp, "optim.total_steps=10", *looks) == 0
+    settings = [setting for setting in EVALUATIONS if "weight_integrity" not in setting]
+    assert small_run(in_tmp, "optim.total_steps=10", *settings) == 0
     run = only_run(in_tmp / "outputs")
     assert report_of(run)["rollbacks"] == 1
     rows = read_rows(run / "metrics.jsonl")

@@ -11,7 +11,7 @@ from tests.support import ROOT
 FEW = [
     "tests/unit/callbacks/test_interrupt.py", "tests/unit/runs/test_runs.py", "tests/unit/data/test_text.py",
     "tests/integration/test_signals.py::test_while_python_still_imports",
-    "tests/integration/test_train.py::test_init_takes_the_weights_and_starts_anew",
+    "tests/integration/test_train.py::test_init_takes_the_weights_and_starts_again",
 ]  # fmt: skip
 MORE = [*FEW, "tests/unit/cli/test_arguments.py", "tests/integration/test_report.py"]
 

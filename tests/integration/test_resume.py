@@ -127,7 +127,7 @@ def test_ctrl_c_and_the_schedulers_signals(
 
 
 @pytest.mark.parametrize("validated", [True, False], ids=["validated at its last step", "validated after it"])
-def test_a_run_that_dies_behind_its_last_step_gets_its_verdict(
+def test_a_run_that_dies_after_its_last_step_gets_its_verdict(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, validated: bool
 ) -> None:
     every = ["trainer.val_check_interval=4" if validated else "trainer.val_check_interval=3"]
@@ -315,7 +315,7 @@ def test_folders_of_a_sweep(in_tmp: Path) -> None:
     assert folder("auto", "optim.lr=1", "resume=auto", "name=x") == "x/0", "the newest counts"
 
 
-def test_a_sweep_that_was_preempted_goes_on_where_it_was(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_that_was_preempted_resumes_where_it_was(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_corpus(in_tmp / "corpus")
 
     def sweep(*overrides: str) -> int:
@@ -367,7 +367,7 @@ def test_an_older_checkpoint_begins_a_run_of_its_own(in_tmp: Path) -> None:
     assert len(list((in_tmp / "outputs" / "x").glob("2*"))) == 2
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more_steps(x: Path, in_tmp: Path) -> None:
+def test_a_finished_run_resumes_when_it_is_given_more_steps(x: Path, in_tmp: Path) -> None:
     run = x
     assert small_run(in_tmp, "name=x", "resume=x", "optim.total_steps=6", "trainer.val_check_interval=100") == 0
     assert only_run(in_tmp / "outputs") == run
@@ -493,7 +493,7 @@ def test_what_has_changed_is_kept_aside(in_tmp: Path) -> None:
     assert (in_tmp / "config.2.yaml").read_text() == "b"
 
 
-def test_random_numbers_of_every_library_go_on(in_tmp: Path) -> None:
+def test_random_numbers_of_every_library_continue(in_tmp: Path) -> None:
     def draw() -> list[float]:
         return [random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]  # noqa: NPY002
 

@@ -172,7 +172,7 @@ def test_a_missing_checkpoint(finished: Path, in_tmp: Path, capsys: Any) -> None
     )
 
 
-def test_init_takes_the_weights_and_starts_anew(finished: Path, in_tmp: Path, capsys: Any) -> None:
+def test_init_takes_the_weights_and_starts_again(finished: Path, in_tmp: Path, capsys: Any) -> None:
     still = ["optim.total_steps=1", "optim.lr=0", "optim.muon_lr=0", "optim.memory_lr=0"]
     assert small_run(in_tmp, "name=second", "init_from=first", *still) == 0
     second = run_of(in_tmp, "second") / "checkpoints" / "last.ckpt"

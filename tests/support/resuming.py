@@ -12,7 +12,7 @@ import train
 from atlas_lm.loggers.jsonl import read_rows
 from tests.support.launching import report_of
 
-# Looks, saves, validations and epochs (14 batches) all fall on different steps, and together on some.
+# Evaluations, saves, validations and epochs (14 batches) all fall on different steps, and together on some.
 OFTEN = [
     "optim.total_steps=24", "trainer.val_check_interval=6", "callbacks.step_checkpoint.every_n_steps=3",
     "callbacks.spike_rollback.every_n_steps=4", "callbacks.niah_probe.every_n_steps=5",

@@ -1,7 +1,7 @@
 """The oracle of the rollback: a run that was rolled back, beside one that never saw the batches that it dropped.
 
 Both train the real model, small. A fault multiplies a weight while a marked batch trains; the run without rollback gets
-the same batches but for those between the snapshot and the look that found the spike.
+the same batches but for those between the snapshot and the evaluation that found the spike.
 """
 
 import os
@@ -24,7 +24,7 @@ from callbacks.proactive_clipping import ProactiveClipping
 from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
 
-LOOK = 2  # optimizer steps between evaluations
+EVALUATE_EVERY = 2  # optimizer steps between evaluations
 VOCABULARY, LENGTH = 17, 24
 MODEL = dict(
     name="small", dim=16, layers=1, heads=2, head_dim=8, window=5, ffn_multiple=2.0, fusion="convex",
@@ -99,7 +99,7 @@ def train(
     value: float = 30.0, folder: Path | None = None, max_rollbacks: int = 3, ckpt_path: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train and tell everything that the oracle compares, and what the safeguard did."""
+    """Train and return everything that the oracle compares, and what the safeguard did."""
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
         module = Faulty(bad, value)
@@ -107,7 +107,7 @@ def train(
         others: list[Any] = [Steps(), weights, GateMonitor(baseline_step=3, check_step=1000, every_n_steps=1)]
         if stage2:
             others += [ChunkSizeScheduler(start=6, total_steps=40, gamma=0.8), ProactiveClipping(transition_steps=2)]
-        guard = SpikeRollback(str(home), every_n_steps=LOOK, max_rollbacks=max_rollbacks, rows=2)
+        guard = SpikeRollback(str(home), every_n_steps=EVALUATE_EVERY, max_rollbacks=max_rollbacks, rows=2)
         saver = StepCheckpoint(str(home), every_n_steps=3)
         settings: dict[str, Any] = {
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False,
@@ -170,8 +170,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 def oracle(rollbacks: int, accumulate: int = 1, **changes: Any) -> dict[str, Any]:
     """Faults at optimizer step 7, and at the 7th step after the first return; both runs, and how they differ.
 
-    A fault in step 7 is seen at the look after step 8, whose second most recent snapshot is that of step 4: steps 5 to
-    8 are dropped, with their batches.
+    A fault in step 7 is seen at the evaluation after step 8, whose second most recent snapshot is that of step 4:
+    steps 5 to 8 are dropped, with their batches.
     """
     steps = 10
     dropped, bad, clean, number = 4 * accumulate, [], [], 0

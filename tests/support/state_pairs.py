@@ -96,7 +96,7 @@ def check_pair(rng: random.Random) -> str:
     state = maker.initial_state(batch)
     if split:
         state = forward(maker, tokens[:batch, :split], state, rng.random() < 0.5).state
-    told = f"{values} {dtype} {batch} -> {others} {other_dtype} {other_batch}, split {split}"
+    reported = f"{values} {dtype} {batch} -> {others} {other_dtype} {other_batch}, split {split}"
     results = []
     for through_torch in (False, True):
         for piece in (T - split, 1):  # prefill and decode
@@ -105,17 +105,17 @@ def check_pair(rng: random.Random) -> str:
                 results.append((given.size(1), forward(user, given, state, through_torch).logits))
             except ValueError as error:
                 if belongs:
-                    raise AssertionError(f"a state that belongs was refused\n{told}") from error
+                    raise AssertionError(f"a state that belongs was refused\n{reported}") from error
                 results.append(None)
     if not belongs:
-        assert results == [None] * 4, f"a foreign state was accepted\n{told}"
+        assert results == [None] * 4, f"a foreign state was accepted\n{reported}"
         return "refused"
     wide = torch.float64 if torch.float64 in (dtype, other_dtype) else torch.float32
     truth = forward(user.to(wide), tokens[:batch], None, True).logits.double()
     least = max(TOLERANCE[dtype], TOLERANCE[other_dtype])
     for length, logits in results:
         error = (logits.double() - truth[:, split : split + length]).abs().max() / truth.abs().max()
-        assert error <= least, f"{error:.3g} > {least}\n{told}"
+        assert error <= least, f"{error:.3g} > {least}\n{reported}"
     return "continued"
 
 

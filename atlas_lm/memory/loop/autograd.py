@@ -119,11 +119,10 @@ class _Loop(torch.autograd.Function):
                 first = start // stride * layers
                 states = [list(kept[first : first + layers])]
                 end = min(start + stride, K)
-                for n in range(start, min(end, config.complete + 1) - 1):
+                for n in range(start, end - 1):  # at most the last chunk of all is unfinished
                     states.append(update(config, x, n, states[-1], records[n])[0])
                 for n in range(end - 1, start - 1, -1):
-                    now = states.pop() if n <= config.complete else states[-1]
-                    dstates, chunks[n] = gradients(config, x, n, now, records[n], dy[:, n], dstates, dinitial)
+                    dstates, chunks[n] = gradients(config, x, n, states.pop(), records[n], dy[:, n], dstates, dinitial)
                     records[n] = None  # gives its memory back
         grads = (dinitial if name == "initial_out" else _stack(chunks, name) for name in LoopInputs._fields)
         return (None, None, *dstates, *grads)

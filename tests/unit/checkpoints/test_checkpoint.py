@@ -47,6 +47,12 @@ def test_round_trip(saved: Path) -> None:
     assert names(saved.parent) == ["manifest.json", "step=3.ckpt"]
 
 
+def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / "step=3.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content_of(Tiny()), path)
+    assert AtomicCheckpointIO().load_checkpoint(path)["global_step"] == 3
+
+
 @pytest.mark.parametrize("size", [0, 100, 70_000, 1_000_000])
 def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, size: int) -> None:
     before = saved.read_bytes()

@@ -1,4 +1,4 @@
-"""Every checkpoint can be told from a damaged one, whenever the process that wrote it died."""
+"""Every checkpoint can be reported from a damaged one, whenever the process that wrote it died."""
 
 import logging
 import os

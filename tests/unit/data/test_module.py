@@ -106,7 +106,7 @@ def test_counts_are_checked_at_once(files: str, changes: dict[str, int], message
 def test_bad_corpora_fail_in_setup(files: str) -> None:
     with pytest.raises(ValueError, match=r"seq_len=100000 needs at least 100001: lower data\.seq_len"):
         module(files, seq_len=100_000).setup()
-    with pytest.raises(ValueError, match="seq_len=None must be a positive number of tokens"):
+    with pytest.raises(ValueError, match="seq_len=None"):
         module(files, seq_len=None).setup()
     source = TextSource(files, validation_fraction=0.0, test_fraction=0.0)
     with pytest.raises(ValueError, match="the validation split is empty"):

@@ -70,7 +70,7 @@ def test_validation_files_within_files(caplog: pytest.LogCaptureFixture) -> None
         assert [len(trained_on(source, split)) for split in SPLITS] == [6, 2, 1]
     assert "files: 3 of 9 files, such as c/val/x.txt, are held out" in caplog.text
     assert "validation_files: 1 of 3 files, such as c/val/z.txt" in caplog.text
-    with pytest.raises(ValueError, match="files: all 3 files are in validation_files too"):
+    with pytest.raises(ValueError, match=r"files: all 3 .* validation_files"):
         TextSource("c/val/*.txt", "c/**/*.txt")
 
 
@@ -224,7 +224,7 @@ def test_shards_of_older_versions(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     shutil.rmtree("val")
     shutil.copytree("c", "val")
     shutil.rmtree("old")
-    with pytest.raises(ValueError, match="all 6 documents of the validation split are in the train split too"):
+    with pytest.raises(ValueError, match=r"all 6 .* validation split .* train split"):
         TokensSource(str(old_shards(monkeypatch, files=["c/*"], validation_files="val/*"))).setup()
 
 

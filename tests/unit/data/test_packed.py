@@ -79,11 +79,11 @@ def test_bytes_that_no_token_stands_for_are_no_text(tmp_path) -> None:
 
 
 def test_errors_name_the_value_and_the_remedy() -> None:
-    with pytest.raises(ValueError, match="seq_len=None must be a positive number of tokens"):
+    with pytest.raises(ValueError, match="seq_len=None"):
         packed([b"abc"], None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the validation split is empty: add documents, raise validation_fraction"):
+    with pytest.raises(ValueError, match=r"validation split .* validation_fraction"):
         packed([b""], 4)
-    with pytest.raises(ValueError, match="holds 4 tokens but seq_len=4 needs at least 5: lower"):
+    with pytest.raises(ValueError, match=r"4 tokens .* seq_len=4 .* 5"):
         packed([b"abc"], 4)
 
 

@@ -98,7 +98,7 @@ def test_ranks_share_the_batches_of_one_rank(ranks: int) -> None:
         assert sorted(batch) == sorted(sample for share in shares for sample in share[step])
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_on_one() -> None:
+def test_a_checkpoint_of_two_ranks_resumes_on_one() -> None:
     alone = [tokens(batch) for batch in loader(batch_size=8)]
     pair = [loader(2, rank, 4) for rank in range(2)]
     for train in pair:
@@ -174,7 +174,7 @@ def fit(folder: Path, resume: Path | None = None, workers: int = 0, **options: A
     [({}, 12), ({"limit_train_batches": 7}, 7), ({"val_check_interval": 5}, 12), ({"accumulate_grad_batches": 5}, 12)],
     ids=str,
 )
-def test_lightning_goes_on_exactly_from_every_checkpoint(tmp_path: Path, options: Any, per_epoch: int) -> None:
+def test_lightning_resumes_exactly_from_every_checkpoint(tmp_path: Path, options: Any, per_epoch: int) -> None:
     every_step = ModelCheckpoint(tmp_path / "steps", filename="{epoch}-{step}", every_n_train_steps=1, save_top_k=-1)
     at_epoch_end = ModelCheckpoint(
         tmp_path / "epochs", filename="{epoch}-{step}", save_on_train_epoch_end=True, save_top_k=-1

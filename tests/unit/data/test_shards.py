@@ -105,7 +105,7 @@ def test_a_tokenizer_json_is_copied_beside_the_shards(corpus: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_going_on_after_any_interruption_gives_the_same_bytes(
+def test_resuming_after_any_interruption_gives_the_same_bytes(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
 ) -> None:
     arguments = {"tokenizer": tokenizer, "vocab_size": 280 if tokenizer == "bpe" else None, "block_mb": 0.002}

@@ -68,7 +68,7 @@ def test_named_held_out_files(tmp_path) -> None:
         (b"tra", "train"), (b"val", "validation"), (b"tes", "test"),
     }  # fmt: skip
     without = TextSource(paths["train"], paths["val"])
-    with pytest.raises(ValueError, match="the test split is empty: add documents, raise test_fraction or name test"):
+    with pytest.raises(ValueError, match=r"test split .* test_fraction"):
         without.dataset("test", 10)
     with pytest.raises(ValueError, match="test_files without validation_files"):
         TextSource(paths["train"], test_files=paths["test"])

@@ -22,7 +22,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     caplog.set_level(logging.INFO)
 
 
-def test_documents_without_text_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_documents_without_text_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     for i in range(5):
         Path(f"{i}.txt").write_text("" if i in (1, 3) else f"text {i}")
     for read in (
@@ -34,7 +34,7 @@ def test_documents_without_text_are_told(caplog: pytest.LogCaptureFixture) -> No
         caplog.clear()
 
 
-def test_rows_beyond_max_documents_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_beyond_max_documents_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(50)]}).save_to_disk("d")
     HuggingFaceSource("d", max_documents=20).setup()
@@ -94,7 +94,7 @@ def test_a_figure_is_not_taken_over_from_another_validation_text(tmp_path: Path)
     assert "the validation text is not that" in next(run.glob("*.log")).read_text()
 
 
-def test_shards_that_go_on_with_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_that_continue_with_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from atlas_lm.data.tokenizers import train_bpe
 
     Path("a.txt").write_text("alpha beta gamma " * 30)

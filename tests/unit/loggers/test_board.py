@@ -241,7 +241,7 @@ def test_a_resumed_run_repeats_and_loses_no_step(tmp_path: Path) -> None:
     assert shown(tmp_path) == [(step, value) for step, value in enumerate([1.0] * 3 + [2.0] * 3 + [3.0])]
 
 
-def test_what_is_logged_behind_the_end_hides_nothing(tmp_path: Path) -> None:
+def test_what_is_logged_after_the_end_hides_nothing(tmp_path: Path) -> None:
     for folder, resume_from_step in ((tmp_path / "new", None), (tmp_path / "resumed", 2)):
         if resume_from_step is not None:
             log(folder, range(2), 1.0).finalize("failed")

@@ -103,7 +103,7 @@ def test_a_timeline_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     assert [row["timeline"] for row in read_rows(tmp_path / "metrics.jsonl")] == [2, 2, 2]
 
 
-def test_a_callback_in_mid_step_and_lightning_behind_it_share_a_row(tmp_path: Path) -> None:
+def test_a_callback_in_mid_step_and_lightning_after_it_share_a_row(tmp_path: Path) -> None:
     logger = JsonlLogger(str(tmp_path / "metrics.jsonl"))
     logger.log_metrics({"niah_probe/accuracy": 0.9}, step=7)
     logger.log_metrics({"train/loss": 2.0}, step=7)
@@ -112,7 +112,7 @@ def test_a_callback_in_mid_step_and_lightning_behind_it_share_a_row(tmp_path: Pa
     assert (only["niah_accuracy"], only["lm_loss"], only["seq"]) == (0.9, 2.0, 0)
 
 
-def test_numbers_and_timeline_go_on_in_an_existing_file(tmp_path: Path) -> None:
+def test_numbers_and_timeline_continue_in_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log(path, {"spike_rollback/timeline": 2.0}, {"train/loss": 1.0})
     log(path, {"train/loss": 1.0}, {"train/loss": 1.0})
@@ -123,7 +123,7 @@ def test_numbers_and_timeline_go_on_in_an_existing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30, "all but its first byte"])
-def test_a_run_goes_on_behind_a_half_written_line(tmp_path: Path, cut: int | str) -> None:
+def test_a_run_continues_after_a_half_written_line(tmp_path: Path, cut: int | str) -> None:
     path = tmp_path / "metrics.jsonl"
     log(path, *[{"train/loss": float(i)} for i in range(3)])
     whole = path.read_bytes()

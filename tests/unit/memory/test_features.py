@@ -45,9 +45,9 @@ def test_sketch_has_the_features_it_promises():
 def test_features_that_do_not_exist():
     with pytest.raises(ValueError, match="degree must be 1 or 2, got 3"):
         Monomials(4, 3)
-    with pytest.raises(ValueError, match="rank of a feature sketch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"rank of a feature sketch .* 0"):
         build_features("sketch", 4, 0)
-    with pytest.raises(ValueError, match="unknown features 'fourier'; choose linear, quadratic or sketch"):
+    with pytest.raises(ValueError, match=r"'fourier'.* linear, quadratic or sketch"):
         build_features("fourier", 4, 5)
 
 

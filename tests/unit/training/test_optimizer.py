@@ -191,7 +191,7 @@ def test_a_rate_of_zero_moves_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
-def test_learning_rate_at_its_borders():
+def test_learning_rate_at_its_ends():
     config = optim_config(warmup_steps=10, total_steps=110, min_lr_ratio=0.1)
     factor = [learning_rate_factor(step, config) for step in range(200)]
     assert factor[0] == pytest.approx(0.1)  # the first step already learns
