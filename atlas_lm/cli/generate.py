@@ -5,11 +5,13 @@ python -m atlas_lm generate run=stage1 prompt="def "
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from atlas_lm.cli.arguments import parse
 from atlas_lm.data.losses import count_losses
 from atlas_lm.data.tokenizers import Tokenizer
 from atlas_lm.model import sampling
+from atlas_lm.model.session import Session
 from atlas_lm.runs.load import load
 
 
@@ -29,6 +31,8 @@ class Options:
     """Tokens to draw from."""
     seed: int = 0
     """Of the draws."""
+    state: str = ""
+    """File of a state: read on from it if it is there; what was read is saved in it at the end."""
     outputs: str = "outputs"
     """Folder of all runs."""
 
@@ -55,4 +59,9 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load(options.run, options.outputs)
     warn_of_losses(tokenizer, options.prompt)
     o = options
-    print(o.prompt + sampling.generate(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed))
+    path = Path(o.state)
+    session = Session.load(model, path) if o.state and path.exists() else model.stream()
+    print(o.prompt + sampling.generate(model, tokenizer, o.prompt, o.tokens, o.temperature, o.top_k, o.seed, session))
+    if o.state:
+        session.save(path)
+        print(f"saved the state after {session.age:,} tokens: {path}", file=sys.stderr)

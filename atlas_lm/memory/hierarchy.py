@@ -97,6 +97,12 @@ class FastMemory(nn.Module):
         return Gates(alpha, eta * self.eta_max, theta, gamma)
 
 
+def unchanging(x_BTM: Tensor, heads: int) -> Gates:
+    """Gates under which W and S of ATLAS eq 33 stay as they are: nothing is forgotten, nothing is written."""
+    one = x_BTM.new_ones(x_BTM.size(0), heads, x_BTM.size(1), dtype=_wide(x_BTM))
+    return Gates(alpha=one, eta=0 * one, theta=one, gamma=0 * one)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     """Gates and fast weights are kept in at least float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -198,11 +204,13 @@ class Hierarchy(nn.Module):
         v_BHTD: Tensor,
         state: HierarchyState | None = None,
         restart_BT: Tensor | None = None,
+        write: bool = True,
     ) -> tuple[Tensor, HierarchyState | None]:
         """Learn every token and answer every query: (B, H, T, D). q and k have unit norm; x opens the gates.
 
         Without a state the local memories restart at each shard; with one nothing is reset and a new one comes back.
-        `restart_BT` (bool) marks document starts: there every memory restarts.
+        `restart_BT` (bool) marks document starts: there every memory restarts. `write` False: memories and projection
+        answer as they are, whatever the tokens.
         ValueError for a state of another hierarchy or batch, and where there are no tokens.
         """
         if q_BHTD.dim() != 4 or q_BHTD.size(2) < 1 or not q_BHTD.shape == k_BHTD.shape == v_BHTD.shape:
@@ -221,8 +229,8 @@ class Hierarchy(nn.Module):
             )
         phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
-        tokens = Tokens(k_BHTD, phi_k, v_BHTD, self.global_memory.open(x_BTM), restart)
         memory = self.global_memory
+        tokens = Tokens(k_BHTD, phi_k, v_BHTD, memory.open(x_BTM) if write else unchanging(x_BTM, H), restart)
         global_state: MemoryState | None = None
         if state is None:
             y_BHTD = scan_shard(memory.rule, memory.weights(), q_BHTD, phi_q, tokens)
@@ -238,12 +246,17 @@ class Hierarchy(nn.Module):
         restart = None if restart is None else shards.fold(restart)
         persistent = persistent_state(self.persistent_keys, q.size(0))
         q, projection = project(
-            q, k, persistent if state is None else self._fit(state.projection, k), persistent, restart
+            q,
+            k if write else torch.zeros_like(k),
+            persistent if state is None else self._fit(state.projection, k),
+            persistent,
+            restart,
         )
         phi_q = self.features(q)
         local_states = []
         for n, memory in enumerate(self._local()):
-            gates = Gates(*(shards.fold(gate) for gate in memory.open(x_BTM)))
+            opened = memory.open(x_BTM) if write else unchanging(x_BTM, H)
+            gates = Gates(*(shards.fold(gate) for gate in opened))
             tokens = Tokens(k, phi, v, gates, restart)
             if state is None:
                 y = scan_shard(memory.rule, memory.weights(), q, phi_q, tokens)

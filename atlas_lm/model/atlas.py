@@ -29,6 +29,7 @@ from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
 from atlas_lm.model.attention import AttentionState
 from atlas_lm.model.block import Block, BlockState
 from atlas_lm.model.norm import RMSNorm
+from atlas_lm.model.session import Session
 
 State = tuple[BlockState, ...]
 # torch.save(state) and torch.load(path, weights_only=True): these hold tensors, numbers and names alone
@@ -146,6 +147,10 @@ class AtlasLM(nn.Module):
 
         self.apply(reset)
 
+    def stream(self, batch: int = 1) -> Session:
+        """A stream that has read nothing, as an object that reads, freezes, forks and saves its state."""
+        return Session(self, batch)
+
     def initial_state(self, batch: int) -> State:
         """The state of `batch` streams that have seen nothing. Its size does not grow with what they will see."""
         if batch < 0:
@@ -153,16 +158,27 @@ class AtlasLM(nn.Module):
         restart = self.config.reset_at_document
         return tuple(block.initial_state(batch, restart) for block in self.blocks)  # type: ignore[operator]
 
-    def forward(self, tokens_BT: Tensor, state: State | None = None, document_start_BT: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        state: State | None = None,
+        document_start_BT: Tensor | None = None,
+        restart_BT: Tensor | None = None,
+        write: bool = True,
+    ) -> Output:
         """(B, T) token ids → logits (B, T, V) of the next tokens.
 
         Without a state: training and evaluation, local memories restart at each shard. With one: streaming, no
-        resets but at document starts where `reset_at_document` asks for them. ValueError for a state of another model
-        or batch (one of another precision is cast), and for tokens that are no (B, T) ids of the vocabulary.
+        resets but at document starts where `reset_at_document` asks for them. `restart_BT` (bool): there every memory
+        restarts, whatever the configuration; attention sees what it always sees. `write` False: the memories answer
+        and neither learn nor forget. ValueError for a state of another model or batch (one of another precision is
+        cast), and for tokens that are no (B, T) ids of the vocabulary.
         """
         restart = document_start_BT if self.config.reset_at_document else None
         if self.config.reset_at_document and restart is None:
             restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        if restart_BT is not None:
+            restart = restart_BT if restart is None else restart | restart_BT
         self._check_tokens(tokens_BT, document_start_BT)
         layers = len(self.blocks)
         if state is not None and len(state) != layers:
@@ -170,7 +186,7 @@ class AtlasLM(nn.Module):
         x = self.embed(tokens_BT) * self.config.dim**0.5
         gates, after = [], []
         for i, block in enumerate(self.blocks):
-            x, gate, block_state = block(x, None if state is None else state[i], restart)
+            x, gate, block_state = block(x, None if state is None else state[i], restart, write)
             after.append(block_state)
             if gate is not None:
                 gates.append(gate)

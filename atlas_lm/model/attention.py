@@ -32,6 +32,15 @@ def rotate(x_BHTD: Tensor, position: int, base: float) -> Tensor:
     return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
 
 
+def rotated(x_BHTD: Tensor, by: int, base: float) -> Tensor:
+    """Keys that were rotated for their positions, as they are `by` positions later."""
+    if by == 0:
+        return x_BHTD
+    cos, sin = (turn.to(x_BHTD.dtype) for turn in angles(x_BHTD, 1, x_BHTD.size(-1), by, base))
+    x, y = x_BHTD.chunk(2, dim=-1)
+    return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
+
+
 def angles(like: Tensor, T: int, D: int, position: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, D/2) of rotary positions, in at least float32."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32

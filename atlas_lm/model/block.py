@@ -103,12 +103,12 @@ class MemoryBranch(nn.Module):
         return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
 
     def forward(
-        self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None
+        self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None, write: bool = True
     ) -> tuple[Tensor, Tensor, HierarchyState | None]:
         qkv = self.qkv(x_BTM)
         sizes = {"batch": qkv.size(0), "conv - 1": self.conv.width - 1, "channels": qkv.size(2)}
         q, k, v, conv = self._heads(qkv, fit("tail of the convolution", conv, sizes, qkv))
-        y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT)
+        y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT, write)
         return normalised_heads(self.norm, y_BHTD.to(x_BTM.dtype)), conv, state
 
     def _heads(self, qkv: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,7 +151,7 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BTM: Tensor, state: BlockState | None, restart_BT: Tensor | None
+        self, x_BTM: Tensor, state: BlockState | None, restart_BT: Tensor | None, write: bool = True
     ) -> tuple[Tensor, Tensor | None, BlockState | None]:
         """(B, T, M) → (B, T, M), the fusion gates (B, T, H·D) and, with a state, the next state.
 
@@ -165,7 +165,7 @@ class Block(nn.Module):
         conv, memory_state, gate = None, None, None
         if self.memory is not None and self.fusion is not None:
             tail = state.conv if state and state.conv is not None else self.memory.initial_conv(y.size(0))
-            remembered, conv, memory_state = self.memory(y, tail, state.memory if state else None, restart_BT)
+            remembered, conv, memory_state = self.memory(y, tail, state.memory if state else None, restart_BT, write)
             attended, gate = self.fusion(attended, remembered)
         x_BTM = x_BTM + self.out(attended)
         x_BTM = x_BTM + self.ffn(self.ffn_norm(x_BTM))

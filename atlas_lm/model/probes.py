@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as nnf
 
+from atlas_lm.config.schema import ModelConfig
+from atlas_lm.data.interfaces import UNSCORED
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.hierarchy import FastMemory
 from atlas_lm.memory.state import Gates, Tokens, initial_state
@@ -78,7 +80,7 @@ def losses_with_and_without_memory(
     Only targets further from the start than all layers' attention windows together reach count: the others could have
     been predicted from everything before them by attention alone. ValueError: the sequences are too short for that.
     """
-    reach = model.config.layers * (model.config.window - 1) + 1
+    reach = attention_reach(model.config) + 1
     if tokens_BT.size(1) <= reach:
         raise ValueError(
             f"sequences of {tokens_BT.size(1)} tokens lie within the reach of attention, {reach} tokens in all: "
@@ -90,8 +92,49 @@ def losses_with_and_without_memory(
         return nnf.cross_entropy(logits.float().flatten(0, 1), targets_BT[:, reach:].flatten())
 
     with_memory = loss()
-    with _silent(model):
+    with silent_memory(model):
         return with_memory, loss()
+
+
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Nats of every target (B, T), NaN where none is scored."""
+    losses = nnf.cross_entropy(logits_BTV.float().mT, targets_BT, ignore_index=UNSCORED, reduction="none")
+    return losses.masked_fill(targets_BT == UNSCORED, torch.nan)
+
+
+def attention_reach(config: ModelConfig) -> int:
+    """How many tokens back the attention windows of all layers together reach."""
+    return config.layers * (config.window - 1)
+
+
+def losses_after_restarts(
+    model: AtlasLM,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    distances: Sequence[int],
+    block: int,
+    document_start_BT: Tensor | None = None,
+) -> Tensor:
+    """Nats of the last `block` targets, (len(distances) + 1, B, block), NaN where none is scored (W1).
+
+    With every memory restarted so many tokens before the block, and last of all with its whole past. What was read
+    before a restart still reaches tokens after it through attention and convolution, and through them, faintly, what
+    these write: a gain that is measured so is rather too small. ValueError: a distance beyond the
+    sequence.
+    """
+    start = tokens_BT.size(1) - block
+    wrong = [h for h in distances if not 0 <= h <= start]
+    if wrong or block < 1:
+        raise ValueError(f"{start} tokens lie before a block of {block}, there is no restart {wrong} tokens before it")
+    found = []
+    for h in [*distances, None]:
+        restart = None
+        if h is not None:
+            restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
+            restart[:, start - h] = True
+        logits = model(tokens_BT, document_start_BT=document_start_BT, restart_BT=restart).logits
+        found.append(token_losses(logits[:, start:], targets_BT[:, start:]))
+    return torch.stack(found)
 
 
 def _with_memory(model: AtlasLM) -> list[Block]:
@@ -114,7 +157,7 @@ def _memory_inputs(model: AtlasLM, tokens_BT: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _silent(model: AtlasLM) -> Iterator[None]:
+def silent_memory(model: AtlasLM) -> Iterator[None]:
     """Every memory answers zero."""
 
     def zeroed(_: Any, __: Any, output: tuple[Tensor, Any, Any]) -> tuple[Tensor, Any, Any]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from atlas_lm.data.tokenizers import Tokenizer
-from atlas_lm.model.atlas import AtlasLM, State
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.session import Session
 
 
 def draw(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -25,19 +26,29 @@ def draw(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Gen
 
 @torch.inference_mode()
 def generate_tokens(
-    model: AtlasLM, prompt_BT: Tensor, tokens: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+    model: AtlasLM,
+    prompt_BT: Tensor,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    session: Session | None = None,
 ) -> Tensor:
-    """Continue every prompt by `tokens` tokens: (B, T) → (B, tokens). The memory keeps learning while it writes."""
-    if prompt_BT.size(1) < 1:
-        raise ValueError("the prompt is empty: give at least one token")
+    """Continue every prompt by `tokens` tokens: (B, T) → (B, tokens). The memory keeps learning while it writes.
+
+    `session`: one that has read something already, and reads on; then the prompt may be empty. ValueError: it is empty,
+    and nothing was read.
+    """
+    session = model.stream(prompt_BT.size(0)) if session is None else session
+    if prompt_BT.size(1):
+        session.read(prompt_BT)
     generator = torch.Generator(prompt_BT.device).manual_seed(seed)
-    state: State | None = model.initial_state(prompt_BT.size(0))
-    output = model(prompt_BT, state)
     written = []
     for _ in range(tokens):
-        token = draw(output.logits[:, -1], temperature, top_k, generator)
-        written.append(token)
-        output = model(token, output.state)
+        if session.logits is None:
+            raise ValueError("the prompt is empty: give at least one token")
+        written.append(draw(session.logits, temperature, top_k, generator))
+        session.read(written[-1])
     return torch.cat(written, dim=1)
 
 
@@ -49,9 +60,10 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    session: Session | None = None,
 ) -> str:
-    """The continuation of a prompt as text; an empty prompt starts a document."""
-    ids = [tokenizer.separator_id, *(int(i) for i in tokenizer.encode(prompt))]
-    device = model.embed.weight.device
-    new = generate_tokens(model, torch.tensor([ids], device=device), tokens, temperature, top_k, seed)
+    """The continuation of a prompt as text; an empty prompt starts a document, or continues `session`'s."""
+    start = [tokenizer.separator_id] if session is None or not session.age else []
+    ids = torch.tensor([[*start, *(int(i) for i in tokenizer.encode(prompt))]], dtype=torch.int64)
+    new = generate_tokens(model, ids.to(model.embed.weight.device), tokens, temperature, top_k, seed, session)
     return tokenizer.decode(new[0].cpu().numpy())
