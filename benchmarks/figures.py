@@ -75,24 +75,28 @@ def figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
     def measured(what: str, run: dict[str, Any], gate: str, form: str) -> Figure:
         return row(what, run["gates"][gate]["measured"], form, "the same")
 
+    def gain(what: str, run: dict[str, Any], command: str) -> Figure:
+        values = [run[f"context_gain{end}"] for end in ("", "_low", "_high")]
+        return Figure(what, "{:+.3f} ({:+.3f} to {:+.3f})".format(*values), values, command)
+
     rates = [stage1["tokens_per_second"], twin["tokens_per_second"]]
     return [
-        row(f"held-out source ({stage1['val_bytes']:,} bytes), bits per byte", stage1["val_bits_per_byte"],
-            "**{:.3f}**", RUNS["stage1"]),
+        row(f"no memory, **equal time**: {equal['steps']:,} steps in {equal['train_seconds'] / 60:.1f} min, bits per "
+            "byte", equal["val_bits_per_byte"], "**{:.3f}**", RUNS[EQUAL_TIME]),
+        row(f"with memory, held-out source ({stage1['val_bytes']:,} bytes), bits per byte",
+            stage1["val_bits_per_byte"], "**{:.3f}**", RUNS["stage1"]),
         row("the same bytes, gzip -9", stage1["gzip_bits_per_byte"], "{:.3f}", "the same"),
         row("the same bytes, xz -9e", stage1["xz_bits_per_byte"], "{:.3f}", "the same"),
         row(f"no memory, same steps, {twin['parameters']:,} parameters instead of {stage1['parameters']:,}",
             twin["val_bits_per_byte"], "{:.3f}", RUNS["stage1_twin"]),
-        row(f"no memory, **equal time**: {equal['steps']:,} steps in {equal['train_seconds'] / 60:.1f} min",
-            equal["val_bits_per_byte"], "**{:.3f}**", RUNS[EQUAL_TIME]),
         minutes(f"training time, {stage1['steps']:,} steps, {stage1['tokens']:,} bytes, validation included", stage1,
                 RUNS["stage1"]),
         Figure("tokens per second (no memory)", f"{rates[0]:,.0f} ({rates[1]:,.0f})", rates, "both"),
         row("recall two windows back, 16 pairs", recall["recall_accuracy"], "**{:.3f}**", RUNS["recall"]),
         row("recall, no memory (chance 0.016)", blind["recall_accuracy"], "{:.3f}", RUNS["recall_twin"]),
         minutes("training time of recall", recall, RUNS["recall"]),
-        row("perplexity without the memory's output, as a multiple", 1 + stage1["memory_contribution"], "{:.2f}",
-            RUNS["stage1"]),
+        gain("context gain, nats per token (95 % interval)", stage1, RUNS["stage1"]),
+        gain("the same of recall", recall, RUNS["recall"]),
         passed("exit gates of Stage 1", stage1, one),
         measured("needle after 100 pairs, gates open, mean cosine", stage1, "G2-5", "{:.3f}"),
         passed("exit gates of Stage 2", stage2, two),

@@ -99,6 +99,12 @@ METRICS = {
     "memory_contribution/perplexity_rise": Metric("share", "rise of the held-out perplexity when "
         "the memory's output is zeroed; 0.2 is "
                                   "20 %", "memory_contribution", PROBE),
+    "memory_horizon/gain": Metric("nats per token", "what the memory's past beyond attention's reach is worth to the "
+                                  "end of held-out sequences", "memory_horizon", PROBE),
+    "memory_horizon/gain_low": Metric("nats per token", "lower end of its interval of 95 %", "memory_horizon", PROBE),
+    "memory_horizon/gain_high": Metric("nats per token", "upper end of it", "memory_horizon", PROBE),
+    "memory_horizon/horizon": Metric("tokens", "how far back 95 % of the gain comes from", "memory_horizon", PROBE),
+    "memory_horizon/step": Metric("optimizer steps", "when that was measured", "memory_horizon", PROBE),
     "memory_contribution/step": Metric("optimizer steps", "when that was measured", "memory_contribution", PROBE),
     "niah_probe/accuracy": Metric("cosine", "of the needle and what is retrieved for its "
         "key, mean over layers, memories, "

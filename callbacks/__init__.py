@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from callbacks.interrupt import Interrupt
     from callbacks.loss_weight_schedule import LossWeightSchedule
     from callbacks.memory_contribution import MemoryContribution
+    from callbacks.memory_horizon import MemoryHorizon
     from callbacks.niah_probe import NiahProbe
     from callbacks.nonfinite_guard import NonfiniteGuard
     from callbacks.outlier_guard import OutlierGuard
@@ -29,6 +30,7 @@ __all__ = [
     "Interrupt",
     "LossWeightSchedule",
     "MemoryContribution",
+    "MemoryHorizon",
     "NiahProbe",
     "NonfiniteGuard",
     "OutlierGuard",
@@ -51,6 +53,7 @@ _HOME = {
     "Interrupt": "interrupt",
     "LossWeightSchedule": "loss_weight_schedule",
     "MemoryContribution": "memory_contribution",
+    "MemoryHorizon": "memory_horizon",
     "NiahProbe": "niah_probe",
     "NonfiniteGuard": "nonfinite_guard",
     "OutlierGuard": "outlier_guard",

@@ -1,11 +1,12 @@
-"""What the memory is worth to the text: held-out perplexity with it, and with its output zeroed.
+"""What the memory's branch is worth to the text: held-out perplexity with it, and with its output zeroed. A number.
 
 Watches:  the loss at positions that attention cannot fully see, with and without the memory, every `every_n_steps`.
-Acts:     warns when the memory makes the prediction worse by more than `tolerance` (relative, of the perplexity).
+Acts:     not at all: a network without a branch that it was trained with does worse, whatever the branch remembers.
+          Whether the memory is used, `memory_horizon` judges.
 Logs:     memory_contribution/perplexity_rise: the share by which the perplexity rises without the memory; 0.2 is 20 %.
           memory_contribution/step: the optimizer step at which that was measured.
 Requires: HasMemoryContribution and a validation loader.
-Source:   C1b. The needle says that the memory holds what is written; this says that the model uses it.
+Source:   C1b.
 """
 
 import logging
@@ -40,21 +41,10 @@ class HasMemoryContribution(Protocol):
 class MemoryContribution(Callback):
     """Measures on `rows` held-out sequences per rank; keeps no state. ValueError: a value out of its range."""
 
-    def __init__(self, every_n_steps: int = 1000, tolerance: float = 0.0, rows: int = 2) -> None:
-        check(
-            "memory_contribution", every_n_steps=(every_n_steps, at_least(1)), rows=(rows, at_least(1)),
-            tolerance=(tolerance, at_least(0)),
-        )  # fmt: skip
-        self.every_n_steps, self.tolerance, self.rows = every_n_steps, tolerance, rows
+    def __init__(self, every_n_steps: int = 1000, rows: int = 2) -> None:
+        check("memory_contribution", every_n_steps=(every_n_steps, at_least(1)), rows=(rows, at_least(1)))
+        self.every_n_steps, self.rows = every_n_steps, rows
         self._batch: Any = None
-
-    def judge(self, gain: float, step: int) -> str | None:
-        """What is wrong, in words; None if nothing is."""
-        if not math.isfinite(gain):
-            return f"memory contribution at step {step} is not finite: the model's losses are not"
-        if gain < -self.tolerance:
-            return f"at step {step} held-out perplexity is {-gain:.1%} lower without the memory: it does harm"
-        return None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """TypeError if the module cannot silence its memory."""
@@ -81,11 +71,7 @@ class MemoryContribution(Callback):
         """Measure if it is time."""
         if self._batch is None or accumulates(trainer) or trainer.global_step % self.every_n_steps:
             return
-        gain = self.measure(trainer, pl_module)
-        record(trainer, self._values(gain, trainer.global_step))
-        wrong = self.judge(gain, trainer.global_step)
-        if wrong and trainer.is_global_zero:
-            log.warning(wrong)
+        record(trainer, self._values(self.measure(trainer, pl_module), trainer.global_step))
 
     def _values(self, gain: float, step: int) -> dict[str, float]:
         return {"memory_contribution/perplexity_rise": gain, "memory_contribution/step": step}

@@ -49,6 +49,7 @@ class Phase(NamedTuple):
 
 
 NEEDLES = f"> {measures.ACCURACY} under {measures.HAYSTACK} pairs, without the needle within ±{measures.CONTROL}"
+USED = Check("used", "Memory used beyond attention", "context gain > 0, its interval too", measures.used)
 PHASES = {
     "phase2": Phase(
         "PHASE 2: Training Infrastructure",
@@ -60,6 +61,7 @@ PHASES = {
             Check("G2-5", "NIAH accuracy", NEEDLES, measures.needles),
             Check("G2-6", "Rollback test", "1 forced spike, undone bitwise, training continues", rollback.forced),
             Check("G2-7", "PPL delta telemetry", "as many in metrics.jsonl as in TensorBoard, > 0", records.ppl_delta),
+            USED,
         ),
     ),
     "phase4": Phase(
@@ -73,8 +75,10 @@ PHASES = {
                 "G4-5", "Gate polarization", f">= {measures.POLARISED} of gates < 0.1 or > 0.9", measures.polarisation
             ),
             Check("G4-6", "NIAH accuracy", NEEDLES, measures.needles),
+            USED,
         ),
     ),
+    "used": Phase("MEMORY: used beyond attention", (USED,)),
 }
 
 

@@ -18,8 +18,8 @@ from atlas_lm.checkpoints.listing import intact_checkpoint
 from atlas_lm.config.parsing import CONFIG, check_numbers, read_config, read_json
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.config.validate import check_targets
-from atlas_lm.data.run_tokenizer import ARGUMENT, COPY, another_tokenizer
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.runs.load import load_data
 from atlas_lm.training.load import build_module
 
 BATCH = 4  # validation sequences at a time
@@ -145,26 +145,7 @@ class RunArtifacts:
 
     def data(self, **changes: Any) -> Any:
         """The run's data, loaded in this process."""
-        arguments = self.content["hyper_parameters"]
-        data = self.build("data", num_workers=0, **changes, **self._own_tokenizer())
-        data.setup("fit")
-        trained = arguments["vocab_size"]
-        if data.vocab_size != trained:
-            raise ValueError(f"the data has {data.vocab_size} token ids, {trained} in training: restore its tokenizer")
-        wrong = another_tokenizer(arguments, {ARGUMENT: data.tokenizer_fingerprint}, self.checkpoint)
-        if wrong:
-            raise ValueError(f"the data has {wrong}: restore its tokenizer")
-        return data
-
-    def _own_tokenizer(self) -> dict[str, Any]:
-        """The data's source with the run's copy of its tokenizer, which outlives the file that was trained with."""
-        if not (self.run / COPY).is_file() or not self.has("data.source"):
-            return {}
-        source = self.group("data.source")
-        spec = source.get("tokenizer")
-        if isinstance(spec, dict):
-            return {"source": {**source, "tokenizer": {**spec, "path": str(self.run / COPY)}}}
-        return {"source": {**source, "tokenizer": str(self.run / COPY)}} if isinstance(spec, str) else {}
+        return load_data(self.run, self.content, **changes)
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:

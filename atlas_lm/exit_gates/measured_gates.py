@@ -7,11 +7,14 @@ import statistics
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.exit_gates.artifacts import RunArtifacts
 from atlas_lm.exit_gates.result import GateResult
+from atlas_lm.files import ROOT
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
 from atlas_lm.training.module import UNSCORED
 
@@ -20,6 +23,7 @@ NEEDLES = 16  # trials per layer, memory and head
 SIZES, SPREAD = (1, 4, 8, 16, 32, 64), 0.10
 LOW, HIGH, POLARISED = 0.1, 0.9, 0.20
 STREAM = 100  # tokens before the reset
+DEFAULT_PROBE = ROOT / "conf" / "callbacks" / "memory_horizon.yaml"
 
 
 @torch.no_grad()
@@ -131,6 +135,24 @@ def resolution(run: RunArtifacts) -> GateResult:
     finally:
         module.set_local_chunks(run.final_chunks)
     return judge_flatness(curve)
+
+
+def judge_use(gain: float, low: float, high: float, horizon: float) -> GateResult:
+    """`used`, from the context gain in nats per token and its interval. False with NaN."""
+    found = f"context gain {gain:+.4f} nats per token ({low:+.4f} to {high:+.4f})"
+    passed = low > 0
+    detail = f"{found}, 95 % of it within {horizon:.0f} tokens" if passed else f"{found}: the memory's past is not used"
+    return GateResult(passed, gain, detail)
+
+
+@torch.no_grad()
+def used(run: RunArtifacts) -> GateResult:
+    """`used`: the run's own probe, on more text; or the probe of the defaults, where the run had none."""
+    name = "callbacks.memory_horizon"
+    probe = run.build(name) if run.has(name) else instantiate(OmegaConf.load(DEFAULT_PROBE).memory_horizon)
+    parts = [probe.losses(run.module, batch) for batch in run.batches]
+    _, restarts, reach = parts[0]
+    return judge_use(*probe.estimate(torch.cat([losses.cpu() for losses, _, _ in parts], dim=1), restarts, reach))
 
 
 def judge_polarisation(polarised: int, nonfinite: int, total: int) -> GateResult:

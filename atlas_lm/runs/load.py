@@ -1,10 +1,15 @@
 """A trained model with its tokenizer, by the name of its experiment, its run folder or a checkpoint."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from atlas_lm.checkpoints.io import read_checkpoint
-from atlas_lm.data.run_tokenizer import ARGUMENT, tokenizer_of
+from atlas_lm.config.parsing import CONFIG, read_config
+from atlas_lm.config.validate import check_targets
+from atlas_lm.data.run_tokenizer import ARGUMENT, COPY, another_tokenizer, tokenizer_of
 from atlas_lm.data.tokenizers import Tokenizer
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.runs.resolve import resolve_checkpoint, resolve_run
@@ -45,3 +50,40 @@ def load_model(checkpoint: Path) -> AtlasLM:
     if content.get("local_chunks"):
         module.set_local_chunks(content["local_chunks"])
     return module.model.eval()
+
+
+def load_data(folder: Path, content: dict[str, Any], **changes: Any) -> Any:
+    """The run's data, set up in this process, with `changes` of its settings such as seq_len.
+
+    With the run's own copy of its tokenizer, which outlives the file that was trained with. ValueError: it is not the
+    data that the checkpoint's `content` was trained on, by vocabulary and tokenizer.
+    """
+    settings = OmegaConf.to_container(read_config(folder / CONFIG), resolve=True)
+    values = settings.get("data") if isinstance(settings, dict) else None
+    if not isinstance(values, dict) or "_target_" not in values:
+        raise ValueError(f"data of {folder / CONFIG} has no _target_")
+    source = values.get("source")
+    if (folder / COPY).is_file() and isinstance(source, dict):
+        values["source"] = with_tokenizer(source, str(folder / COPY))
+    values.update(num_workers=0, **changes)
+    check_targets(values, "data")
+    data = instantiate(values)
+    data.setup("fit")
+    arguments = content["hyper_parameters"]
+    trained = arguments["vocab_size"]
+    if data.vocab_size != trained:
+        raise ValueError(f"the data has {data.vocab_size} token ids, {trained} in training: restore its tokenizer")
+    wrong = another_tokenizer(arguments, {ARGUMENT: data.tokenizer_fingerprint}, folder / "checkpoints" / "last.ckpt")
+    if wrong:
+        raise ValueError(f"the data has {wrong}: restore its tokenizer")
+    return data
+
+
+def with_tokenizer(source: dict[str, Any], path: str) -> dict[str, Any]:
+    """A source's settings with the tokenizer at `path` in place of its own, in the source that it may wrap too."""
+    spec, text = source.get("tokenizer"), source.get("text")
+    if isinstance(text, dict):
+        return {**source, "text": with_tokenizer(text, path)}
+    if isinstance(spec, dict):
+        return {**source, "tokenizer": {**spec, "path": path}}
+    return {**source, "tokenizer": path} if isinstance(spec, str) else source

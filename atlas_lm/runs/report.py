@@ -75,6 +75,11 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
         "skipped_steps": added(stats.training, "nonfinite_guard/skipped_steps", "outlier_guard/outliers"),
         "needle_accuracy": stats.training.get("niah_probe/accuracy"),
         "needle_at_step": count(stats.training.get("niah_probe/step")),
+        "context_gain": stats.training.get("memory_horizon/gain"),
+        "context_gain_low": stats.training.get("memory_horizon/gain_low"),
+        "context_gain_high": stats.training.get("memory_horizon/gain_high"),
+        "memory_horizon": count(stats.training.get("memory_horizon/horizon")),
+        "memory_horizon_at_step": count(stats.training.get("memory_horizon/step")),
         "memory_contribution": stats.training.get("memory_contribution/perplexity_rise"),
         "memory_contribution_at_step": count(stats.training.get("memory_contribution/step")),
         "parameters": sum(p.numel() for p in module.parameters()),
@@ -85,7 +90,7 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
     }
     if stats.validated_at is not None:
         values.update(held_out_text(dm, values["val_loss"]))
-        if dm.tokenizer is None and "recall/accuracy" in found:
+        if "recall/accuracy" in found:
             values["recall_accuracy"] = found["recall/accuracy"]
             values["recall_chance"] = getattr(dm.source, "chance", None)
     values = {name: finite(value) for name, value in values.items()}
@@ -148,7 +153,15 @@ def verdict(report: Report) -> str:
     if report["val_loss"] is None:
         return f"{head}, but the validation loss is not finite: the model is useless"
     late = "" if report["validated_at_step"] == steps else f" (validated at step {report['validated_at_step']})"
-    return f"{head}: {quality(report)}{late}{mishaps(report)}"
+    return f"{head}: {quality(report)}{late}{mishaps(report)}{unused(report)}"
+
+
+def unused(report: Report) -> str:
+    """That the memory was found to give nothing from beyond attention's reach; nothing where it was not measured."""
+    gain, low = report.get("context_gain"), report.get("context_gain_low")
+    if gain is None or low is None or low > 0:
+        return ""
+    return f"; its memory is NOT used beyond attention's reach (context gain {gain:+.4f} nats per token)"
 
 
 def mishaps(report: Report) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,12 @@ from torchmetrics.text import Perplexity
 
 from atlas_lm.config.schema import ModelConfig, OptimConfig
 from atlas_lm.model.atlas import AtlasLM, Output
-from atlas_lm.model.probes import losses_with_and_without_memory, write_and_read
+from atlas_lm.model.probes import (
+    attention_reach,
+    losses_after_restarts,
+    losses_with_and_without_memory,
+    write_and_read,
+)
 from atlas_lm.model.sampling import generate
 from atlas_lm.training.flat_storage import flat_storage
 from atlas_lm.training.lightning_internals import logging_step
@@ -117,6 +123,20 @@ class AtlasModule(L.LightningModule):
         """Mean loss with the memory, and with its output zeroed, where attention cannot see the whole past (C1b)."""
         starts = batch.get("document_start")
         return losses_with_and_without_memory(self.model, batch["input_ids"], batch["targets"], starts)
+
+    def attention_reach(self) -> tuple[int, int]:
+        """Tokens of one attention window, and how many tokens back all layers' windows together reach."""
+        return self.model_config.window, attention_reach(self.model_config)
+
+    def losses_after_restarts(self, batch: dict[str, Tensor], distances: Sequence[int], block: int) -> Tensor:
+        """Nats of the last `block` targets with the memory restarted so many tokens before them, and never (W1).
+
+        See `atlas_lm.model.probes.losses_after_restarts`.
+        """
+        if not self.memory_shape()[0]:
+            raise ValueError("the model has no memory")
+        starts = batch.get("document_start")
+        return losses_after_restarts(self.model, batch["input_ids"], batch["targets"], distances, block, starts)
 
     def write_and_read(
         self, keys: Tensor, values: Tensor, query: Tensor, batch: dict[str, Tensor] | None = None

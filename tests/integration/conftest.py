@@ -25,4 +25,8 @@ def basic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def guarded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run with all safeguards of stage 2, judged by the exit gates; to be read only."""
-    return with_all_safeguards(tmp_path_factory.mktemp("guarded"), "callbacks.memory_contribution.every_n_steps=4")
+    return with_all_safeguards(
+        tmp_path_factory.mktemp("guarded"),
+        "callbacks.memory_contribution.every_n_steps=4",
+        "callbacks.memory_horizon.every_n_steps=4",
+    )

@@ -51,7 +51,10 @@ def test_a_small_run_is_judged(run: Path, capsys: pytest.CaptureFixture[str]) ->
         "id", "name", "passed", "measured", "threshold", "detail",
     }  # fmt: skip
     gates = {gate["id"]: gate for found in results.values() for gate in found}
-    assert list(gates) == [*(f"G2-{i}" for i in range(1, 8)), *(f"G4-{i}" for i in range(1, 7))]
+    assert list(gates) == [*(f"G2-{i}" for i in range(1, 8)), "used", *(f"G4-{i}" for i in range(1, 7))]
+    used = gates.pop("used")
+    assert used == results["phase2"][-1], "it ends both tables"
+    assert math.isfinite(used["measured"])
     passed = [name for name, gate in gates.items() if gate["passed"]]
     assert passed == ["G2-1", "G2-3", "G2-6", "G2-7", "G4-1", "G4-2", "G4-3", "G4-4"], gates
     assert gates["G2-4"]["detail"] == "4 steps, 1000 are needed"
@@ -62,9 +65,9 @@ def test_a_small_run_is_judged(run: Path, capsys: pytest.CaptureFixture[str]) ->
     lines = out.splitlines()
     assert "[G2-1] Chunk sizes... DECIDED ({4}, 1,000 tokens/s)" in lines
     assert "[G2-6] Rollback test... PASSED (forced at step 5, back to step 2 bit for bit, on to step 8)" in lines
-    assert "PHASE 2 SUMMARY: 4/7 checkpoints passed" in lines
-    assert "*** 3 FAILED: G2-2, G2-4, G2-5 ***" in lines
-    assert "PHASE 4 SUMMARY: 4/6 checkpoints passed" in lines
+    assert f"PHASE 2 SUMMARY: {4 + used['passed']}/8 checkpoints passed" in lines
+    assert f"*** {4 - used['passed']} FAILED: G2-2, G2-4, G2-5{'' if used['passed'] else ', used'} ***" in lines
+    assert f"PHASE 4 SUMMARY: {4 + used['passed']}/7 checkpoints passed" in lines
     assert "measuring [G4-4] Resolution flat" in err
     assert "WARNING" not in err
     assert "spike:" not in err
@@ -90,13 +93,14 @@ def test_a_run_whose_end_was_not_saved_passes_no_gate(run: Path) -> None:
 
 def test_what_is_missing_fails_and_is_named(run: Path) -> None:
     config = OmegaConf.load(run / "config.yaml")
-    for name in ("niah_probe", "proactive_clipping", "spike_rollback", "nonfinite_guard"):
+    for name in ("niah_probe", "memory_horizon", "proactive_clipping", "spike_rollback", "nonfinite_guard"):
         del config.callbacks[name]
     (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
     (run / "metrics.jsonl").unlink()
     shutil.rmtree(run / "tensorboard")
     gates = {**judged(run, "phase2"), **judged(run, "phase4")}
-    assert [name for name, gate in gates.items() if gate.passed] == ["G2-3", "G4-4"]
+    assert [name for name, gate in gates.items() if gate.passed and name != "used"] == ["G2-3", "G4-4"]
+    assert gates["used"].measured is not None, "where the run had no such probe, that of the defaults asks"
     for name, words in {
         "G2-1": "there is no ", "G2-2": "no metrics.jsonl", "G2-4": "no metrics.jsonl",
         "G2-5": "no callbacks.niah_probe",
@@ -207,7 +211,7 @@ def test_all_passed_reads_as_in_the_seeds(capsys: pytest.CaptureFixture[str]) ->
         "[G2-1] Chunk sizes... DECIDED (x)",
         "[G2-2] NIAH frequency... LOCKED (x)",
     ]
-    assert lines[-2:] == ["PHASE 2 SUMMARY: 7/7 checkpoints passed", "*** ALL PHASE 2 CHECKS PASSED ***"]
+    assert lines[-2:] == ["PHASE 2 SUMMARY: 8/8 checkpoints passed", "*** ALL PHASE 2 CHECKS PASSED ***"]
 
 
 def test_exit_code_0_when_all_pass(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +238,7 @@ def test_a_gate_that_breaks_fails_and_the_others_continue(run: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give one of phase2, phase4, chunk_sizes"),
+        ([], "give one of phase2, phase4, used, chunk_sizes"),
         (["phase3"], r"did you mean 'phase[24]'"),
         (["phase2"], "run= is missing"),
         (["phase2", "run=nowhere"], "no run 'nowhere'"),
@@ -254,3 +258,23 @@ def test_bad_arguments(arguments: list[str], words: str, tmp_path: Path, monkeyp
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--help"])
     assert "phase4 run=..." in capsys.readouterr().out
+
+
+def test_used_alone_is_judged_and_fails_without_a_gain(run: Path) -> None:
+    """With the writes switched off the past is worth exactly nothing."""
+    (gate,) = command.judge(command.PHASES["used"], RunArtifacts(run, run, sequences=4))
+    assert gate.id == "used"
+    artifacts = RunArtifacts(run, run, sequences=4)
+    for block in artifacts.module.model.blocks:
+        hierarchy = block.memory.hierarchy
+        for memory in (hierarchy.global_memory, *hierarchy.local_memories):
+            memory.eta_max = 0.0
+        hierarchy.persistent_keys.data.mul_(1e9)  # the projection's own keys are drowned
+    (gate,) = command.judge(command.PHASES["used"], artifacts)
+    assert not gate.passed
+    assert abs(float(gate.measured or 0)) < 1e-5
+
+
+@pytest.mark.parametrize(("low", "passes"), [(1e-6, True), (0.0, False), (-0.1, False), (math.nan, False)])
+def test_used_asks_for_an_interval_above_zero(low: float, passes: bool) -> None:
+    assert measures.judge_use(0.2, low, 0.3, 100.0).passed is passes

@@ -16,7 +16,8 @@ def write_run(outputs: Path, name: str, gates: dict[str, float], **values: Any) 
     report = {
         "status": "finished", "steps": 1000, "tokens": 2_048_000, "train_seconds": 360.0, "parameters": 10,
         "tokens_per_second": 6000.0, "val_bytes": 429_019, "val_bits_per_byte": 1.5, "gzip_bits_per_byte": 2.0,
-        "xz_bits_per_byte": 1.75, "recall_accuracy": 1.0, "memory_contribution": 6.0, **values,
+        "xz_bits_per_byte": 1.75, "recall_accuracy": 1.0,
+        "context_gain": 0.1, "context_gain_low": -0.01, "context_gain_high": 0.25, **values,
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "config.yaml").write_text("name: x\n")
@@ -44,10 +45,11 @@ def test_the_table_is_written_between_the_markers(
     printed = capsys.readouterr().out.strip()
     for page in figures.PAGES:
         assert (tmp_path / page).read_text() == f"before\n{figures.BEGIN}\n{printed}\n{figures.END}\nafter\n"
-    assert "| held-out source (429,019 bytes), bits per byte | **1.500** |" in printed
-    assert "| no memory, **equal time**: 1,000 steps in 6.0 min | **1.700** |" in printed
+    assert "| with memory, held-out source (429,019 bytes), bits per byte | **1.500** |" in printed
+    first = printed.splitlines()[2]
+    assert first.startswith("| no memory, **equal time**: 1,000 steps in 6.0 min, bits per byte | **1.700** |")
     assert "optim.total_steps=2900 name=stage1_twin_equal_time`" in printed
-    assert "| perplexity without the memory's output, as a multiple | 7.00 |" in printed
+    assert "| context gain, nats per token (95 % interval) | +0.100 (-0.010 to +0.250) |" in printed
     assert "| exit gates of Stage 1 | **1/2** |" in printed
     found = json.loads((tmp_path / figures.NUMBERS).read_text())
     assert found["runs"]["stage2"] == "2026-01-01_00-00-00"

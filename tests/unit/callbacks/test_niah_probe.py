@@ -252,16 +252,12 @@ class Judged(Faulty):
 
 
 def test_contribution_is_the_rise_of_the_perplexity_without_the_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
 ) -> None:
     module, lines = Judged((), 1.0), Lines()
     module.losses = (1.0, 1.0 + math.log(1.25))
     fit(module, MemoryContribution(every_n_steps=4), folder=tmp_path, logger=lines)
     assert values_of(lines.rows, "memory_contribution/perplexity_rise") == pytest.approx([0.25, 0.25])
-    module.losses = (1.0, 0.9)
-    with caplog.at_level(logging.WARNING):
-        fit(module, MemoryContribution(every_n_steps=1), folder=tmp_path)
-    assert "lower without the memory: it does harm" in caplog.text
 
 
 def test_a_memory_that_is_silent_contributes_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from callbacks.hang_watch import HangWatch
 from callbacks.interrupt import Interrupt
 from callbacks.loss_weight_schedule import LossWeightSchedule
 from callbacks.memory_contribution import MemoryContribution
+from callbacks.memory_horizon import MemoryHorizon
 from callbacks.niah_probe import NiahProbe
 from callbacks.nonfinite_guard import NonfiniteGuard
 from callbacks.outlier_guard import OutlierGuard
@@ -39,6 +40,7 @@ MAKERS = {
     "interrupt": lambda d: Interrupt(f"{d}/interrupted.ckpt"),
     "loss_weight_schedule": lambda d: LossWeightSchedule({"aux": 1.0}, STEPS, watch="train/loss", rest_steps=2),
     "memory_contribution": lambda d: MemoryContribution(2),
+    "memory_horizon": lambda d: MemoryHorizon(2),
     "niah_probe": lambda d: NiahProbe(every_n_steps=2, on_failure="warn"),
     "nonfinite_guard": lambda d: NonfiniteGuard(3),
     "outlier_guard": lambda d: OutlierGuard(warm_up=2, window=4),
@@ -86,6 +88,13 @@ class Everything(Line):
 
     def persistent_memory(self) -> list[Any]:
         return [self.layer.weight]
+
+    def attention_reach(self) -> Any:
+        return 1, 1
+
+    def losses_after_restarts(self, batch: Any, distances: Any, block: int) -> Any:
+        losses = self.layer(batch)[:, :1].detach().expand(len(batch), block)
+        return torch.stack([losses * (2 + i) for i in range(len(distances) + 1)])
 
     def memory_contribution(self, batch: Any) -> Any:
         loss = self.held_out_loss(batch).detach()
