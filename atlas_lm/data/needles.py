@@ -1,0 +1,195 @@
+"""Needles in text: key–value statements scattered in real text of any other source, and questions about them later.
+
+    … text …  [bako=528]  … text …  (gap)  … text …  [bako=528]  … text …
+              statement                              question
+
+Every token is trained on; in validation and test the answers alone are scored, so that loss and accuracy are those of
+retrieval. A question comes more than `gap` tokens after its statement: attention over fewer cannot answer. Keys of
+training, validation and test are different ones.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from itertools import product
+
+import numpy as np
+import torch
+
+from atlas_lm.data.interfaces import SPLITS, UNSCORED, Sample, SequenceDataset, Source, Split, split_of
+from atlas_lm.data.tokenizers import Tokenizer
+
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
+
+
+def keys_of(split: Split) -> list[str]:
+    """Words of four letters; a key belongs to one split, whatever the seed."""
+    words = ("".join(letters) for letters in product(CONSONANTS, VOWELS, CONSONANTS, VOWELS))
+    return [word for word in words if split_of(word.encode(), 0.1, 0.1) == split]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Token ids: what leads to the answer, the answer, what follows."""
+
+    lead: np.ndarray
+    answer: np.ndarray
+    end: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lead) + len(self.answer) + len(self.end)
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ids, and which of them are the answer's."""
+        ids = np.concatenate([self.lead, self.answer, self.end])
+        asked = np.zeros(len(ids), dtype=bool)
+        asked[len(self.lead) : len(self.lead) + len(self.answer)] = True
+        return ids, asked
+
+
+def statement(tokenizer: Tokenizer, key: str, value: str) -> Statement:
+    """`[key=value]`. The parts are encoded one by one, so that a question leads to its answer by the same tokens."""
+    return Statement(*(np.asarray(tokenizer.encode(part)) for part in (f"\n[{key}=", value, "]\n")))
+
+
+@dataclass(frozen=True)
+class NeedleLayout:
+    """What is put into a sequence of `seq_len` tokens."""
+
+    needles: int  # statements, and questions
+    digits: int  # of a value
+    gap: int  # tokens between the last statement and the first question, at least
+    seq_len: int
+
+
+class NeedlesSource:
+    """Sequences of `text` with `needles` statements in their first part and as many questions in their last one.
+
+    `text`: any other source. `gap`: tokens between the statements and the questions, at least; null: what all attention
+    windows together reach, `layers` · `window`. Keys, values and places of a sequence are drawn from (seed, split,
+    index). ValueError: a size out of range, a `seq_len` in which gap and statements do not fit.
+    """
+
+    def __init__(
+        self,
+        text: Source,
+        needles: int = 8,
+        digits: int = 3,
+        window: int = 64,
+        layers: int = 2,
+        gap: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, size in {"needles": needles, "digits": digits, "window": window, "layers": layers}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if gap is not None and gap < layers * window:
+            raise ValueError(f"gap={gap} lies within {layers} windows of {window}: raise it to {layers * window}")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
+        fewest = min(len(keys_of(split)) for split in SPLITS)
+        if needles > fewest:
+            raise ValueError(f"needles={needles} are more than the {fewest} keys that there are")
+        if text.tokenizer is None:
+            raise ValueError("needles are put into text, and this source has none: give one such as data=stdlib's")
+        self.text, self.seed = text, seed
+        self.needles, self.digits = needles, digits
+        self.gap = layers * window if gap is None else gap
+
+    @property
+    def vocab_size(self) -> int:
+        """The text's."""
+        return self.text.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The text's."""
+        assert self.text.tokenizer is not None
+        return self.text.tokenizer
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing a digit, where each is a token of its own; None elsewhere."""
+        return 0.1 if len(self.tokenizer.encode("52810")) == 5 else None
+
+    def setup(self) -> None:
+        """Read the text."""
+        self.text.setup()
+
+    def dataset(self, split: Split, seq_len: int | None) -> "NeedlesDataset":
+        """Sequences of one split, as many as the text has."""
+        base = self.text.dataset(split, seq_len)
+        layout = NeedleLayout(self.needles, self.digits, self.gap, base.seq_len)
+        return NeedlesDataset(base, self.tokenizer, layout, split, self.seed)
+
+    def bytes_per_token(self, split: Split) -> None:
+        """None: answers are scored, not the text."""
+        return None
+
+
+class NeedlesDataset(SequenceDataset):
+    """Item i: `input_ids` and `targets` (T,) int64, `document_start` (T,) bool, True at 0 and where a document of the
+    text begins."""
+
+    def __init__(
+        self, base: SequenceDataset, tokenizer: Tokenizer, layout: NeedleLayout, split: Split, seed: int
+    ) -> None:
+        self.base, self.layout, self.seq_len = base, layout, layout.seq_len
+        self._tokenizer, self._split, self._seed = tokenizer, split, seed
+        self._keys = keys_of(split)
+        longest = max(len(statement(tokenizer, key, "8" * layout.digits)) for key in self._keys)
+        needed = 2 * layout.needles * longest + layout.gap + 2
+        if layout.seq_len < needed:
+            raise ValueError(
+                f"seq_len={layout.seq_len} is too short: {layout.needles} statements, as many questions and a gap of "
+                f"{layout.gap} take up to {needed} tokens: raise data.seq_len or lower needles"
+            )
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        p, item = self.layout, self.base[index]
+        rng = np.random.default_rng([self._seed, SPLITS.index(self._split), index])
+        keys = rng.choice(len(self._keys), p.needles, replace=False)
+        values = ["".join(map(str, rng.integers(0, 10, p.digits))) for _ in keys]
+        needles = [statement(self._tokenizer, self._keys[k], v) for k, v in zip(keys, values, strict=True)]
+        text = np.append(item["input_ids"].numpy(), item["targets"].numpy()[-1:])
+        text = text[: p.seq_len + 1 - 2 * sum(map(len, needles))]  # what the statements leave room for
+        early = np.sort(rng.integers(0, (len(text) - p.gap) // 2 + 1, p.needles))
+        late = np.sort(rng.integers(early[-1] + p.gap, len(text) + 1, p.needles))
+        places = np.concatenate([early, late]).tolist()
+        order = [*range(p.needles), *rng.permutation(p.needles).tolist()]
+        ids, asked, last = [], [], 0
+        for n, (place, i) in enumerate(zip(places, order, strict=True)):
+            tokens, answer = needles[i].joined()
+            ids += [text[last:place], tokens]
+            asked += [np.zeros(place - last, dtype=bool), answer & (n >= p.needles)]
+            last = place
+        row = torch.from_numpy(np.concatenate([*ids, text[last:]]).astype(np.int64))
+        scored = torch.from_numpy(np.concatenate([*asked, np.zeros(len(text) - last, dtype=bool)]))
+        start = torch.zeros(p.seq_len, dtype=torch.bool)
+        start[1:] = row[:-2] == self._tokenizer.separator_id
+        start[0] = True
+        targets = row[1:]
+        if self._split != "train":
+            targets = targets.masked_fill(~scored[1:], UNSCORED)
+        return {"input_ids": row[:-1], "targets": targets, "document_start": start}
+
+    def fingerprint(self) -> str:
+        """Hash of the text, the sizes and the seed."""
+        text = json.dumps([self.base.fingerprint(), asdict(self.layout), self._split, self._seed])
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def scored_tokens(self, indices: Sequence[int]) -> int:
+        """All of them in training, answers elsewhere."""
+        if self._split == "train":
+            return len(indices) * self.seq_len
+        return sum(int((self[i]["targets"] != UNSCORED).sum()) for i in indices)
+
+    def scored_bytes(self, indices: Sequence[int]) -> None:
+        """None: answers are scored, not the text."""
+        return None
