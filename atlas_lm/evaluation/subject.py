@@ -27,8 +27,8 @@ class Subject:
     """One run. ValueError: there is none of that name, or it is damaged."""
 
     def __init__(self, name: str, outputs: str = "outputs") -> None:
-        self.name = name
         self.folder: Path = resolve_run(name, outputs)
+        self.name = name if Path(name).name == name else f"{self.folder.parent.name}/{self.folder.name}"
         self.checkpoint = resolve_checkpoint(name, outputs)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
