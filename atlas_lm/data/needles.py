@@ -67,8 +67,10 @@ class NeedlesSource:
     """Sequences of `text` with `needles` statements in their first part and as many questions in their last one.
 
     `text`: any other source. `gap`: tokens between the statements and the questions, at least; null: what all attention
-    windows together reach, `layers` · `window`. Keys, values and places of a sequence are drawn from (seed, split,
-    index). ValueError: a size out of range, a `seq_len` in which gap and statements do not fit.
+    windows together reach, `layers` · `window`. `answer_weight`: of an answer's token in the training loss, where
+    others have 1: answers are one token in fifty, and from their mean alone a model learns the text and no answers.
+    Keys, values and places of a sequence are drawn from (seed, split, index). ValueError: a size out
+    of range, a `seq_len` in which gap and statements do not fit.
     """
 
     def __init__(
@@ -79,8 +81,11 @@ class NeedlesSource:
         window: int = 64,
         layers: int = 2,
         gap: int | None = None,
+        answer_weight: float = 20.0,
         seed: int = 0,
     ) -> None:
+        if not 1 <= answer_weight < float("inf"):
+            raise ValueError(f"answer_weight={answer_weight} must be at least 1, the weight of the other tokens")
         for name, size in {"needles": needles, "digits": digits, "window": window, "layers": layers}.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
@@ -93,7 +98,7 @@ class NeedlesSource:
             raise ValueError(f"needles={needles} are more than the {fewest} keys that there are")
         if text.tokenizer is None:
             raise ValueError("needles are put into text, and this source has none: give one such as data=stdlib's")
-        self.text, self.seed = text, seed
+        self.text, self.seed, self.answer_weight = text, seed, answer_weight
         self.needles, self.digits = needles, digits
         self.gap = layers * window if gap is None else gap
 
@@ -121,7 +126,7 @@ class NeedlesSource:
         """Sequences of one split, as many as the text has."""
         base = self.text.dataset(split, seq_len)
         layout = NeedleLayout(self.needles, self.digits, self.gap, base.seq_len)
-        return NeedlesDataset(base, self.tokenizer, layout, split, self.seed)
+        return NeedlesDataset(base, self.tokenizer, layout, split, self.seed, self.answer_weight)
 
     def bytes_per_token(self, split: Split) -> None:
         """None: answers are scored, not the text."""
@@ -130,13 +135,19 @@ class NeedlesSource:
 
 class NeedlesDataset(SequenceDataset):
     """Item i: `input_ids` and `targets` (T,) int64, `document_start` (T,) bool, True at 0 and where a document of the
-    text begins."""
+    text begins; in training `weights` (T,) of the targets in the loss."""
 
     def __init__(
-        self, base: SequenceDataset, tokenizer: Tokenizer, layout: NeedleLayout, split: Split, seed: int
+        self,
+        base: SequenceDataset,
+        tokenizer: Tokenizer,
+        layout: NeedleLayout,
+        split: Split,
+        seed: int,
+        answer_weight: float,
     ) -> None:
         self.base, self.layout, self.seq_len = base, layout, layout.seq_len
-        self._tokenizer, self._split, self._seed = tokenizer, split, seed
+        self._tokenizer, self._split, self._seed, self._weight = tokenizer, split, seed, answer_weight
         self._keys = keys_of(split)
         longest = max(len(statement(tokenizer, key, "8" * layout.digits)) for key in self._keys)
         needed = 2 * layout.needles * longest + layout.gap + 2
@@ -175,13 +186,14 @@ class NeedlesDataset(SequenceDataset):
         start[1:] = row[:-2] == self._tokenizer.separator_id
         start[0] = True
         targets = row[1:]
-        if self._split != "train":
-            targets = targets.masked_fill(~scored[1:], UNSCORED)
-        return {"input_ids": row[:-1], "targets": targets, "document_start": start}
+        item = {"input_ids": row[:-1], "targets": targets, "document_start": start}
+        if self._split == "train":
+            return {**item, "weights": torch.where(scored[1:], self._weight, 1.0)}
+        return {**item, "targets": targets.masked_fill(~scored[1:], UNSCORED)}
 
     def fingerprint(self) -> str:
         """Hash of the text, the sizes and the seed."""
-        text = json.dumps([self.base.fingerprint(), asdict(self.layout), self._split, self._seed])
+        text = json.dumps([self.base.fingerprint(), asdict(self.layout), self._split, self._seed, self._weight])
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def scored_tokens(self, indices: Sequence[int]) -> int:

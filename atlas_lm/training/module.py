@@ -165,15 +165,20 @@ class AtlasModule(L.LightningModule):
     def forward(self, batch: dict[str, Tensor]) -> Output:
         return self.model(batch["input_ids"], document_start_BT=batch.get("document_start"))
 
-    def loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean negative log likelihood over the scored tokens, nats."""
-        return nnf.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=UNSCORED)
+    def loss(self, logits_BTV: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
+        """Mean negative log likelihood over the scored tokens, nats; a weighted mean where there are weights."""
+        logits, targets = logits_BTV.float().flatten(0, 1), targets_BT.flatten()
+        if weights_BT is None:
+            return nnf.cross_entropy(logits, targets, ignore_index=UNSCORED)
+        weights = weights_BT.flatten() * (targets != UNSCORED)
+        each = nnf.cross_entropy(logits, targets, ignore_index=UNSCORED, reduction="none")
+        return (weights * each).sum() / weights.sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output = self(batch)
         self._gates = tuple(gate.detach() for gate in output.gates)
         self._polarise(output.gates)
-        loss = self.loss(output.logits, batch["targets"])
+        loss = self.loss(output.logits, batch["targets"], batch.get("weights"))
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/ppl", loss.detach().exp(), prog_bar=True)
         self.log("optim/lr", self.trainer.optimizers[0].param_groups[-1]["lr"])

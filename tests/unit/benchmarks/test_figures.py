@@ -17,7 +17,7 @@ def write_run(outputs: Path, name: str, gates: dict[str, float], **values: Any) 
         "status": "finished", "steps": 1000, "tokens": 2_048_000, "train_seconds": 360.0, "parameters": 10,
         "tokens_per_second": 6000.0, "val_bytes": 429_019, "val_bits_per_byte": 1.5, "gzip_bits_per_byte": 2.0,
         "xz_bits_per_byte": 1.75, "recall_accuracy": 1.0,
-        "context_gain": 0.1, "context_gain_low": -0.01, "context_gain_high": 0.25, **values,
+        **values,
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "config.yaml").write_text("name: x\n")
@@ -29,7 +29,11 @@ def write_run(outputs: Path, name: str, gates: dict[str, float], **values: Any) 
 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
-    gates = {"stage1": {"G2-4": 0.0, "G2-5": 0.874}, "stage2": {"G4-4": 0.009, "G4-5": 0.23, "G4-6": 0.836}}
+    gates = {
+        "stage1": {"G2-4": 0.0, "G2-5": 0.874, "used": -0.01},
+        "stage2": {"G4-4": 0.009, "G4-5": 0.23, "G4-6": 0.836},
+        "recall": {"used": 7.5},
+    }
     for i, name in enumerate(figures.RUNS):
         write_run(tmp_path, name, gates.get(name, {}), val_bits_per_byte=1.5 + i / 10)
     return tmp_path
@@ -49,8 +53,9 @@ def test_the_table_is_written_between_the_markers(
     first = printed.splitlines()[2]
     assert first.startswith("| no memory, **equal time**: 1,000 steps in 6.0 min, bits per byte | **1.700** |")
     assert "optim.total_steps=2900 name=stage1_twin_equal_time`" in printed
-    assert "| context gain, nats per token (95 % interval) | +0.100 (-0.010 to +0.250) |" in printed
-    assert "| exit gates of Stage 1 | **1/2** |" in printed
+    assert "beyond attention's reach, nats per token | **-0.010** | `python -m atlas_lm gates phase2" in printed
+    assert "| the same of recall | +7.500 | `python -m atlas_lm gates used run=recall` |" in printed
+    assert "| exit gates of Stage 1 | **1/3** |" in printed
     found = json.loads((tmp_path / figures.NUMBERS).read_text())
     assert found["runs"]["stage2"] == "2026-01-01_00-00-00"
     assert len(found["figures"]) == len(printed.splitlines()) - 2

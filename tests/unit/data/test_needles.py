@@ -49,8 +49,12 @@ def test_answers_alone_are_scored_where_it_is_measured_and_everything_is_trained
         whole = torch.cat([item["input_ids"][1:], item["targets"][-1:]])
         scored = item["targets"] != UNSCORED
         assert torch.equal(item["targets"][scored], whole[scored])
+        assert ("weights" in item) == (split == "train")
         if split == "train":
             assert scored.all()
+            answers = "".join(re.findall(r"=(\d{4})\]", text_of(source, item))[5:])
+            assert source.tokenizer.decode(item["targets"][item["weights"] == 20].numpy()) == answers
+            assert (item["weights"] == 1).sum() == LENGTH - 5 * 4
             assert dataset.scored_tokens([0, 1]) == 2 * LENGTH
         else:
             answers = "".join(re.findall(r"=(\d{4})\]", text_of(source, item))[5:])
@@ -102,7 +106,8 @@ def test_places_differ(source: NeedlesSource) -> None:
     ("changes", "words"),
     [
         ({"needles": 0}, "needles=0"), ({"digits": 0}, "digits=0"), ({"window": 0}, "window=0"),
-        ({"gap": 39}, "gap=39 .* raise it to 40"), ({"seed": -1}, "seed=-1"), ({"needles": 10_000}, "needles=10000"),
+        ({"gap": 39}, "gap=39 .* raise it to 40"), ({"answer_weight": 0.5}, "answer_weight=0.5"),
+        ({"seed": -1}, "seed=-1"), ({"needles": 10_000}, "needles=10000"),
     ],
 )  # fmt: skip
 def test_bad_values_are_named(source: NeedlesSource, changes: dict[str, Any], words: str) -> None:

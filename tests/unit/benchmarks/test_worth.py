@@ -1,0 +1,94 @@
+"""worth: every model gets the same sweep, and as much time as the first one took; what has finished is not repeated."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import worth
+
+SPEED = {"memory": 1000.0, "no memory": 2500.0, "full attention": 800.0}
+BEST = {"memory": 1.0, "no memory": 2.0, "full attention": 0.5}
+
+
+@pytest.fixture
+def s(tmp_path: Path) -> worth.Setting:
+    return worth.setting("stage1", ["optim.total_steps=400"], False, tmp_path)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The runs that are asked for; a model's loss is lowest at its best rate, and falls with steps."""
+    made: list[tuple[Any, ...]] = []
+
+    def train(s: Any, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
+        made.append((what, name, steps, rate, seed))
+        loss = 1 + abs(math.log2(rate / BEST[name])) + 10 / steps + seed / 100
+        return {"val_loss": loss, "val_bits_per_byte": loss, "tokens": steps * s.tokens, "steps": steps,
+                "tokens_per_second": SPEED[name], "parameters": 7}  # fmt: skip
+
+    monkeypatch.setattr(worth, "train", train)
+    return made
+
+
+def test_the_settings_are_the_experiments(s: worth.Setting) -> None:
+    assert (s.steps, s.window, s.length, s.tokens) == (400, 64, 1024, 2048)
+    assert s.rates == {"lr": 3e-3, "muon_lr": 0.02, "memory_lr": 1e-4}
+    assert worth.setting("stage1", [], True, s.out).steps == 100
+
+
+def test_each_model_gets_its_rate_and_the_time_of_the_first(s: worth.Setting, runs: list[tuple[Any, ...]]) -> None:
+    found = worth.measure(s, list(SPEED), seeds=2)
+    assert {name: run["rate"] for name, run in found.items()} == BEST
+    assert [run[:4] for run in runs if run[0] == "sweep"] == [
+        ("sweep", name, 100, rate) for name in SPEED for rate in worth.RATES
+    ]
+    times = {run[1]: run[2] for run in runs if run[0] == "time"}
+    assert times == {"no memory": 1000, "full attention": 320}, "2.5 and 0.8 times the steps"
+    budget = worth.seconds(found["memory"]["steps"][0])
+    for run in found.values():
+        assert [worth.seconds(report) for report in run["time"]] == pytest.approx([budget] * 2)
+    text = worth.table(found)
+    assert text.splitlines()[0].index("equal time") < text.splitlines()[0].index("equal steps")
+    assert "| full attention | **" in text
+
+
+def test_a_model_that_diverges_at_a_rate_does_not_get_it(s: worth.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*arguments: Any) -> dict[str, Any]:
+        loss = None if arguments[3] != 2.0 else 5.0
+        return {"val_loss": loss, "val_bits_per_byte": loss, "tokens": 1, "tokens_per_second": 1.0, "steps": 1}
+
+    monkeypatch.setattr(worth, "train", train)
+    assert worth.measure(s, ["memory"], 0)["memory"]["rate"] == 2.0
+
+
+def test_intervals_over_seeds() -> None:
+    assert worth.interval([1.0]) == (1.0, math.inf)
+    mean, half = worth.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+
+
+@pytest.mark.slow
+def test_it_runs_and_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worth, "RATES", (1.0,))
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of a small text\n" for i in range(3000)))
+    small = [
+        "data=text", f"data.source.files={tmp_path / 'a.txt'}", "data.source.document_bytes=500", "data.seq_len=64",
+        "data.val_sequences=4", "model.dim=16", "model.head_dim=8", "model.memory_hidden=4", "model.rank=7",
+        "model.window=8", "model.global_chunk=16", "model.shard=32", "model.local_chunks=[4]", "optim.total_steps=400",
+    ]  # fmt: skip
+    arguments = ["--quick", "--models", "memory", "no memory", "--out", str(tmp_path / "worth"), "--set", *small]
+    worth.main(arguments)
+    first = capsys.readouterr()
+    assert first.err.count("seed 0".replace(" ", "_")) == 5, "2 of the sweep, 2 at equal steps, 1 at equal time"
+    found = json.loads((tmp_path / "worth" / "worth.json").read_text())
+    assert found["no memory"]["time"][0]["steps"] > found["memory"]["time"][0]["steps"] == 40
+    assert (tmp_path / "worth" / "worth.png").is_file()
+    worth.main(arguments)
+    second = capsys.readouterr()
+    assert "seed_0" not in second.err, "nothing is trained again"
+    assert second.out == first.out
