@@ -114,7 +114,8 @@ def archive_if_changed(path: Path, text: str) -> None:
 def changed_keys(before: str, now: str, shown: int = 6) -> str:
     """Names of the settings in which two YAML or JSON texts differ, as train.py takes them."""
     old, new = (settings_in(text) for text in (before, now))
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    absent = object()
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name, absent) != new.get(name, absent))
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 

@@ -57,6 +57,8 @@ def test_compressors_are_those_of_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"val_bits_per_byte": 8.0}, ["finished: 8.000 bits per byte", "useless"]),
+        ({"context_gain": -0.01, "context_gain_low": -0.03}, ["finished: 1.800", "NOT used", "-0.0100"]),
         ({}, ["finished: 1.800 bits per byte", "10.0% below gzip -9 (2.000)", "5.9% ABOVE xz -9e (1.700)"]),
         ({"val_bits_per_byte": 2.5}, ["25.0% ABOVE gzip -9"]),
         ({"val_loss": None, "val_bits_per_byte": None}, ["not finite"]),
@@ -71,6 +73,11 @@ def test_compressors_are_those_of_the_command_line() -> None:
 def test_verdicts(changes: dict[str, Any], words: list[str]) -> None:
     for word in words:
         assert word in verdict(report(**changes))
+
+
+def test_a_memory_that_is_used_or_was_not_measured_needs_no_words() -> None:
+    for changes in ({}, {"context_gain": 0.2, "context_gain_low": 0.1}, {"context_gain": None}):
+        assert "NOT used" not in verdict(report(**changes))
 
 
 def test_a_small_held_out_text_is_not_compared_with_compressors() -> None:

@@ -1,0 +1,38 @@
+"""What a user reads when a run is resumed, or when there is nothing to resume."""
+
+from pathlib import Path
+
+import pytest
+
+from atlas_lm.runs.lifecycle import changed_keys
+from atlas_lm.runs.resume import nothing_to_resume
+from tests.unit.runs.test_runs import make_run
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "names"),
+    [
+        ("a: 1\nb: {c: 2, d: 3}\n", "a: 1\nb: {c: 2, d: 4}\n", "b.d"),
+        ("a: 1\n", "a: 1\nb: {c: 2}\n", "b.c"),
+        ("b: {c: 2}\n", "b: null\n", "b, b.c"),
+        ('{"git": {"commit": "x"}, "python": "3.11"}', '{"git": {"commit": "y"}, "python": "3.11"}', "git.commit"),
+        ("a: [1, 2]\n", "a: [1, 3]\n", "a"),
+        ("a: 1\n", "a: [\n", "a, all"),
+        ("".join(f"k{i}: 1\n" for i in range(9)), "".join(f"k{i}: 2\n" for i in range(9)),
+         "k0, k1, k2, k3, k4, k5 and 3 more"),
+    ],
+)  # fmt: skip
+def test_settings_that_changed_are_named(before: str, now: str, names: str) -> None:
+    assert changed_keys(before, now) == names
+    assert changed_keys(now, now) == ""
+
+
+def test_whoever_forgot_the_experiment_reads_which_runs_wait(tmp_path: Path) -> None:
+    assert "'default'" in nothing_to_resume(tmp_path / "nowhere", "default")
+    make_run(tmp_path, "stage1", "a", ("step=1.ckpt",))
+    done = make_run(tmp_path, "done", "a", ("step=1.ckpt",))
+    (done / "report.json").write_text('{"status": "finished"}')
+    found = nothing_to_resume(tmp_path, "default")
+    assert "stage1" in found
+    assert "done" not in found
+    assert "unfinished" not in nothing_to_resume(tmp_path, "stage1").partition(";")[2]
