@@ -40,6 +40,7 @@ def in_workers(
     return json.loads(target.read_text()), capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--chunks", "16", "128", "--lengths", "64", "--dtypes", "fp32"]
     rows, output = in_workers(memory_layer, tmp_path, capsys, *asked)
@@ -65,6 +66,7 @@ def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| transformer | fp32 | 16 | 64 |" in output
 
 
+@pytest.mark.slow
 def test_tnt(tmp_path: Path) -> None:
     rows, output = run("tnt", tmp_path, "--length", "128", "--dtypes", "fp32")
     assert set(rows[0]) >= FIELDS

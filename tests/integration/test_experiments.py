@@ -48,7 +48,7 @@ def test_experiments(in_tmp: Path, name: str) -> None:
         finished(in_tmp, f"+experiment={STARTS_FROM[name]}", *SMALL_SIZES, *TWO_STEPS)
     found = finished(in_tmp, f"+experiment={name}", *SMALL_SIZES, *TWO_STEPS, name=name)
     assert (in_tmp / "outputs" / name / "latest").exists(), "an experiment's `name` is that of its file"
-    if name.startswith("recall"):
+    if name.startswith(("recall", "needles")):
         assert 0 <= found["recall_accuracy"] <= 1
         assert found["val_bits_per_byte"] is None
     else:
@@ -80,6 +80,7 @@ def test_data(in_tmp: Path, name: str) -> None:
         "tokens": ["data.source.path=shards", *SMALL_DATA],
         "hf": ["data.source.path=rows", "data.source.validation_fraction=0.3", *SMALL_DATA],
         "recall": ["data.source.samples=100"],
+        "needles": ["data.source.needles=1", "data.seq_len=200"],
     }
     if name == "tokens":
         prepare("text", in_tmp / "shards", files=[f"{in_tmp}/corpus/*.txt"], validation_fraction=0.3)

@@ -25,7 +25,11 @@ COMMON = [
 # text that is the same with every Python: the standard library's source is not
 TEXT = ["data=text", "data.source.files=['corpus/*.txt']", "data.seq_len=512", "data.batch_size=2"]
 FAST = ["optim.warmup_steps=1"]  # within its own warm-up recall would hardly move
-SPECIFIC = {"stage1": TEXT, "stage1_twin": TEXT, "stage2": TEXT, "recall": FAST, "recall_twin": FAST}
+NEEDLES = ["data.source.text._target_=atlas_lm.data.text.TextSource", "+data.source.text.files=['corpus/*.txt']", *FAST]
+SPECIFIC = {
+    "stage1": TEXT, "stage1_twin": TEXT, "stage2": TEXT, "recall": FAST, "recall_twin": FAST,
+    "needles": NEEDLES, "needles_twin": NEEDLES,
+}  # fmt: skip
 STARTS_FROM = {"stage2": "stage1"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 

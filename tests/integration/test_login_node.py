@@ -16,7 +16,8 @@ FEW = [
 MORE = [*FEW, "tests/unit/cli/test_arguments.py", "tests/integration/test_report.py"]
 
 
-@pytest.mark.parametrize("some", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "more"])
+@pytest.mark.slow
+@pytest.mark.parametrize("some", [FEW, MORE], ids=["few", "more"])
 def test_some_tests_as_on_a_login_node(some: list[str]) -> None:
     command = [
         "make",

@@ -228,6 +228,7 @@ def without_it() -> Any:
     return healthy(watch=False)
 
 
+@pytest.mark.slow
 def test_two_healthy_ranks_train_as_without_it_and_no_thread_is_left() -> None:
     ours, theirs = run_on_two_ranks(with_it, without_it)
     for rank in range(2):

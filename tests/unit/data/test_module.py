@@ -129,7 +129,7 @@ def configured(name: str, **source: object) -> TokenDataModule:
 
 
 def test_every_configuration_is_tested_here() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml")} == {"stdlib", "text", "tokens", "hf", "recall"}
+    assert {path.stem for path in CONF.glob("*.yaml")} == {"stdlib", "text", "tokens", "hf", "recall", "needles"}
 
 
 def test_stdlib_configuration() -> None:
@@ -139,6 +139,13 @@ def test_stdlib_configuration() -> None:
     assert raw is not None
     assert len(raw) > 100_000
     assert 1.5 < 8 * len(gzip.compress(raw, 9)) / len(raw) < 2.5
+
+
+def test_needles_configuration() -> None:
+    dm = configured("needles", window=64, layers=2)
+    assert next(iter(dm.train_dataloader()))["input_ids"].shape == (8, 1024)
+    assert dm.validation_tokens == 64 * 8 * 3
+    assert dm.validation_bytes_per_token is None
 
 
 def test_text_and_tokens_configurations(files: str, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_the_callback_and_the_evaluation_find_the_same_interval() -> None:
     assert (gain.mean, gain.low, gain.high) == pytest.approx(interval(given[1] - given[2]))
 
 
+@pytest.mark.slow
 def test_64_thousand_tokens_need_no_more_than_four(tmp_path: Path) -> None:
     """Peak of resident memory in a process of its own, growing by less than the text would take in one piece."""
     import subprocess
