@@ -75,6 +75,7 @@ def test_tnt(tmp_path: Path) -> None:
     assert "| shards 64 | fp32 |" in output
 
 
+@pytest.mark.slow
 def test_decode(tmp_path: Path) -> None:
     rows, _ = run("decode", tmp_path, "--positions", "10", "300", "--tokens", "4")
     assert [row["position"] for row in rows] == [10, 300]

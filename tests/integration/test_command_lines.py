@@ -149,6 +149,7 @@ TWO_LINES = (
 )
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_and_an_output_that_is_full() -> None:
     ours, prepared = f'{sys.executable} -c "{TWO_LINES}"', f"{sys.executable} -m atlas_lm prepare --help"
     for line in (f"{ours} | true", f"{ours} | head -c 1 > /dev/null", f"{ours} >&-", f"{prepared} | true"):

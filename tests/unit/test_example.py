@@ -78,6 +78,7 @@ def test_a_safeguard_of_ones_own_acts_and_lets_alone(example: Any, tmp_path: Pat
         own.LossCeiling(1.0, patience=0)
 
 
+@pytest.mark.slow
 def test_the_safeguards_work_under_another_name(tmp_path: Path) -> None:
     """For a project that has a `callbacks` of its own: by the command that the page gives."""
     page = (ROOT / "docs" / "safeguards.md").read_text(encoding="utf-8")

@@ -126,6 +126,7 @@ def test_a_command_answers_a_user_in_one_line(
         call(bug)
 
 
+@pytest.mark.slow
 def test_a_module_as_a_process() -> None:
     """What the shell sees: nothing but the line on stderr, and exit code 1."""
     command = [sys.executable, "-m", "atlas_lm", "compare", "ot=x"]
