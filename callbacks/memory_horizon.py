@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from callbacks.support.collectives import gathered
 from callbacks.support.lightning_internals import accumulates
@@ -207,6 +208,4 @@ class MemoryHorizon(Callback):
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() >= 2]

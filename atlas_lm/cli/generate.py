@@ -32,7 +32,7 @@ class Options:
     seed: int = 0
     """Of the draws."""
     state: str = ""
-    """File of a state: read on from it if it is there; what was read is saved in it at the end."""
+    """File of a state: continued if it is there; the state at the end is saved in it."""
     outputs: str = "outputs"
     """Folder of all runs."""
 

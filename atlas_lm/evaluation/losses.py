@@ -57,7 +57,7 @@ def after_changes(model: AtlasLM, text: Text, tail: int, block: int, tick: Tick)
     """Nats of the last `block` targets (N, block), by what was done to the memories `tail` tokens before the end.
 
     whole: nothing. frozen: they answer and learn no more. restarted: as new. another: the state that another sequence
-    has left. zeroed: their output is zero (not their state). Attention and convolutions go on undisturbed.
+    has left. zeroed: their output is zero (not their state). Attention and convolutions continue undisturbed.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in ("whole", "frozen", "restarted", "another", "zeroed")}
     rows = max(2, BATCH_TOKENS // text.tokens_NT.size(1))

@@ -34,7 +34,7 @@ class Task(NamedTuple):
     """`keys` statements with `values` values each, of which `asked` are asked for, all values of each."""
 
     filler: bool  # repeated sentences instead of text
-    digits: int  # of a value; above 5 hexadecimal
+    digits: int  # of a value; hexadecimal where there are more than 5
     keys: int = 1
     values: int = 1
     asked: int = 1
