@@ -21,6 +21,8 @@ from atlas_lm.memory.state import Gates, Tokens, initial_state
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.model.block import Block
 
+PROBED_TOKENS = 8192  # of one forward pass
+
 
 def write_and_read(
     model: AtlasLM, keys: Tensor, values: Tensor, query: Tensor, tokens_BT: Tensor | None = None
@@ -126,14 +128,20 @@ def losses_after_restarts(
     wrong = [h for h in distances if not 0 <= h <= start]
     if wrong or block < 1:
         raise ValueError(f"{start} tokens lie before a block of {block}, there is no restart {wrong} tokens before it")
+    rows = max(1, PROBED_TOKENS // tokens_BT.size(1))
     found = []
     for h in [*distances, None]:
         restart = None
         if h is not None:
             restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
             restart[:, start - h] = True
-        logits = model(tokens_BT, document_start_BT=document_start_BT, restart_BT=restart).logits
-        found.append(token_losses(logits[:, start:], targets_BT[:, start:]))
+        parts = []
+        for first in range(0, len(tokens_BT), rows):  # a probe may have more rows than a training batch
+            now = slice(first, first + rows)
+            starts, restarts = (None if x is None else x[now] for x in (document_start_BT, restart))
+            logits = model(tokens_BT[now], document_start_BT=starts, restart_BT=restarts).logits
+            parts.append(token_losses(logits[:, start:], targets_BT[now, start:]))
+        found.append(torch.cat(parts))
     return torch.stack(found)
 
 

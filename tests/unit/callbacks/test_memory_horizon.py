@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from atlas_lm.model import probes
 from atlas_lm.model.probes import losses_after_restarts
 from atlas_lm.training.module import AtlasModule
 from callbacks.memory_horizon import Gain, HasMemoryHorizon, MemoryHorizon, MemoryUnused, distances, estimate
@@ -218,6 +219,16 @@ def test_a_restart_hides_what_was_before_it_and_nothing_else() -> None:
     assert torch.allclose(ours[0], theirs[0], rtol=0, atol=1e-12)
     assert not torch.allclose(ours[1], theirs[1], rtol=0, atol=1e-6), "a restart before them hides nothing"
     assert not torch.allclose(ours[2], theirs[2], rtol=0, atol=1e-6)
+
+
+def test_rows_are_probed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, targets = build_model(), make_tokens(30, batch=5), make_tokens(30, batch=5, seed=1)
+    whole = losses_after_restarts(model, tokens, targets, [10], 4)
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    monkeypatch.setattr(probes, "PROBED_TOKENS", 60)
+    assert torch.allclose(losses_after_restarts(model, tokens, targets, [10], 4), whole, rtol=0, atol=1e-12)
+    assert rows == [2, 2, 1] * 2
 
 
 def test_without_writes_the_gain_is_zero_and_fails(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
