@@ -1,10 +1,13 @@
 """Is the memory worth its time? Ours and its twins at equal steps and at equal time: python -m benchmarks.worth
 
-For each model a learning rate is chosen by the same small sweep. Then it trains for as many steps as the experiment
-has, and for as long as the memory model took; `--seeds` times. One table, one picture (validation loss against
-seconds). Runs that have finished are not made again, so an interrupted benchmark is continued by the same command.
+First the speeds: whole training steps of all models, taken in turn in one process, so that a busier minute meets all;
+this part wants a quiet machine. For each model a learning rate is chosen by the same small sweep. Then it trains for
+as many steps as the experiment has, and for as many as fill the time of the first model; `--seeds` times. One table,
+one picture (validation loss against seconds at those speeds). What has finished is not made again, so an interrupted
+benchmark is continued by the same command.
 
 --quick: one seed and a tenth of the steps, for screening. --models and --set choose and change what is trained.
+--jobs: so many trainings at once, each with its share of the cores; steps are counted, so results stay the same.
 """
 
 from __future__ import annotations
@@ -12,20 +15,34 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+from torch.nn import functional as nnf
 
 import atlas_lm.config.schema
 import atlas_lm.runs.resolve  # noqa: F401  # both register what conf/ needs
 from atlas_lm.cli.figures import new_figure, save
 from atlas_lm.files import ROOT, write_atomically
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.training.optimizer import build_optimizer
+from atlas_lm.training.trainer import resolve_precision
+from benchmarks import measuring
 
+MODULE = "benchmarks.worth"
+VOCABULARY = 257  # of bytes; a larger one costs all models alike
+SPEED_STEPS = 15
 RATES = (0.5, 1.0, 2.0)  # times the experiment's learning rates
 SWEEP = 0.25  # of the steps, for each rate
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
@@ -41,6 +58,7 @@ class Model(NamedTuple):
 BLIND = ("model.memory=none", "callbacks=basic")
 MODELS = {
     "memory": Model(),
+    "gated delta net": Model(("model.memory=gated_delta", "callbacks=basic")),
     "no memory": Model(BLIND),
     "no memory, 2 windows": Model(BLIND, 2),
     "no memory, 4 windows": Model(BLIND, 4),
@@ -59,30 +77,84 @@ class Setting(NamedTuple):
     tokens: int  # of a step
     rates: dict[str, float]  # optim.<name> → learning rate
     out: Path
+    jobs: int = 1  # trainings at once
 
 
-def setting(experiment: str, extra: list[str], quick: bool, out: Path) -> Setting:
-    """From the experiment's composed configuration."""
+def composed(experiment: str, extra: Sequence[str]) -> Any:
+    """The configuration of a run."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose("train", overrides=[f"+experiment={experiment}", *extra])
+        return compose("train", overrides=[f"+experiment={experiment}", *extra])
+
+
+def setting(experiment: str, extra: list[str], quick: bool, out: Path, jobs: int = 1) -> Setting:
+    """From the experiment's composed configuration."""
+    cfg = composed(experiment, extra)
     steps = max(20, cfg.optim.total_steps // 10) if quick else cfg.optim.total_steps
     rates = {name: float(cfg.optim[name]) for name in ("lr", "muon_lr", "memory_lr") if cfg.optim.get(name) is not None}
     length = int(cfg.data.seq_len)
     tokens = length * int(cfg.data.batch_size) * int(cfg.trainer.get("accumulate_grad_batches") or 1)
-    return Setting(experiment, extra, steps, int(cfg.model.window), length, tokens, rates, out)
+    return Setting(experiment, extra, steps, int(cfg.model.window), length, tokens, rates, out, jobs)
+
+
+def settings_of(s: Setting, name: str) -> list[str]:
+    """What makes the experiment this model."""
+    model = MODELS[name]
+    window = s.length if model.windows == 0 else min(s.length, model.windows * s.window)
+    return [*model.settings, f"model.window={window}", *s.extra]
+
+
+def step_of(s: Setting, name: str) -> Callable[[], None]:
+    """One training step of random tokens: forward, backward, clipping and the optimizer."""
+    cfg = composed(s.experiment, settings_of(s, name))
+    model_config, optim_config = (OmegaConf.to_object(part) for part in (cfg.model, cfg.optim))
+    rows, device = int(cfg.data.batch_size), "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = AtlasLM(model_config, VOCABULARY).to(device)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, optim_config)  # type: ignore[arg-type]
+    tokens = torch.randint(VOCABULARY, (rows, s.length + 1), device=device)
+    low = resolve_precision(cfg.precision, str(cfg.trainer.accelerator)) == "bf16-mixed"
+
+    def step() -> None:
+        for _ in range(s.tokens // (rows * s.length)):
+            with torch.autocast(device, torch.bfloat16, enabled=low):
+                logits = model(tokens[:, :-1]).logits
+            nnf.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        measuring.wait(device)
+
+    return step
+
+
+def speeds(s: Setting, names: list[str]) -> dict[str, float]:
+    """Tokens per second of each model; measured once."""
+    path = s.out / "speeds.json"
+    key = {name: settings_of(s, name) for name in names}
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("models") != key:
+        print("speeds", file=sys.stderr, flush=True)
+        found = measuring.in_process(MODULE, {"setting": [*s[:7], str(s.out)], "names": names})
+        known = {"models": key, "tokens_per_second": found}
+        write_atomically(path, json.dumps(known, indent=1))
+    return known["tokens_per_second"]
+
+
+def worker(request: str) -> None:
+    asked = json.loads(request)
+    s = Setting(*asked["setting"])
+    found = measuring.medians({name: step_of(s, name) for name in asked["names"]}, SPEED_STEPS, warm=3)
+    print(json.dumps({name: s.tokens / median for name, median in found.items()}))
 
 
 def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
     """The report of a run; it is made unless it has finished before. RuntimeError: it did not finish."""
-    model = MODELS[name]
-    window = s.length if model.windows == 0 else min(s.length, model.windows * s.window)
     label = re.sub(r"[^a-z0-9]+", "_", f"{what} {name} x{rate} seed {seed} steps {steps}".lower())
     every = max(1, steps // 10)
     command = [
-        f"+experiment={s.experiment}", *model.settings, f"model.window={window}", f"name={label}", f"seed={seed}",
-        f"data.seed={seed}", f"optim.total_steps={steps}", f"trainer.val_check_interval={every}",
-        f"paths.outputs={s.out / 'runs'}", *(f"optim.{key}={value * rate:g}" for key, value in s.rates.items()),
-        *s.extra,
+        f"+experiment={s.experiment}", *settings_of(s, name), f"name={label}", f"seed={seed}", f"data.seed={seed}",
+        f"optim.total_steps={steps}", f"trainer.val_check_interval={every}", f"paths.outputs={s.out / 'runs'}",
+        *(f"optim.{key}={value * rate:g}" for key, value in s.rates.items()),
     ]  # fmt: skip
     report = s.out / "runs" / label / "latest" / "report.json"
     known = s.out / "runs" / f"{label}.json"
@@ -92,15 +164,11 @@ def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) 
         write_atomically(known, json.dumps(command))
         resume = ["resume=auto"] if same else []
         whole = [sys.executable, str(ROOT / "train.py"), *command, *resume]
-        done = subprocess.run(whole, capture_output=True, text=True)
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // s.jobs))} if s.jobs > 1 else {}
+        done = subprocess.run(whole, capture_output=True, text=True, env=os.environ | share)
         if done.returncode:
             raise RuntimeError(f"{label} did not finish:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return json.loads(report.read_text())
-
-
-def seconds(report: dict[str, Any]) -> float:
-    """Of training, validations left out: these cost all models alike and are no part of a comparison."""
-    return report["tokens"] / report["tokens_per_second"]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -112,25 +180,42 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, STUDENT.get(n, 2.0) * deviation / math.sqrt(n)
 
 
+def best_rates(s: Setting, names: list[str], pool: Executor) -> dict[str, dict[float, float | None]]:
+    """By model: the loss that each rate reaches in the sweep, the best first."""
+    short = max(10, round(SWEEP * s.steps))
+    asked = [(name, rate) for name in names for rate in RATES]
+    losses = pool.map(lambda x: train(s, x[0], short, x[1], 0, "sweep")["val_loss"], asked)
+    found = dict(zip(asked, losses, strict=True))
+
+    def loss(name: str, rate: float) -> float:
+        value = found[name, rate]
+        return math.inf if value is None else value
+
+    return {
+        name: {rate: found[name, rate] for rate in sorted(RATES, key=lambda rate: loss(name, rate))} for name in names
+    }
+
+
 def measure(s: Setting, names: list[str], seeds: int) -> dict[str, Any]:
-    """All runs; by model its rate and the reports at equal steps and at equal time."""
-    found: dict[str, Any] = {}
-    for name in names:
-        short = max(10, round(SWEEP * s.steps))
-        sweep = {rate: train(s, name, short, rate, 0, "sweep")["val_loss"] for rate in RATES}
-        rate = min(sweep, key=lambda rate: math.inf if sweep[rate] is None else sweep[rate])
-        found[name] = {"rate": rate, "sweep": {str(k): v for k, v in sweep.items()}, "steps": [], "time": []}
-    for seed in range(seeds):
-        for name in names:
-            found[name]["steps"].append(train(s, name, s.steps, found[name]["rate"], seed, "steps"))
-        budget = seconds(found[names[0]]["steps"][seed])
-        for name in names:
-            same = found[name]["steps"][seed]
-            steps = s.steps if name == names[0] else max(1, round(budget * same["tokens_per_second"] / s.tokens))
-            found[name]["time"].append(
-                same if name == names[0] else train(s, name, steps, found[name]["rate"], seed, "time")
-            )
-    return found
+    """All runs; by model its speed, its rate and the reports at equal steps and at equal time."""
+    speed = speeds(s, names)
+    as_long = {name: max(1, round(s.steps * speed[name] / speed[names[0]])) for name in names}
+    with ThreadPoolExecutor(s.jobs) as pool:
+        sweeps = best_rates(s, names, pool)
+        rates = {name: next(iter(sweep)) for name, sweep in sweeps.items()}
+        runs = [(name, steps, seed) for seed in range(seeds) for name in names for steps in {s.steps, as_long[name]}]
+        reports = pool.map(lambda x: train(s, x[0], x[1], rates[x[0]], x[2], "run"), runs)
+        made = dict(zip(runs, reports, strict=True))
+    return {
+        name: {
+            "tokens_per_second": speed[name],
+            "rate": rates[name],
+            "sweep": {str(rate): loss for rate, loss in sweeps[name].items()},
+            "steps": [made[name, s.steps, seed] for seed in range(seeds)],
+            "time": [made[name, as_long[name], seed] for seed in range(seeds)],
+        }
+        for name in names
+    }
 
 
 def figure_of(report: dict[str, Any]) -> float:
@@ -152,20 +237,21 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, runs in found.items():
         time, steps = runs["time"], runs["steps"]
+        speed = runs["tokens_per_second"]
+        seconds = time[0]["tokens"] / speed
         lines.append(
-            f"| {name} | **{shown(time)}** | {sum(r['steps'] for r in time) / len(time):,.0f} | "
-            f"{sum(map(seconds, time)) / len(time):,.0f} | {shown(steps)} | "
-            f"{sum(r['tokens_per_second'] for r in steps) / len(steps):,.0f} | {steps[0]['parameters']:,} | "
-            f"× {runs['rate']:g} |"
+            f"| {name} | **{shown(time)}** | {time[0]['steps']:,} | {seconds:,.0f} | {shown(steps)} | "
+            f"{speed:,.0f} | {steps[0]['parameters']:,} | × {runs['rate']:g} |"
         )
     return "\n".join(lines)
 
 
-def curve(report: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Seconds since the first record, and validation loss."""
+def curve(report: dict[str, Any], tokens_per_second: float) -> tuple[list[float], list[float]]:
+    """Seconds of training, and validation loss."""
     rows = read_rows(Path(report["run"]) / "metrics.jsonl")
-    points = [(row["time"] - rows[0]["time"], row["val/loss"]) for row in rows if row.get("val/loss") is not None]
-    return [x for x, _ in points], [y for _, y in points]
+    points = [(row["step"] + 1, row["val/loss"]) for row in rows if row.get("val/loss") is not None]
+    per_step = report["tokens"] / report["steps"] / tokens_per_second
+    return [step * per_step for step, _ in points], [loss for _, loss in points]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -174,8 +260,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for n, (name, runs) in enumerate(found.items()):
         for i, report in enumerate(runs["time"]):
-            axes.plot(*curve(report), color=f"C{n}", marker="o", markersize=3, label=name if i == 0 else None)
-    axes.set(xlabel="seconds", ylabel="validation loss, nats per token", title="Equal training time")
+            points = curve(report, runs["tokens_per_second"])
+            axes.plot(*points, color=f"C{n}", marker="o", markersize=3, label=name if i == 0 else None)
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per token", title="Equal training time")
     axes.legend(fontsize=8)
     save(figure, path)
 
@@ -193,8 +280,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], dest="extra", help="settings of all runs, as train.py takes them"
     )
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    s = setting(options.experiment, options.extra, options.quick, options.out.absolute())
+    if options.worker:
+        return worker(options.worker)
+    s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs)
     (s.out / "runs").mkdir(parents=True, exist_ok=True)
     found = measure(s, options.models, 1 if options.quick else options.seeds)
     text = table(found)

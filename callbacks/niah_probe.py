@@ -125,7 +125,9 @@ class NiahProbe(Callback):
                 f"niah_probe needs memory_shape() and write_and_read(...), which {type(pl_module).__name__} lacks"
             )
         if pl_module.memory_shape()[0] < 1:
-            raise ValueError("niah_probe: this model has no memory: remove the probe with ~callbacks.niah_probe")
+            raise ValueError(
+                "niah_probe: this model has no memory that takes pairs: remove the probe with ~callbacks.niah_probe"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe what training starts from; a resumed run was probed when it was saved, or waits for its next probe."""

@@ -68,8 +68,9 @@ class ModelConfig:
     """Hidden width of the SwiGLU feed-forward, as a multiple of `dim`."""
     fusion: str = choice("multiplicative", "normalised_product", "convex")
     """How attention and memory meet (M12)."""
-    memory: str = choice("atlas", "none")
-    """none: the twin without memory, at the same width and parameter budget."""
+    memory: str = choice("atlas", "gated_delta", "none")
+    """The baselines have the parameters of the model with memory. gated_delta: a gated delta net with as many fast
+    weights, or as many as half the feed-forward pays for; none: attention alone."""
     local_chunks: list[int] = MISSING
     """Chunk size of each local memory, tokens; as many local memories as entries (M8)."""
     global_chunk: int = number(minimum=1)

@@ -165,6 +165,10 @@ class Hierarchy(nn.Module):
     def _local(self) -> list[FastMemory]:
         return list(self.local_memories)  # type: ignore[arg-type]
 
+    def memories(self) -> list[FastMemory]:
+        """The global one first."""
+        return [self.global_memory, *self._local()]
+
     def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
         """Change C_L of every local memory with no rebuild (M13), to any size ≥ 1. Prefill streams again."""
         if len(chunks) != len(self.local_memories):

@@ -178,3 +178,25 @@ def project(
         y = (M @ q.unsqueeze(-1)).squeeze(-1) / n.unsqueeze(-1)
         outputs.append(nnf.normalize(y, dim=-1))  # zero at a shard's padding, whose queries are zero
     return torch.stack(outputs, dim=2), ProjectionState(M, n)
+
+
+def gated_delta(
+    q_BGTD: Tensor,
+    k_BGTD: Tensor,
+    v_BHTE: Tensor,
+    log_alpha_BHT: Tensor,
+    beta_BHT: Tensor,
+    state_BHDE: Tensor,
+    restart_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule (arXiv 2412.06464 eq 10), one token at a time. Same signature as `gated_delta.scan`."""
+    S, outputs = state_BHDE, []
+    for t in range(v_BHTE.size(2)):
+        if restart_BT is not None:
+            S = torch.where(restart_BT[:, t, None, None, None], torch.zeros_like(S), S)
+        k, q = k_BGTD[:, :, t].unsqueeze(-1), q_BGTD[:, :, t].unsqueeze(-1)
+        S = log_alpha_BHT[:, :, t, None, None].exp() * S
+        error = v_BHTE[:, :, t].unsqueeze(-2) - (S * k).sum(-2, keepdim=True)
+        S = S + k * (beta_BHT[:, :, t, None, None] * error)
+        outputs.append((S * q).sum(-2))
+    return torch.stack(outputs, dim=2), S

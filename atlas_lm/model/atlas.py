@@ -15,6 +15,7 @@ model streams: prefill with any number of tokens, then decode one by one, at con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.config.schema import ModelConfig
-from atlas_lm.memory.hierarchy import HierarchyState, MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 from atlas_lm.memory.network import Network
 from atlas_lm.memory.projection import ProjectionState
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
 from atlas_lm.model.attention import AttentionState
-from atlas_lm.model.block import Block, BlockState
+from atlas_lm.model.block import Block, BlockState, MemoryBranch
+from atlas_lm.model.gated_delta import DeltaSpec, spec_of_state
 from atlas_lm.model.norm import RMSNorm
 from atlas_lm.model.session import Session
 
@@ -60,12 +62,8 @@ def _detach(value: Any) -> Any:
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
-def memory_spec(config: ModelConfig) -> MemorySpec | None:
-    """The memory part of a model config; None without memory."""
-    if config.memory == "none":
-        return None
-    if config.memory != "atlas":
-        raise ValueError(f"unknown memory {config.memory!r}; choose atlas or none")
+def memory_spec(config: ModelConfig) -> MemorySpec:
+    """The memory part of a model config."""
     return MemorySpec(
         dim=config.dim,
         heads=config.heads,
@@ -88,26 +86,56 @@ def memory_spec(config: ModelConfig) -> MemorySpec | None:
     )
 
 
-def make_block(config: ModelConfig, hidden: int) -> Block:
+def delta_spec(config: ModelConfig) -> DeltaSpec:
+    """A gated delta net with as many fast weights as our memories have, or as many as half the feed-forward pays."""
+    twin = ModelConfig(**{**vars(config), "memory": "atlas"})
+    hidden = own_ffn_hidden(config)
+    with torch.device("meta"):
+        memories = Hierarchy(memory_spec(twin)).memories()
+        fast = sum(weight.numel() for memory in memories for weight in memory.weights())
+        spec = spec_of_state(config.dim, config.heads * config.head_dim, fast)
+        most = parameters_of(make_block(twin, memory_spec(twin), hidden))
+        while spec.heads > 1 and parameters_of(make_block(config, spec, hidden // 2)) > most:
+            spec = spec._replace(heads=spec.heads - 1)
+    return spec
+
+
+def block_spec(config: ModelConfig) -> MemorySpec | DeltaSpec | None:
+    """What a block's memory is built from; None without one. ValueError: there is no memory of that name."""
+    if config.memory == "none":
+        return None
+    if config.memory == "atlas":
+        return memory_spec(config)
+    if config.memory != "gated_delta":
+        raise ValueError(f"unknown memory {config.memory!r}; choose atlas, gated_delta or none")
+    return delta_spec(config)
+
+
+def make_block(config: ModelConfig, spec: MemorySpec | DeltaSpec | None, hidden: int) -> Block:
     return Block(
-        memory_spec(config), config.dim, config.heads, config.head_dim, hidden, config.window,
-        config.rope_base, config.conv, config.fusion,
+        spec, config.dim, config.heads, config.head_dim, hidden, config.window, config.rope_base, config.conv,
+        config.fusion,
     )  # fmt: skip
 
 
-def ffn_hidden(config: ModelConfig) -> int:
-    """Hidden width of the feed-forward: a model without memory gets the parameters of the memory that it lacks."""
-    hidden = max(1, round(config.ffn_multiple * config.dim))
-    if config.memory != "none":
+def parameters_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def own_ffn_hidden(config: ModelConfig) -> int:
+    """Hidden width of the feed-forward beside our memory."""
+    return max(1, round(config.ffn_multiple * config.dim))
+
+
+def ffn_hidden(config: ModelConfig, spec: MemorySpec | DeltaSpec | None) -> int:
+    """Hidden width of the feed-forward: with another memory, or none, as wide as makes the parameters equal."""
+    hidden = own_ffn_hidden(config)
+    if config.memory == "atlas":
         return hidden
-
-    def size(block: nn.Module) -> int:
-        return sum(p.numel() for p in block.parameters())
-
+    twin = ModelConfig(**{**vars(config), "memory": "atlas"})
     with torch.device("meta"):
-        twin = ModelConfig(**{**vars(config), "memory": "atlas"})
-        lacking = size(make_block(twin, hidden)) - size(make_block(config, hidden))
-    return hidden + round(lacking / (3 * config.dim))
+        ours, theirs = (make_block(c, s, hidden) for c, s in ((twin, memory_spec(twin)), (config, spec)))
+        return max(1, hidden + round((parameters_of(ours) - parameters_of(theirs)) / (3 * config.dim)))
 
 
 class AtlasLM(nn.Module):
@@ -118,8 +146,9 @@ class AtlasLM(nn.Module):
         check(config)
         self.config = config
         self.embed = nn.Embedding(vocab_size, config.dim)
-        hidden = ffn_hidden(config)
-        self.blocks = nn.ModuleList(make_block(config, hidden) for _ in range(config.layers))
+        spec = block_spec(config)
+        hidden = ffn_hidden(config, spec)
+        self.blocks = nn.ModuleList(make_block(config, spec, hidden) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.reset_parameters()
 
@@ -217,8 +246,8 @@ class AtlasLM(nn.Module):
 
     @property
     def local_chunks(self) -> tuple[int, ...]:
-        """C_L of the local memories; empty without a memory."""
-        return next(iter(self._hierarchies())).local_chunks if self.config.memory != "none" else ()
+        """C_L of the local memories; empty where there are none."""
+        return next(iter(self.hierarchies())).local_chunks if self.config.memory == "atlas" else ()
 
     def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
         """Change the chunk sizes of the local memories at run time (M13).
@@ -226,19 +255,20 @@ class AtlasLM(nn.Module):
         ValueError unless there is a whole number from 1 to the shard's length for each.
         """
         chunks = tuple(chunks)
-        if self.config.memory == "none" and chunks:
-            raise ValueError(f"the model has no memory to set chunk sizes {list(chunks)} of")
+        if self.config.memory != "atlas" and chunks:
+            raise ValueError(f"the model has no local memory to set chunk sizes {list(chunks)} of")
         too_long = [size for size in chunks if size > self.config.shard]
         if too_long:
             raise ValueError(
                 f"a chunk of {too_long[0]} tokens is longer than a shard, model.shard={self.config.shard}, at which "
                 "local memories start again: lower it"
             )
-        for hierarchy in self._hierarchies():
+        for hierarchy in self.hierarchies():
             hierarchy.set_local_chunks(chunks)
 
-    def _hierarchies(self):
-        return (block.memory.hierarchy for block in self.blocks if block.memory is not None)  # type: ignore[union-attr]
+    def hierarchies(self) -> Iterator[Hierarchy]:
+        """The memories of each layer."""
+        return (block.memory.hierarchy for block in self.blocks if isinstance(block.memory, MemoryBranch))
 
 
 def check(config: ModelConfig) -> None:

@@ -15,42 +15,11 @@ from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.state import fit
 from atlas_lm.model.attention import AttentionState, SlidingWindowAttention
+from atlas_lm.model.convolution import CausalConv
+from atlas_lm.model.gated_delta import DeltaSpec, GatedDeltaBranch
 from atlas_lm.model.norm import RMSNorm, normalised_heads
 
 FUSIONS = ("multiplicative", "normalised_product", "convex")
-
-
-class CausalConv(nn.Module):
-    """Depthwise causal convolution over the last `width` tokens, the identity at first."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        if width < 1:
-            raise ValueError(f"the width of the short convolution must be at least 1 token, got {width}")
-        self.width = width
-        self.weight = nn.Parameter(torch.empty(width, channels))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.3 * self.width**-0.5)
-        self.weight[-1] += 1.0
-
-    def forward(self, x_BTM: Tensor, tail_BWM: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, M) and the last width − 1 inputs before it → (B, T, M) and the new tail."""
-        T = x_BTM.size(1)
-        row = torch.cat([tail_BWM.to(x_BTM.dtype), x_BTM], dim=1)
-        weight = self.weight.to(row.dtype)  # one precision: mixed products are five times slower
-        y = row[:, :T] * weight[0]
-        for i in range(1, self.width):
-            y = torch.addcmul(y, row[:, i : i + T], weight[i])
-        return y, self.next_tail(x_BTM, tail_BWM)
-
-    def next_tail(self, x_BTM: Tensor, tail_BWM: Tensor) -> Tensor:
-        """The last width − 1 inputs, those of calls before included."""
-        keep = self.width - 1
-        row = torch.cat([tail_BWM.to(x_BTM.dtype), x_BTM[:, max(0, x_BTM.size(1) - keep) :]], dim=1)
-        return row[:, row.size(1) - keep :].clone()
 
 
 class SwiGLU(nn.Module):
@@ -71,7 +40,14 @@ class BlockState(NamedTuple):
 
     attention: AttentionState
     conv: Tensor | None  # (B, conv−1, 3·H·D)
-    memory: HierarchyState | None
+    memory: HierarchyState | Tensor | None  # that of a baseline is one tensor
+
+    def fast_weights(self) -> tuple[Tensor, ...]:
+        """How far those of every memory have moved from their start."""
+        if not isinstance(self.memory, HierarchyState):
+            return () if self.memory is None else (self.memory,)
+        memories = (self.memory.global_memory, *self.memory.local_memories)
+        return tuple(change for memory in memories for change in memory.change)
 
 
 class MemoryBranch(nn.Module):
@@ -102,6 +78,10 @@ class MemoryBranch(nn.Module):
     def initial_conv(self, batch: int) -> Tensor:
         return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
 
+    def initial_state(self, batch: int, restart: bool) -> HierarchyState:
+        """The memories of a stream that has seen nothing."""
+        return self.hierarchy.initial_state(batch, restart)
+
     def forward(
         self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None, write: bool = True
     ) -> tuple[Tensor, Tensor, HierarchyState | None]:
@@ -123,10 +103,12 @@ class MemoryBranch(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Without a memory (`spec` None) the feed-forward is wider by `extra_hidden` instead."""
+    """One layer; `spec` None: without a memory."""
+
+    memory: MemoryBranch | GatedDeltaBranch | None
 
     def __init__(
-        self, spec: MemorySpec | None, dim: int, heads: int, head_dim: int, hidden: int, window: int,
+        self, spec: MemorySpec | DeltaSpec | None, dim: int, heads: int, head_dim: int, hidden: int, window: int,
         rope_base: float, conv: int, fusion: str,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -135,7 +117,10 @@ class Block(nn.Module):
         width = heads * head_dim
         self.norm = RMSNorm(dim)
         self.attention = SlidingWindowAttention(dim, heads, head_dim, window, rope_base)
-        self.memory = None if spec is None else MemoryBranch(spec, conv)
+        if isinstance(spec, DeltaSpec):
+            self.memory = GatedDeltaBranch(spec, conv)
+        else:
+            self.memory = None if spec is None else MemoryBranch(spec, conv)
         self.fusion = None if spec is None else Fusion(fusion, width)
         self.out = nn.Linear(width, dim, bias=False)
         self.ffn_norm = RMSNorm(dim)
@@ -147,7 +132,7 @@ class Block(nn.Module):
         return BlockState(
             self.attention.initial_state(batch),
             None if memory is None else memory.initial_conv(batch),
-            None if memory is None else memory.hierarchy.initial_state(batch, restart),
+            None if memory is None else memory.initial_state(batch, restart),
         )
 
     def forward(

@@ -19,7 +19,7 @@ from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.hierarchy import FastMemory
 from atlas_lm.memory.state import Gates, Tokens, initial_state
 from atlas_lm.model.atlas import AtlasLM
-from atlas_lm.model.block import Block
+from atlas_lm.model.block import MemoryBranch
 
 PROBED_TOKENS = 8192  # of one forward pass
 
@@ -37,13 +37,13 @@ def write_and_read(
     so these stand open (N1: every write at full strength, nothing forgotten); with `tokens_BT` they are the ones
     that the model opens for that text, which shows how much it chooses to write and keep.
     """
-    blocks = _with_memory(model)
+    blocks: list[Any] = [block for block in model.blocks if isinstance(block.memory, MemoryBranch)]
     inputs: list[Tensor | None] = [None] * len(blocks) if tokens_BT is None else list(_memory_inputs(model, tokens_BT))
     answers = []
     for block, x_BTM, k, v, q in zip(blocks, inputs, keys, values, query, strict=True):
         with _whole(block):
-            hierarchy = block.memory.hierarchy  # type: ignore[union-attr]
-            memories = [hierarchy.global_memory, *hierarchy.local_memories]
+            hierarchy = block.memory.hierarchy
+            memories = hierarchy.memories()
             k, v, q = (y.transpose(0, 1) for y in (k, v, q))
             answers.append(torch.stack([_ask(hierarchy.features, memory, k, v, q, x_BTM) for memory in memories]))
     return torch.stack(answers).transpose(2, 3)
@@ -145,16 +145,12 @@ def losses_after_restarts(
     return torch.stack(found)
 
 
-def _with_memory(model: AtlasLM) -> list[Block]:
-    return [block for block in model.blocks if block.memory is not None]  # type: ignore[misc]
-
-
 def _memory_inputs(model: AtlasLM, tokens_BT: Tensor) -> list[Tensor]:
     """The hidden states that open the gates of every layer's memory, (B, T, M) each."""
     seen: list[Tensor] = []
     hooks = [
-        block.memory.hierarchy.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))  # type: ignore[union-attr]
-        for block in _with_memory(model)
+        hierarchy.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        for hierarchy in model.hierarchies()
     ]
     try:
         model(tokens_BT)
@@ -171,7 +167,8 @@ def silent_memory(model: AtlasLM) -> Iterator[None]:
     def zeroed(_: Any, __: Any, output: tuple[Tensor, Any, Any]) -> tuple[Tensor, Any, Any]:
         return torch.zeros_like(output[0]), *output[1:]
 
-    hooks = [block.memory.register_forward_hook(zeroed) for block in _with_memory(model)]  # type: ignore[union-attr]
+    memories: list[Any] = [block.memory for block in model.blocks]
+    hooks = [memory.register_forward_hook(zeroed) for memory in memories if memory is not None]
     try:
         yield
     finally:
@@ -180,7 +177,7 @@ def silent_memory(model: AtlasLM) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(block: Block) -> Iterator[None]:
+def _whole(block: Any) -> Iterator[None]:
     """The block's parameters, gathered where they are sharded: its memory is called past the block's own forward."""
     if isinstance(block, FSDPModule):
         block.unshard()

@@ -133,7 +133,7 @@ class AtlasModule(L.LightningModule):
 
         See `atlas_lm.model.probes.losses_after_restarts`.
         """
-        if not self.memory_shape()[0]:
+        if self.model_config.memory == "none":
             raise ValueError("the model has no memory")
         starts = batch.get("document_start")
         return losses_after_restarts(self.model, batch["input_ids"], batch["targets"], distances, block, starts)
@@ -148,14 +148,13 @@ class AtlasModule(L.LightningModule):
         return write_and_read(self.model, keys, values, query, None if batch is None else batch["input_ids"])
 
     def memory_shape(self) -> tuple[int, int, int]:
-        """Layers with a memory, heads, dimension of keys and values."""
-        layers = 0 if self.model_config.memory == "none" else self.model_config.layers
+        """Layers whose memory takes pairs (C1), heads, dimension of keys and values."""
+        layers = self.model_config.layers if self.model_config.memory == "atlas" else 0
         return layers, self.model_config.heads, self.model_config.head_dim
 
     def persistent_memory(self) -> list[Tensor]:
         """The persistent keys of every layer, (heads, keys, dim) each (M10)."""
-        blocks: list[Any] = [block for block in self.model.blocks if block.memory is not None]
-        return [block.memory.hierarchy.persistent_keys.detach() for block in blocks]
+        return [hierarchy.persistent_keys.detach() for hierarchy in self.model.hierarchies()]
 
     # Training
 
@@ -285,8 +284,7 @@ class AtlasModule(L.LightningModule):
         state = self.model.initial_state(1)
         after = self.model(batch["input_ids"][:1], state, None if starts is None else starts[:1]).state
         for i, block in enumerate(after):
-            memories = (block.memory.global_memory, *block.memory.local_memories)
-            norm = sum(change.square().sum() for memory in memories for change in memory.change) ** 0.5
+            norm = sum(change.square().sum() for change in block.fast_weights()) ** 0.5
             self.log(f"memory/norm/layer_{i}", norm, sync_dist=True)
 
     def _boards(self) -> list[Any]:

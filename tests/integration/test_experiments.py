@@ -55,8 +55,9 @@ def test_experiments(in_tmp: Path, name: str) -> None:
         assert found["val_bits_per_byte"] > found["gzip_bits_per_byte"] > 0, "two steps cannot beat gzip"
 
 
-def test_the_twin_without_memory(in_tmp: Path) -> None:
-    finished(in_tmp, "+experiment=recall", "model.memory=none", *TWO_STEPS)
+@pytest.mark.parametrize("memory", ["none", "gated_delta"])
+def test_the_twins(in_tmp: Path, memory: str) -> None:
+    finished(in_tmp, "+experiment=recall", f"model.memory={memory}", "callbacks=basic", *TWO_STEPS)
 
 
 @pytest.mark.parametrize("name", names("model"))

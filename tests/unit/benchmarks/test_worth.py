@@ -27,9 +27,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         made.append((what, name, steps, rate, seed))
         loss = 1 + abs(math.log2(rate / BEST[name])) + 10 / steps + seed / 100
         return {"val_loss": loss, "val_bits_per_byte": loss, "tokens": steps * s.tokens, "steps": steps,
-                "tokens_per_second": SPEED[name], "parameters": 7}  # fmt: skip
+                "tokens_per_second": 1.0, "parameters": 7}  # fmt: skip
 
     monkeypatch.setattr(worth, "train", train)
+    monkeypatch.setattr(worth, "speeds", lambda s, names: {name: SPEED[name] for name in names})
     return made
 
 
@@ -45,11 +46,14 @@ def test_each_model_gets_its_rate_and_the_time_of_the_first(s: worth.Setting, ru
     assert [run[:4] for run in runs if run[0] == "sweep"] == [
         ("sweep", name, 100, rate) for name in SPEED for rate in worth.RATES
     ]
-    times = {run[1]: run[2] for run in runs if run[0] == "time"}
-    assert times == {"no memory": 1000, "full attention": 320}, "2.5 and 0.8 times the steps"
-    budget = worth.seconds(found["memory"]["steps"][0])
+    assert sorted(run[1:3] + run[4:] for run in runs if run[0] == "run") == sorted([
+        (name, steps, seed)
+        for seed in (0, 1)
+        for name, steps in (("memory", 400), ("no memory", 400), ("no memory", 1000), ("full attention", 400),
+                            ("full attention", 320))
+    ]), "2.5 and 0.8 times the steps"  # fmt: skip
     for run in found.values():
-        assert [worth.seconds(report) for report in run["time"]] == pytest.approx([budget] * 2)
+        assert [report["tokens"] / run["tokens_per_second"] for report in run["time"]] == pytest.approx([819.2] * 2)
     text = worth.table(found)
     assert text.splitlines()[0].index("equal time") < text.splitlines()[0].index("equal steps")
     assert "| full attention | **" in text
@@ -61,7 +65,35 @@ def test_a_model_that_diverges_at_a_rate_does_not_get_it(s: worth.Setting, monke
         return {"val_loss": loss, "val_bits_per_byte": loss, "tokens": 1, "tokens_per_second": 1.0, "steps": 1}
 
     monkeypatch.setattr(worth, "train", train)
+    monkeypatch.setattr(worth, "speeds", lambda *_: {"memory": 1.0})
     assert worth.measure(s, ["memory"], 0)["memory"]["rate"] == 2.0
+
+
+def test_speeds_are_measured_once_for_the_same_models(s: worth.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def in_process(_: str, request: dict[str, Any]) -> dict[str, float]:
+        asked.append(request["names"])
+        return {name: 5.0 for name in request["names"]}
+
+    monkeypatch.setattr(worth.measuring, "in_process", in_process)
+    for names in (["memory"], ["memory"], ["memory", "no memory"]):
+        assert worth.speeds(s, names) == {name: 5.0 for name in names}
+    worth.speeds(s._replace(extra=["model.rank=63"]), ["memory"])
+    assert asked == [["memory"], ["memory", "no memory"], ["memory"]]
+
+
+@pytest.mark.parametrize("name", ["memory", "gated delta net", "full attention"])
+def test_a_step_trains(name: str, tmp_path: Path) -> None:
+    small = ["model.dim=16", "model.head_dim=8", "model.memory_hidden=4", "model.rank=7", "data.seq_len=64",
+             "model.window=8", "model.global_chunk=16", "model.shard=32", "model.local_chunks=[4]"]  # fmt: skip
+    step = worth.step_of(worth.setting("stage1", small, True, tmp_path), name)
+    model = step.__closure__  # the model is the step's own
+    assert model is not None
+    weights = next(cell.cell_contents for cell in model if hasattr(cell.cell_contents, "embed")).embed.weight
+    before = weights.detach().clone()
+    step()
+    assert not before.equal(weights)
 
 
 def test_intervals_over_seeds() -> None:
@@ -81,10 +113,21 @@ def test_it_runs_and_continues(
         "data.val_sequences=4", "model.dim=16", "model.head_dim=8", "model.memory_hidden=4", "model.rank=7",
         "model.window=8", "model.global_chunk=16", "model.shard=32", "model.local_chunks=[4]", "optim.total_steps=400",
     ]  # fmt: skip
-    arguments = ["--quick", "--models", "memory", "no memory", "--out", str(tmp_path / "worth"), "--set", *small]
+    arguments = [
+        "--quick",
+        "--jobs",
+        "2",
+        "--models",
+        "memory",
+        "no memory",
+        "--out",
+        str(tmp_path / "worth"),
+        "--set",
+        *small,
+    ]
     worth.main(arguments)
     first = capsys.readouterr()
-    assert first.err.count("seed 0".replace(" ", "_")) == 5, "2 of the sweep, 2 at equal steps, 1 at equal time"
+    assert first.err.count("seed_0") == 5, "2 of the sweep, 2 at equal steps, 1 at equal time"
     found = json.loads((tmp_path / "worth" / "worth.json").read_text())
     assert found["no memory"]["time"][0]["steps"] > found["memory"]["time"][0]["steps"] == 40
     assert (tmp_path / "worth" / "worth.png").is_file()

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.model.atlas import AtlasLM, check
 from atlas_lm.model.attention import SlidingWindowAttention, rotate, window_attention
-from atlas_lm.model.block import CausalConv, Fusion
+from atlas_lm.model.block import Fusion
+from atlas_lm.model.convolution import CausalConv
 from tests.support import ROOT
 
 CONF = ROOT / "conf"
@@ -91,7 +92,7 @@ def test_sizes_that_no_model_can_have(change, message):
         ({"window": 0}, "model.window=0 must be at least 1"),
         ({"conv": 0}, "model.conv=0 must be at least 1"),
         ({"fusion": "sum"}, "model.fusion=sum must be one of multiplicative"),
-        ({"memory": "titans"}, "model.memory=titans must be one of atlas, none"),
+        ({"memory": "titans"}, "model.memory=titans must be one of atlas, gated_delta, none"),
     ],
 )
 def test_values_that_no_model_can_have(change, message):

@@ -68,7 +68,7 @@ def test_chunk_sizes_that_cannot_be_set_change_nothing(chunks, message):
 
 
 def test_chunk_sizes_of_a_model_without_memory():
-    with pytest.raises(ValueError, match=r"no memory to set chunk sizes \[3\] of"):
+    with pytest.raises(ValueError, match=r"no local memory to set chunk sizes \[3\] of"):
         build(memory="none").set_local_chunks([3])
 
 
