@@ -36,9 +36,12 @@ def scan(
     """Learn every token, then answer its query: outputs (B, H, T, E) and the state after the last token.
 
     Keys have unit norm; G is 1, keys shared by all heads, or H. `restart_BT` (bool): there the state restarts from
-    zero. Computed in at least float32, autocast or not.
+    zero. Under autocast the products with the state take its operands in that precision; all else, and the state, is
+    kept in at least float32.
     """
     wide = torch.promote_types(v_BHTE.dtype, torch.float32)
+    device = v_BHTE.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wide
     T = v_BHTE.size(2)
     C = min(chunk, T)
     missing = -T % C
@@ -67,8 +70,11 @@ def scan(
         q_carry, within = carry.unsqueeze(-1) * q, gamma * (q @ k.mT)
         k_to_end = (gamma[..., -1, :].unsqueeze(-1) * k).mT
         S, outputs = state_BHDE.to(wide), []
-        for n in range(v.size(2)):
-            written = u[:, :, n] - w[:, :, n] @ S
-            outputs.append(q_carry[:, :, n] @ S + within[:, :, n] @ written)
-            S = carry[:, :, n, -1, None, None] * S + k_to_end[:, :, n] @ written
-    return torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :T], S
+        end = carry[..., -1, None, None]
+        parts = (x.unbind(2) for x in (u, w.to(low), q_carry.to(low), within.to(low), k_to_end.to(low), end))
+        for u_n, w_n, q_n, within_n, k_n, end_n in zip(*parts, strict=True):
+            known = S.to(low)
+            written = u_n - w_n @ known
+            outputs.append(q_n @ known + within_n @ written.to(low))
+            S = torch.addcmul((k_n @ written.to(low)).to(wide), end_n, S)
+    return torch.stack(outputs, dim=2).to(wide).flatten(2, 3)[:, :, :T], S

@@ -74,10 +74,10 @@ def test_one_long_chunk_stores_what_short_ones_do() -> None:
     assert (states[0] - states[1]).abs().max() < 1e-12
 
 
-def test_autocast_leaves_it_wide() -> None:
+def test_autocast_keeps_sums_wide() -> None:
     inputs = [x.detach().float() for x in make(40)]
     with torch.autocast("cpu", torch.bfloat16):
         y, S = gated_delta.scan(*inputs)
     truth, _ = reference.gated_delta(*inputs)
     assert y.dtype == S.dtype == torch.float32
-    assert (y - truth).abs().max() < 1e-4
+    assert (y - truth).abs().max() < 0.02 * truth.abs().max(), "operands of products are bfloat16, sums are not"
