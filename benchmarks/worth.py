@@ -147,9 +147,14 @@ def worker(request: str) -> None:
     print(json.dumps({name: s.tokens / median for name, median in found.items()}))
 
 
+def slug(text: str) -> str:
+    """A name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower())
+
+
 def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
     """The report of a run; it is made unless it has finished before. RuntimeError: it did not finish."""
-    label = re.sub(r"[^a-z0-9]+", "_", f"{what} {name} x{rate} seed {seed} steps {steps}".lower())
+    label = slug(f"{what} {name} x{rate} seed {seed} steps {steps}")
     every = max(1, steps // 10)
     command = [
         f"+experiment={s.experiment}", *settings_of(s, name), f"name={label}", f"seed={seed}", f"data.seed={seed}",

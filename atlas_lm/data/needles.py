@@ -4,8 +4,9 @@
               statement                              question
 
 Every token is trained on; in validation and test the answers alone are scored, so that loss and accuracy are those of
-retrieval. A question comes more than `gap` tokens after its statement: attention over fewer cannot answer. Keys of
-training, validation and test are different ones.
+retrieval. There a question comes more than `gap` tokens after its statement: attention over fewer cannot answer. In
+training one question in four comes within them: what is never asked for soon is not found soon, by memory or attention.
+Keys of training, validation and test are different ones.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 from atlas_lm.data.interfaces import SPLITS, UNSCORED, Sample, SequenceDataset, Source, Split, split_of
 from atlas_lm.data.tokenizers import Tokenizer
 
+NEAR = 0.25  # share of the questions in training that come within `gap` tokens
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 
 
@@ -66,11 +68,11 @@ class NeedleLayout:
 class NeedlesSource:
     """Sequences of `text` with `needles` statements in their first part and as many questions in their last one.
 
-    `text`: any other source. `gap`: tokens between the statements and the questions, at least; null: what all attention
-    windows together reach, `layers` · `window`. `answer_weight`: of an answer's token in the training loss, where
-    others have 1: answers are one token in fifty, and from their mean alone a model learns the text and no answers.
-    Keys, values and places of a sequence are drawn from (seed, split, index). ValueError: a size out
-    of range, a `seq_len` in which gap and statements do not fit.
+    `text`: any other source. `gap`: tokens between the statements and the questions that are scored, at least; null:
+    what all attention windows together reach, `layers` · `window`. `answer_weight`: of an answer's token in the
+    training loss, where others have 1: answers are one token in fifty, and from their mean alone a model learns the
+    text and no answers. Keys, values and places of a sequence are drawn from (seed, split, index). ValueError: a size
+    out of range, a `seq_len` in which gap and statements do not fit.
     """
 
     def __init__(
@@ -171,14 +173,16 @@ class NeedlesDataset(SequenceDataset):
         text = np.append(item["input_ids"].numpy(), item["targets"].numpy()[-1:])
         text = text[: p.seq_len + 1 - 2 * sum(map(len, needles))]  # what the statements leave room for
         early = np.sort(rng.integers(0, (len(text) - p.gap) // 2 + 1, p.needles))
-        late = np.sort(rng.integers(early[-1] + p.gap, len(text) + 1, p.needles))
-        places = np.concatenate([early, late]).tolist()
-        order = [*range(p.needles), *rng.permutation(p.needles).tolist()]
+        late = rng.integers(early[-1] + p.gap, len(text) + 1, p.needles)
+        if self._split == "train":
+            near = rng.random(p.needles) < NEAR
+            late = np.where(near, early + rng.integers(0, p.gap + 1, p.needles), late)
+        places = [(place, question, i) for question, row in enumerate((early, late)) for i, place in enumerate(row)]
         ids, asked, last = [], [], 0
-        for n, (place, i) in enumerate(zip(places, order, strict=True)):
+        for place, question, i in sorted(places):
             tokens, answer = needles[i].joined()
             ids += [text[last:place], tokens]
-            asked += [np.zeros(place - last, dtype=bool), answer & (n >= p.needles)]
+            asked += [np.zeros(place - last, dtype=bool), answer & (question == 1)]
             last = place
         row = torch.from_numpy(np.concatenate([*ids, text[last:]]).astype(np.int64))
         scored = torch.from_numpy(np.concatenate([*asked, np.zeros(len(text) - last, dtype=bool)]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from atlas_lm.data.interfaces import UNSCORED
 from atlas_lm.data.needles import keys_of, statement
 from atlas_lm.data.tokenizers import Tokenizer
-from atlas_lm.evaluation.bootstrap import Interval, interval
+from atlas_lm.evaluation.bootstrap import Interval, share
 from atlas_lm.evaluation.losses import PARALLEL, Tick, batches, chunk_size
 from atlas_lm.evaluation.subject import Subject, Text
 from atlas_lm.evaluation.suites import Plan
@@ -138,4 +138,4 @@ def _share(subject: Subject, task: Task, length: int, plan: Plan, tick: Tick) ->
     stacks = haystacks(subject, length, plan.sequences)
     rows = [example(task, tokenizer, stack, length, seed) for seed, stack in enumerate(stacks)]
     tokens, targets = (torch.stack(x).to(subject.device) for x in zip(*rows, strict=True))
-    return interval(answered(subject.model, Text(tokens, targets), tick).float())
+    return share(answered(subject.model, Text(tokens, targets), tick))

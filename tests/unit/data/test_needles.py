@@ -30,16 +30,35 @@ def text_of(source: NeedlesSource, item: dict[str, Any]) -> str:
     return source.tokenizer.decode(item["input_ids"].numpy())
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_question_has_its_statement_beyond_the_gap(source: NeedlesSource, split: Any) -> None:
+def statements_and_questions(text: str) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
+    """Key, value and place of each; a key stands first in its statement."""
+    found = [(m[1], m[2], m.start()) for m in re.finditer(r"\[(\w+)=(\d{4})\]", text)]
+    first = {key: place for key, _, place in reversed(found)}
+    return [f for f in found if f[2] == first[f[0]]], [f for f in found if f[2] != first[f[0]]]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_every_scored_question_has_its_statement_beyond_the_gap(source: NeedlesSource, split: Any) -> None:
     dataset = source.dataset(split, LENGTH)
     for i in range(len(dataset)):
-        text = text_of(source, dataset[i])
-        found = [(m[1], m[2], m.start()) for m in re.finditer(r"\[(\w+)=(\d{4})\]", text)]
-        said, asked = found[:5], found[5:]
+        said, asked = statements_and_questions(text_of(source, dataset[i]))
         assert sorted(f[:2] for f in said) == sorted(f[:2] for f in asked)
         assert len({key for key, _, _ in said}) == 5
         assert min(place for _, _, place in asked) - max(place for _, _, place in said) > GAP
+
+
+def test_one_training_question_in_four_comes_within_the_gap(source: NeedlesSource) -> None:
+    dataset, near = source.dataset("train", LENGTH), []
+    for i in range(len(dataset)):
+        text = text_of(source, dataset[i])
+        said, asked = statements_and_questions(text)
+        assert sorted(f[:2] for f in said) == sorted(f[:2] for f in asked)
+        places = {key: place for key, _, place in said}
+        for key, _, place in asked:
+            between = re.sub(r"\n\[\w+=\d+\]\n", "", text[places[key] - 1 : place - 1])  # the other statements
+            assert place > places[key]
+            near.append(len(between) < GAP)
+    assert 0.15 < sum(near) / len(near) < 0.35, len(near)
 
 
 def test_answers_alone_are_scored_where_it_is_measured_and_everything_is_trained(source: NeedlesSource) -> None:
@@ -52,7 +71,7 @@ def test_answers_alone_are_scored_where_it_is_measured_and_everything_is_trained
         assert ("weights" in item) == (split == "train")
         if split == "train":
             assert scored.all()
-            answers = "".join(re.findall(r"=(\d{4})\]", text_of(source, item))[5:])
+            answers = "".join(value for _, value, _ in statements_and_questions(text_of(source, item))[1])
             assert source.tokenizer.decode(item["targets"][item["weights"] == 20].numpy()) == answers
             assert (item["weights"] == 1).sum() == LENGTH - 5 * 4
             assert dataset.scored_tokens([0, 1]) == 2 * LENGTH
