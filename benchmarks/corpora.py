@@ -21,7 +21,7 @@ import torch
 
 from atlas_lm.evaluation.bootstrap import interval
 from atlas_lm.evaluation.losses import losses
-from atlas_lm.evaluation.subject import Subject, Text
+from atlas_lm.evaluation.subject import Subject
 from atlas_lm.files import ROOT, write_atomically
 from benchmarks import worth
 
@@ -74,10 +74,7 @@ def offered(run: str, window: int, sequences: int) -> dict[str, Any]:
     length = subject.trained_length
     text = subject.text(length, sequences)
     reach = window + subject.model.config.layers * (window - 1)
-    near, whole = (
-        losses(subject.model, Text(text.tokens_NT[:, -c:], text.targets_NT[:, -c:]), lambda _: None, window)
-        for c in (reach, length)
-    )
+    near, whole = (losses(subject.model, text.last(c), lambda _: None, window) for c in (reach, length))
     return {"reach": reach, "length": length, "loss": interval(whole), "gain": interval(near - whole)}
 
 

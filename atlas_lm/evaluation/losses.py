@@ -30,7 +30,7 @@ def batches(text: Text) -> Iterator[Text]:
     """A few sequences at a time."""
     rows = max(1, BATCH_TOKENS // text.tokens_NT.size(1))
     for start in range(0, len(text.tokens_NT), rows):
-        yield Text(text.tokens_NT[start : start + rows], text.targets_NT[start : start + rows])
+        yield text.cut(slice(start, start + rows))
 
 
 @torch.no_grad()
@@ -39,14 +39,17 @@ def losses(model: AtlasLM, text: Text, tick: Tick, last: int | None = None) -> T
     length = text.tokens_NT.size(1)
     keep = length if last is None else last
     found = []
-    for tokens, targets in batches(text):
+    for batch in batches(text):
+        tokens, targets, starts = batch
         if length <= PARALLEL:
-            found.append(token_losses(model(tokens).logits[:, -keep:], targets[:, -keep:]))
+            logits = model(tokens, document_start_BT=starts).logits
+            found.append(token_losses(logits[:, -keep:], targets[:, -keep:]))
         else:
             session, parts = model.stream(len(tokens)), []
             for start in range(0, length, PIECE):
-                now = slice(start, start + PIECE)
-                parts.append(token_losses(session.read(tokens[:, now]), targets[:, now]))
+                now = batch.cut(slice(None), slice(start, start + PIECE))
+                logits = session.read(now.tokens_NT, document_start_BT=now.document_start_NT)
+                parts.append(token_losses(logits, now.targets_NT))
             found.append(torch.cat(parts, dim=1)[:, -keep:])
         tick(tokens.numel())
     return torch.cat(found).cpu()
@@ -67,27 +70,30 @@ def after_changes(model: AtlasLM, text: Text, tail: int, block: int, tick: Tick)
     start = 0
     while start < usable:
         end = usable if usable - start <= rows + 1 else start + rows
-        tokens, targets = text.tokens_NT[start:end], text.targets_NT[start:end]
+        batch = text.cut(slice(start, end))
+        first, rest = batch.cut(slice(None), slice(0, -tail)), batch.last(tail)
         start = end
-        before = model.stream(len(tokens))
-        for piece in tokens[:, :-tail].split(PIECE, dim=1):
-            before.read(piece)
+        before = model.stream(len(batch.tokens_NT))
+        before.read(first.tokens_NT, document_start_BT=first.document_start_NT)
 
-        def score(session: Session, tokens: Tensor = tokens, targets: Tensor = targets, write: bool = True) -> Tensor:
-            logits = session.read(tokens[:, -tail:], write=write)
-            return token_losses(logits[:, -block:], targets[:, -block:]).cpu()
+        def score(session: Session, rest: Text = rest, write: bool = True) -> Tensor:
+            logits = session.read(rest.tokens_NT, write=write, document_start_BT=rest.document_start_NT)
+            return token_losses(logits[:, -block:], rest.targets_NT[:, -block:]).cpu()
 
         found["whole"].append(score(before.fork()))
         found["frozen"].append(score(before.fork(), write=False))
-        for name, memory in (("restarted", model.initial_state(len(tokens))), ("another", rolled(before.state))):
+        for name, memory in (
+            ("restarted", model.initial_state(len(batch.tokens_NT))),
+            ("another", rolled(before.state)),
+        ):
             session = before.fork()
             session.state = tuple(
-                old._replace(memory=new.memory) for old, new in zip(before.state, memory, strict=True)
+                ours._replace(memory=theirs.memory) for ours, theirs in zip(before.state, memory, strict=True)
             )
             found[name].append(score(session))
         with silent_memory(model):
             found["zeroed"].append(score(before.fork()))
-        tick(tokens.numel())
+        tick(batch.tokens_NT.numel())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -89,7 +89,7 @@ def example(task: Task, tokenizer: Tokenizer, text: np.ndarray, length: int, see
 def answered(model: AtlasLM, text: Text, tick: Tick) -> Tensor:
     """Whether every scored token of a row is the likeliest: (N,)."""
     found = []
-    for tokens, targets in batches(text):
+    for tokens, targets, _ in batches(text):  # one document: what was stated counts to the end
         length = tokens.size(1)
         right = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         session = model.stream(len(tokens)) if length > PARALLEL else None

@@ -21,6 +21,20 @@ class Text(NamedTuple):
 
     tokens_NT: Tensor
     targets_NT: Tensor
+    document_start_NT: Tensor | None = None  # None: one document
+
+    def cut(self, rows: slice, tokens: slice = slice(None)) -> Text:
+        """Some rows, some of their tokens."""
+        starts = self.document_start_NT
+        return Text(
+            self.tokens_NT[rows, tokens],
+            self.targets_NT[rows, tokens],
+            None if starts is None else starts[rows, tokens],
+        )
+
+    def last(self, count: int) -> Text:
+        """The same sequences as one sees them who has not read what is before the last `count` tokens."""
+        return self.cut(slice(None), slice(self.tokens_NT.size(1) - count, None))
 
 
 class Subject:
@@ -72,5 +86,5 @@ class Subject:
         """
         data = load_data(self.folder, self.content, seq_len=length, val_sequences=sequences, val_batch_size=1)
         found = list(data.val_dataloader())
-        tokens, targets = (torch.cat([batch[name] for batch in found]) for name in ("input_ids", "targets"))
-        return Text(tokens.to(self.device), targets.to(self.device))
+        names = ("input_ids", "targets", "document_start")
+        return Text(*(torch.cat([batch[name] for batch in found]).to(self.device) for name in names))

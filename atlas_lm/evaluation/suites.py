@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from atlas_lm.evaluation.bootstrap import interval
 from atlas_lm.evaluation.losses import Tick, after_changes, chunk_size, losses
-from atlas_lm.evaluation.subject import Subject, Text
+from atlas_lm.evaluation.subject import Subject
 from atlas_lm.evaluation.tables import Table
 
 CHUNKS = (1, 4, 8, 16, 32, 64)
@@ -60,7 +60,7 @@ def horizon(subjects: Sequence[Subject], plan: Plan, tick: Tick) -> list[Table]:
         text = subject.text(plan.length, plan.sequences)
         seen = {}
         for c in sorted({*contexts(plan), least}):
-            seen[c] = losses(subject.model, Text(text.tokens_NT[:, -c:], text.targets_NT[:, -c:]), tick, plan.block)
+            seen[c] = losses(subject.model, text.last(c), tick, plan.block)
             table.add(subject.name, f"{c:,}", interval(seen[c]), c)
         if least < plan.length:
             gains.add(subject.name, f"{least:,} → {plan.length:,}", interval(seen[least] - seen[max(seen)]))

@@ -33,12 +33,21 @@ class Session:
         self.logits: Tensor | None = None  # (B, V) after the last token read
 
     @torch.no_grad()
-    def read(self, tokens_BT: Tensor, piece: int = PIECE, write: bool = True) -> Tensor:
+    def read(
+        self,
+        tokens_BT: Tensor,
+        piece: int = PIECE,
+        write: bool = True,
+        document_start_BT: Tensor | None = None,
+    ) -> Tensor:
         """The logits (B, T, V) of the tokens after each. `write`: the memories learn; else they answer as they are,
-        while attention and convolution move on. ValueError: another batch, or tokens outside the vocabulary."""
+        while attention and convolution move on. `document_start_BT` (bool): there the memories of a model with
+        `reset_at_document` restart. ValueError: another batch, or tokens outside the vocabulary."""
         parts = []
-        for tokens in tokens_BT.split(piece, dim=1):
-            output = self.model(tokens, self.state, write=write)
+        pieces = tokens_BT.split(piece, dim=1)
+        starts = [None] * len(pieces) if document_start_BT is None else document_start_BT.split(piece, dim=1)
+        for tokens, start in zip(pieces, starts, strict=True):
+            output = self.model(tokens, self.state, start, write=write)
             self.state, self.age = output.state, self.age + tokens.size(1)
             parts.append(output.logits)
         self.logits = parts[-1][:, -1].clone()

@@ -35,7 +35,7 @@ def test_the_gain_is_what_far_text_gives(
     class Model:
         config = SimpleNamespace(layers=2)
 
-        def __call__(self, tokens: torch.Tensor) -> Any:
+        def __call__(self, tokens: torch.Tensor, **_: Any) -> Any:
             logits = torch.zeros(*tokens.shape, vocabulary)
             if repeats and tokens.size(1) > 99:
                 logits[:, 99:] = torch.nn.functional.one_hot(tokens[:, :-99], vocabulary) * 8.0

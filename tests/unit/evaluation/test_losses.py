@@ -38,8 +38,9 @@ def direct(model: torch.nn.Module, text: Text, context: int, block: int) -> torc
 @pytest.mark.parametrize("context", [5, 9, 17, 40])
 def test_a_block_by_its_context_is_the_direct_computation(context: int) -> None:
     model, text = build(), text_of(5, 40)
-    cut = Text(text.tokens_NT[:, -context:], text.targets_NT[:, -context:])
-    assert torch.allclose(losses(model, cut, ignore, last=5).double(), direct(model, text, context, 5), atol=1e-5)
+    assert torch.allclose(
+        losses(model, text.last(context), ignore, last=5).double(), direct(model, text, context, 5), atol=1e-5
+    )
 
 
 def test_streamed_is_the_stream_and_constant_in_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +52,23 @@ def test_streamed_is_the_stream_and_constant_in_its_pieces(monkeypatch: pytest.M
     for piece in (7, 16, 50):
         monkeypatch.setattr(module, "PIECE", piece)
         assert torch.allclose(losses(model, text, ignore), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_memories_restart_where_the_model_has_them_restart(monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
+    """What stood in another document is of no account, where the configuration says so."""
+    monkeypatch.setattr(module, "PARALLEL", 10 if streamed else 100)
+    starts = torch.zeros(2, 50, dtype=torch.bool)
+    starts[:, 24] = True  # the start of a shard; attention of two windows of 5 reaches back to 16
+    for reset in (True, False):
+        found = []
+        torch.manual_seed(0)
+        model = build(reset_at_document=reset, conv=1)
+        for seed in (1, 2):
+            text = text_of(2, 50)._replace(document_start_NT=starts)
+            text.tokens_NT[:, :10] = make_tokens(10, seed=seed)
+            found.append(losses(model, text, ignore, last=10))
+        assert torch.allclose(*found, atol=1e-6) == reset
 
 
 def test_batches_are_small_and_every_token_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
