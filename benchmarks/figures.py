@@ -1,7 +1,8 @@
 """The README's table of figures, from the newest finished runs: python -m benchmarks.figures [--write]
 
-Reads the runs of RUNS and what `python -m atlas_lm gates` found of them; trains nothing. --write puts the table between
-the markers in README.md and docs/results/quality.md, and the numbers into docs/results/figures.json.
+Reads the runs of RUNS, what `python -m atlas_lm gates` found of them, and what `benchmarks.worth --write` left; trains
+nothing. --write puts the table between the markers in README.md and docs/results/quality.md, and the numbers into
+docs/results/figures.json.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from atlas_lm.runs.resolve import resolve_run
 BEGIN, END = "<!-- figures: python -m benchmarks.figures --write -->", "<!-- end of figures -->"
 PAGES = ("README.md", "docs/results/quality.md")
 NUMBERS = "docs/results/figures.json"
+WORTH = "docs/results/worth.json"  # of `python -m benchmarks.worth --write`
 HEAD = "| what | figure | command |\n|---|---|---|"
-EQUAL_TIME = "stage1_twin_equal_time"
 RUNS = {  # experiment → the command that makes its run
     "stage1": "python train.py +experiment=stage1",
     "stage1_twin": "python train.py +experiment=stage1_twin",
-    EQUAL_TIME: f"python train.py +experiment=stage1_twin optim.total_steps=2900 name={EQUAL_TIME}",
     "recall": "python train.py +experiment=recall",
     "recall_twin": "python train.py +experiment=recall_twin",
     "stage2": "python train.py +experiment=stage2",
@@ -57,9 +57,21 @@ def collect(outputs: str = "outputs") -> dict[str, dict[str, Any]]:
     return found
 
 
-def figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
+def equal_time(worth: dict[str, Any]) -> Figure:
+    """The first row: what each model reaches in the time of the first one."""
+    models = worth["models"]
+
+    def shown(model: dict[str, Any]) -> str:
+        mean, half = model["equal_time"]
+        return f"{model['model']} **{mean:.3f}**" + ("" if half is None else f" ± {half:.3f}")
+
+    what = f"**equal training time** ({models[0]['seconds'] / 60:.1f} min), {worth['seeds']} seeds, bits per byte"
+    return Figure(what, ", ".join(map(shown, models)), [m["equal_time"][0] for m in models], worth["command"])
+
+
+def figures(found: dict[str, dict[str, Any]], worth: dict[str, Any]) -> list[Figure]:
     """The rows of the table."""
-    stage1, twin, equal, recall, blind, stage2 = (found[name] for name in RUNS)
+    stage1, twin, recall, blind, stage2 = (found[name] for name in RUNS)
     one, asked, two = (f"python -m atlas_lm gates {GATES[name]} run={name}" for name in GATES)
 
     def row(what: str, value: float, form: str, command: str) -> Figure:
@@ -77,8 +89,7 @@ def figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
 
     rates = [stage1["tokens_per_second"], twin["tokens_per_second"]]
     return [
-        row(f"no memory, **equal time**: {equal['steps']:,} steps in {equal['train_seconds'] / 60:.1f} min, bits per "
-            "byte", equal["val_bits_per_byte"], "**{:.3f}**", RUNS[EQUAL_TIME]),
+        equal_time(worth),
         row(f"with memory, held-out source ({stage1['val_bytes']:,} bytes), bits per byte",
             stage1["val_bits_per_byte"], "**{:.3f}**", RUNS["stage1"]),
         row("the same bytes, gzip -9", stage1["gzip_bits_per_byte"], "{:.3f}", "the same"),
@@ -110,12 +121,12 @@ def table(rows: list[Figure]) -> str:
     return "\n".join([HEAD, *(f"| {r.what} | {r.shown} | {c} |" for r, c in zip(rows, commands, strict=True))])
 
 
-def inserted(page: str, text: str) -> str:
+def inserted(page: str, text: str, begin: str = BEGIN) -> str:
     """`page` with `text` between the markers. ValueError: it has not exactly one of each."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page needs one line {BEGIN!r} and, after it, one {END!r}")
-    head, tail = page.partition(BEGIN)[0], page.partition(END)[2]
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    if page.count(begin) != 1 or page.count(END) != 1 or page.index(begin) > page.index(END):
+        raise ValueError(f"the page needs one line {begin!r} and, after it, one {END!r}")
+    head, tail = page.partition(begin)[0], page.partition(END)[2]
+    return f"{head}{begin}\n{text}\n{END}{tail}"
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
@@ -125,7 +136,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--outputs", default="outputs", help="folder of all runs")
     asked = parser.parse_args(arguments)
     found = collect(asked.outputs)
-    rows = figures(found)
+    rows = figures(found, json.loads((root / WORTH).read_text()))
     print(table(rows))
     if asked.write:
         for page in PAGES:

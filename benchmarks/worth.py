@@ -39,10 +39,13 @@ from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.optimizer import build_optimizer
 from atlas_lm.training.trainer import resolve_precision
 from benchmarks import measuring
+from benchmarks.figures import inserted
 
 MODULE = "benchmarks.worth"
 VOCABULARY = 257  # of bytes; a larger one costs all models alike
 SPEED_STEPS = 15
+NUMBERS, PAGE, PICTURE = "docs/results/worth.json", "docs/results/worth.md", "docs/worth.png"
+BEGIN = "<!-- worth: python -m benchmarks.worth --write -->"
 RATES = (0.5, 1.0, 2.0)  # times the experiment's learning rates
 SWEEP = 0.25  # of the steps, for each rate
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
@@ -228,27 +231,66 @@ def figure_of(report: dict[str, Any]) -> float:
     return float(report["val_loss"] if report["val_bits_per_byte"] is None else report["val_bits_per_byte"])
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown; equal time first."""
+class Row(NamedTuple):
+    """What is published of a model. Figures: mean over seeds and half the interval of 95 %, null for one seed."""
 
-    def shown(reports: list[dict[str, Any]]) -> str:
+    model: str
+    equal_time: tuple[float, float | None]
+    equal_steps: tuple[float, float | None]
+    steps: int  # at equal time
+    seconds: float  # of training
+    tokens_per_second: float
+    parameters: int
+    rate: float  # times the experiment's learning rates
+
+
+def summary(found: dict[str, Any]) -> list[Row]:
+    """One row a model."""
+
+    def figure(reports: list[dict[str, Any]]) -> tuple[float, float | None]:
         mean, half = interval([figure_of(report) for report in reports])
-        return f"{mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+        return mean, half if math.isfinite(half) else None
 
+    rows = []
+    for name, runs in found.items():
+        time, steps, speed = runs["time"], runs["steps"], runs["tokens_per_second"]
+        rows.append(
+            Row(name, figure(time), figure(steps), time[0]["steps"], time[0]["tokens"] / speed, speed,
+                steps[0]["parameters"], runs["rate"])
+        )  # fmt: skip
+    return rows
+
+
+def shown(figure: Sequence[float | None]) -> str:
+    """A mean with half its interval."""
+    mean, half = figure
+    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown; equal time first."""
     lines = [
         "| model | equal time: bits per byte | steps | seconds | equal steps: bits per byte | tokens/s | parameters | "
         "learning rates |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, runs in found.items():
-        time, steps = runs["time"], runs["steps"]
-        speed = runs["tokens_per_second"]
-        seconds = time[0]["tokens"] / speed
+    for r in rows:
         lines.append(
-            f"| {name} | **{shown(time)}** | {time[0]['steps']:,} | {seconds:,.0f} | {shown(steps)} | "
-            f"{speed:,.0f} | {steps[0]['parameters']:,} | × {runs['rate']:g} |"
+            f"| {r.model} | **{shown(r.equal_time)}** | {r.steps:,} | {r.seconds:,.0f} | {shown(r.equal_steps)} | "
+            f"{r.tokens_per_second:,.0f} | {r.parameters:,} | × {r.rate:g} |"
         )
     return "\n".join(lines)
+
+
+def publish(found: dict[str, Any], s: Setting, seeds: int, root: Path = ROOT) -> None:
+    """Into docs: the table, its numbers, the picture. `benchmarks.figures` takes the README's rows from there."""
+    rows = summary(found)
+    command = f"python -m benchmarks.worth --seeds {seeds}" + (f" --set {' '.join(s.extra)}" if s.extra else "")
+    content = {"command": command, "experiment": s.experiment, "seeds": seeds, "models": [r._asdict() for r in rows]}
+    write_atomically(root / NUMBERS, json.dumps(content, indent=1) + "\n")
+    page = (root / PAGE).read_text(encoding="utf-8")
+    write_atomically(root / PAGE, inserted(page, table(rows), BEGIN))
+    draw(found, root / PICTURE)
 
 
 def curve(report: dict[str, Any], tokens_per_second: float) -> tuple[list[float], list[float]]:
@@ -285,6 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], dest="extra", help="settings of all runs, as train.py takes them"
     )
+    parser.add_argument("--write", action="store_true", help="into docs/results")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -293,11 +336,13 @@ def main(arguments: list[str] | None = None) -> None:
     s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs)
     (s.out / "runs").mkdir(parents=True, exist_ok=True)
     found = measure(s, options.models, 1 if options.quick else options.seeds)
-    text = table(found)
+    text = table(summary(found))
     print(text)
     write_atomically(s.out / "worth.md", f"{text}\n")
     write_atomically(s.out / "worth.json", json.dumps(found, indent=1) + "\n")
     draw(found, s.out / "worth.png")
+    if options.write:
+        publish(found, s, options.seeds)
 
 
 if __name__ == "__main__":

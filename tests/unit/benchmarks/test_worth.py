@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import worth
+from benchmarks import figures, worth
 
 SPEED = {"memory": 1000.0, "no memory": 2500.0, "full attention": 800.0}
 BEST = {"memory": 1.0, "no memory": 2.0, "full attention": 0.5}
@@ -54,7 +54,7 @@ def test_each_model_gets_its_rate_and_the_time_of_the_first(s: worth.Setting, ru
     ]), "2.5 and 0.8 times the steps"  # fmt: skip
     for run in found.values():
         assert [report["tokens"] / run["tokens_per_second"] for report in run["time"]] == pytest.approx([819.2] * 2)
-    text = worth.table(found)
+    text = worth.table(worth.summary(found))
     assert text.splitlines()[0].index("equal time") < text.splitlines()[0].index("equal steps")
     assert "| full attention | **" in text
 
@@ -100,6 +100,22 @@ def test_intervals_over_seeds() -> None:
     assert worth.interval([1.0]) == (1.0, math.inf)
     mean, half = worth.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+
+
+def test_what_is_published_is_what_the_readme_takes(
+    s: worth.Setting, runs: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worth, "draw", lambda found, path: path.write_text("picture"))
+    (tmp_path / worth.PAGE).parent.mkdir(parents=True)
+    (tmp_path / worth.PAGE).write_text(f"before\n{worth.BEGIN}\nold\n{figures.END}\nafter\n")
+    found = worth.measure(s, list(SPEED), seeds=2)
+    worth.publish(found, s, 2, tmp_path)
+    rows = worth.summary(found)
+    assert f"{worth.BEGIN}\n{worth.table(rows)}\n{figures.END}" in (tmp_path / worth.PAGE).read_text()
+    first = figures.equal_time(json.loads((tmp_path / figures.WORTH).read_text()))
+    assert first.values == [row.equal_time[0] for row in rows]
+    assert first.shown.startswith(f"memory **{rows[0].equal_time[0]:.3f}** ± ")
+    assert first.command == "python -m benchmarks.worth --seeds 2 --set optim.total_steps=400"
 
 
 @pytest.mark.slow
