@@ -81,6 +81,7 @@ class Setting(NamedTuple):
     rates: dict[str, float]  # optim.<name> → learning rate
     out: Path
     jobs: int = 1  # trainings at once
+    data: tuple[str, ...] = ()  # settings that keep the data what they are when the window is another one
 
 
 def composed(experiment: str, extra: Sequence[str]) -> Any:
@@ -96,14 +97,16 @@ def setting(experiment: str, extra: list[str], quick: bool, out: Path, jobs: int
     rates = {name: float(cfg.optim[name]) for name in ("lr", "muon_lr", "memory_lr") if cfg.optim.get(name) is not None}
     length = int(cfg.data.seq_len)
     tokens = length * int(cfg.data.batch_size) * int(cfg.trainer.get("accumulate_grad_batches") or 1)
-    return Setting(experiment, extra, steps, int(cfg.model.window), length, tokens, rates, out, jobs)
+    window = int(cfg.model.window)
+    data = (f"data.source.window={window}",) if OmegaConf.select(cfg, "data.source.window") is not None else ()
+    return Setting(experiment, extra, steps, window, length, tokens, rates, out, jobs, data)
 
 
 def settings_of(s: Setting, name: str) -> list[str]:
     """What makes the experiment this model."""
     model = MODELS[name]
     window = s.length if model.windows == 0 else min(s.length, model.windows * s.window)
-    return [*model.settings, f"model.window={window}", *s.extra]
+    return [*model.settings, f"model.window={window}", *s.data, *s.extra]
 
 
 def step_of(s: Setting, name: str) -> Callable[[], None]:

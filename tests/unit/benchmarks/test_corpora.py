@@ -19,6 +19,8 @@ def test_every_candidate_composes(name: str, tmp_path: Path) -> None:
     cfg = worth.composed("stage1", worth.settings_of(s, "full attention"))
     assert (cfg.model.memory, cfg.model.window, cfg.data.seq_len) == ("none", 1024, 1024)
     assert s.tokens == 2048, "the same budget for all"
+    if "needles" in name:
+        assert cfg.data.source.window == 64, "what attention sees does not move the questions"
 
 
 @pytest.mark.parametrize(("repeats", "low", "high"), [(True, 1.5, 2.5), (False, -0.01, 0.01)])
