@@ -86,15 +86,17 @@ class PlainLayer(nn.Module):
 
 def model_values(name: str) -> dict[str, Any]:
     """The settings of a file of conf/model, with those of the files that it stands on."""
-    path = CONF / f"{name}.yaml"
-    if not path.exists():
-        known = sorted(found.stem for found in CONF.glob("[!_]*.yaml"))
-        raise SystemExit(f"no model {name!r}; choose one of {', '.join(known)}")
-    own: Any = OmegaConf.to_container(OmegaConf.load(path))
-    values: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        values |= {} if base == "_self_" else model_values(base)
-    return {key: value for key, value in (values | own).items() if key != "name"}
+
+    def read(name: str) -> Any:
+        path = CONF / f"{name}.yaml"
+        if not path.exists():
+            known = sorted(found.stem for found in CONF.glob("[!_]*.yaml"))
+            raise SystemExit(f"no model {name!r}; choose one of {', '.join(known)}")
+        own: Any = OmegaConf.load(path)
+        return OmegaConf.merge(*(read(base) for base in own.pop("defaults", []) if base != "_self_"), own)
+
+    values: Any = OmegaConf.to_container(read(name), resolve=True)
+    return {key: value for key, value in values.items() if key != "name"}
 
 
 class Ours(nn.Module):

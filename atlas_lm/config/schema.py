@@ -86,7 +86,8 @@ class ModelConfig:
     rank: int = number(minimum=1)
     """Features of the low-rank sketch; read by `features: sketch` alone."""
     memory_hidden: int = number(minimum=1)
-    """Hidden width of the memory network; the linear one has none."""
+    """Hidden width of the memory network, at least `head_dim`: the answers of a narrower one lie in a subspace. The
+    linear network has none."""
     context: int = number(minimum=1)
     """Omega context c, tokens: each inner gradient sums over the last c (M4); 1 is the delta rule."""
     update: str = choice("gradient", "newton_schulz")
@@ -113,6 +114,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.")
+        hidden, width = self.memory_hidden, self.head_dim
+        if self.network != "linear" and isinstance(hidden, int) and isinstance(width, int) and hidden < width:
+            raise ValueError(
+                f"model.memory_hidden={hidden} must be at least model.head_dim={width}, or what the memory answers "
+                f"lies in a subspace: raise it to {width}, or leave it out"
+            )
         if isinstance(self.local_chunks, list) and isinstance(self.shard, int):
             longest = max(self.local_chunks, default=0)
             if longest > self.shard:

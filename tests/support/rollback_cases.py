@@ -29,7 +29,7 @@ VOCABULARY, LENGTH = 17, 24
 MODEL = dict(
     name="small", dim=16, layers=1, heads=2, head_dim=8, window=5, ffn_multiple=2.0, fusion="convex",
     memory="atlas", local_chunks=[6], global_chunk=8, shard=24, network="gated_mlp", residual=False,
-    features="sketch", rank=6, memory_hidden=5, context=1, update="gradient", persistent_keys=3, eta_max=1.0,
+    features="sketch", rank=6, memory_hidden=8, context=1, update="gradient", persistent_keys=3, eta_max=1.0,
     half_life=64.0, radius=8.0, conv=4, reset_at_document=False, polarisation_cap=0.1, rope_base=10000.0,
 )  # fmt: skip
 OPTIM = dict(

@@ -37,7 +37,7 @@ CHOICES = {
     "layers": (1, 2), "heads": (1, 2, 3), "head_dim": (4, 6, 16), "window": (1, 5, 8), "conv": (1, 4),
     "memory": ("atlas", "atlas", "atlas", "atlas", "none"), "local_chunks": ([3, 7], [4, 7], [7, 3], [5], []),
     "global_chunk": (8, 12, 24), "network": ("gated_mlp", "mlp", "linear"), "residual": (False, True),
-    "features": ("sketch", "linear", "quadratic"), "rank": (6, 7), "memory_hidden": (4, 5, 8, 10),
+    "features": ("sketch", "linear", "quadratic"), "rank": (6, 7), "memory_hidden": (16, 17, 20, 23),
     "context": (1, 4, 5), "update": ("gradient", "newton_schulz"), "radius": (8.0, 4.0),
     "reset_at_document": (False, False, True), "rope_base": (10000.0, 500.0),
 }  # fmt: skip

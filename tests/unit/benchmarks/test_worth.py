@@ -85,7 +85,7 @@ def test_speeds_are_measured_once_for_the_same_models(s: worth.Setting, monkeypa
 
 @pytest.mark.parametrize("name", ["memory", "gated delta net", "full attention"])
 def test_a_step_trains(name: str, tmp_path: Path) -> None:
-    small = ["model.dim=16", "model.head_dim=8", "model.memory_hidden=4", "model.rank=7", "data.seq_len=64",
+    small = ["model.dim=16", "model.head_dim=8", "model.rank=7", "data.seq_len=64",
              "model.window=8", "model.global_chunk=16", "model.shard=32", "model.local_chunks=[4]"]  # fmt: skip
     step = worth.step_of(worth.setting("stage1", small, True, tmp_path), name)
     model = step.__closure__  # the model is the step's own
@@ -126,7 +126,7 @@ def test_it_runs_and_continues(
     (tmp_path / "a.txt").write_text("".join(f"line {i} of a small text\n" for i in range(3000)))
     small = [
         "data=text", f"data.source.files={tmp_path / 'a.txt'}", "data.source.document_bytes=500", "data.seq_len=64",
-        "data.val_sequences=4", "model.dim=16", "model.head_dim=8", "model.memory_hidden=4", "model.rank=7",
+        "data.val_sequences=4", "model.dim=16", "model.head_dim=8", "model.rank=7",
         "model.window=8", "model.global_chunk=16", "model.shard=32", "model.local_chunks=[4]", "optim.total_steps=400",
     ]  # fmt: skip
     arguments = [

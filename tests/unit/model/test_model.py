@@ -22,8 +22,8 @@ PARAMETERS = {
     "43m": 59_347_008,
     "125m": 191_588_160,
     "340m": 580_328_448,
-    "760m": 1_117_502_208,
-    "1300m": 1_363_185_984,
+    "760m": 1_177_767_168,
+    "1300m": 1_593_217_344,
 }
 
 
@@ -31,7 +31,7 @@ def model_config(name: str, **changes) -> ModelConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", overrides=[f"model={name}"]).model
-    values = OmegaConf.to_container(composed)
+    values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
     return ModelConfig(**{**values, **changes})
 
