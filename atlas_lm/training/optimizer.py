@@ -78,13 +78,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> tuple[list[nn.Par
     feature map (`memory`) start where a memory holds most: they have a learning rate of their own and no decay.
     """
     matrices, memory, decayed, plain = [], [], [], []
+    heads = {id(p) for name, p in model.named_parameters() if name.endswith("gates.weight")}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if ".hierarchy." in name and (".initial." in name or ".features." in name):
             memory.append(p)
-        elif config.name == "muon" and p.dim() == 2 and id(p) not in embeddings and min(p.shape) >= 32:
+        elif config.name == "muon" and p.dim() == 2 and id(p) not in embeddings | heads and min(p.shape) >= 32:
             matrices.append(p)
         elif p.dim() >= 2 and "conv" not in name:
             decayed.append(p)

@@ -100,6 +100,16 @@ def test_what_a_memory_hangs_on_learns_at_its_own_rate_and_does_not_decay(name):
     assert len(found) == 2 + 2 * 2
 
 
+@pytest.mark.parametrize("heads", [2, 8, 16])
+def test_muon_takes_no_gates_however_many_heads_there_are(heads):
+    """Their rows are logits of half-lives and write strengths, no map of activations."""
+    spec = MemorySpec(dim=64, heads=heads, head_dim=4, local_chunks=(4,), global_chunk=8, shard=8, rank=40)
+    net = nn.ModuleDict({"hierarchy": Hierarchy(spec), "other": nn.Linear(64, 64)})
+    matrices, rest = parameter_groups(net, optim_config("muon"))
+    assert names(net, matrices) == {"other.weight"}
+    assert {f"hierarchy.{m}.gates.weight" for m in ("global_memory", "local_memories.0")} < names(net, rest["decayed"])
+
+
 def test_muon_and_adamw_are_what_they_are_apart():
     """After one interface each part does bitwise what torch's own does."""
     together, apart = Net(), Net()
