@@ -51,6 +51,12 @@ def decays(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Decays:
     return Decays(eta, 1 - theta, alpha.masked_fill(keeps.cut, 0.0), theta.masked_fill(keeps.cut, 0.0))
 
 
+def gate_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of gates, whatever a GPU is allowed to round in products of float32: computed in float64, and small."""
+    with without_autocast(a):
+        return (a.double() @ b.double()).to(a.dtype)
+
+
 class _Products(torch.autograd.Function):
     """P[t, s] = Π_{r=s+1..t} decay_r, lower triangular: (…, C) → (…, C, C).
 
@@ -69,8 +75,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dproducts: Tensor) -> Tensor:
         (products,) = ctx.saved_tensors
-        with without_autocast(products):  # products of gates stay wide
-            through = (products.mT @ dproducts.tril(-1))[..., 1:, :]  # Σ_t P[t, r] dP[t, s]
+        through = gate_product(products.mT, dproducts.tril(-1))[..., 1:, :]  # Σ_t P[t, r] dP[t, s]
         return nnf.pad((through * products[..., :-1, :]).sum(-1), (1, 0))
 
 
@@ -112,10 +117,10 @@ def reads(gates: Decays, gamma: Tensor, context: int, same_segment: Tensor | Non
     """γ (…, N) and `same_segment` (…, N, N) or None: of blocks."""
     eta, intake, retain, carry = gates
     A = _Products.apply(retain)
-    folded = (A * eta.unsqueeze(-2)) @ _Products.apply(carry)  # A diag(η) Θ
+    folded = gate_product(A * eta.unsqueeze(-2), _Products.apply(carry))  # A diag(η) Θ
     momentum = folded[..., 0] * carry[..., :1]
     weights = A[..., 0] * retain[..., :1]
-    gradients = (folded * intake.unsqueeze(-2)) @ _band(gamma, eta.size(-1), context, same_segment)
+    gradients = gate_product(folded * intake.unsqueeze(-2), _band(gamma, eta.size(-1), context, same_segment))
     return Reads(weights, momentum, gradients)
 
 
@@ -152,6 +157,6 @@ def _band_sum(rule: Rule, blocks: Tokens, keeps: Segments | None, x_BHKRC: Tenso
     if rule.context == 1 and keeps is None:
         return x_BHKRC * blocks.gates.gamma.unsqueeze(-2)
     if keeps is not None:
-        return x_BHKRC @ _band(blocks.gates.gamma, rule.chunk, rule.context, keeps.same_segment)
+        return gate_product(x_BHKRC, _band(blocks.gates.gamma, rule.chunk, rule.context, keeps.same_segment))
     windows = nnf.pad(x_BHKRC, (rule.halo, rule.halo)).unfold(-1, rule.context, 1).sum(-1)
     return windows * blocks.gates.gamma.unsqueeze(-2)

@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import network as net
-from atlas_lm.memory.loop.forward import add_outer, half, masked, masks, mix, orthogonal, twice, update, write_weights
+from atlas_lm.memory.loop.forward import (
+    add_outer,
+    along,
+    half,
+    masked,
+    masks,
+    mix,
+    orthogonal,
+    twice,
+    update,
+    write_weights,
+)
 from atlas_lm.memory.loop.types import LoopConfig, LoopInputs, Maybe, Record
 
 
@@ -82,8 +93,7 @@ def _backward_update(
         dwrite_coef = dwrite_coef + torch.stack([(inputs * left).sum(-1), (inputs * right).sum(-1)], dim=1).to(
             x.write_coef.dtype
         )
-        halves, dhalves = (y.unflatten(1, (2, -1)).flatten(2) for y in (z, dz))
-        ddecay = ddecay + dhalves @ halves.mT
+        ddecay = ddecay + along(dz, z)
         before.append(mix(x.decay[:, n].mT, dz))
     totals.found["write_coef"] = dwrite_coef if record.total is None else dwrite_coef / record.total[:, -1:]
     totals.found["decay"] = ddecay
@@ -125,8 +135,8 @@ def _backward_orthogonal(
         writes = orthogonal(config, leaves)
     dws = [half(dz, 0) for dz in dstates]
     through = torch.autograd.grad(writes, leaves, [-x.eta[:, n, None, None] * dw for dw in dws])
-    along = [(u.detach() * dw).sum((-2, -1)) for u, dw in zip(writes, dws, strict=True)]
-    totals.found["eta"] = -torch.stack(along).sum(0)
+    moved = [(u.detach() * dw).sum((-2, -1)) for u, dw in zip(writes, dws, strict=True)]
+    totals.found["eta"] = -torch.stack(moved).sum(0)
     more = tuple(half(dz, 1) + ds for dz, ds in zip(dstates, through, strict=True))
     return _with_half(dstates, 1, more)
 

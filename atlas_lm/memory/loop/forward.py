@@ -137,8 +137,19 @@ def write_weights(x: LoopInputs, n: int, record: Record) -> Tensor:
 
 
 def mix(coefficients: Tensor, state: Tensor) -> Tensor:
-    """(G, 2, 2) times the halves w and s of a state (G, 2R, Q)."""
-    return (coefficients @ state.unflatten(1, (2, -1)).flatten(2)).view(state.shape)
+    """(G, 2, 2) times the halves w and s of a state (G, 2R, Q).
+
+    Number by number: a product of float32 matrices may be rounded to ten bits on a GPU, and then nothing is forgotten.
+    """
+    w, s = (half(state, which).unsqueeze(1) for which in (0, 1))
+    by_w, by_s = coefficients[..., None, None].unbind(2)
+    return torch.addcmul(by_w * w, by_s, s).flatten(1, 2)
+
+
+def along(a: Tensor, b: Tensor) -> Tensor:
+    """⟨half of a, half of b⟩ for each two halves: (G, 2R, Q) twice → (G, 2, 2). The gradient of `mix`, alike."""
+    rows = [[(half(a, i) * half(b, j)).sum((-2, -1)) for j in (0, 1)] for i in (0, 1)]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 def update(
