@@ -170,4 +170,6 @@ def _blocks(rule: Rule, row: Tokens, count: int) -> Tokens:
 def _queries(rule: Rule, x_BHTD: Tensor, filled: int, count: int) -> Tensor:
     """Queries of the new tokens at their places in the chunks: (B, H, K, C, D)."""
     padding = count * rule.chunk - filled - x_BHTD.size(2)
-    return nnf.pad(x_BHTD, (0, 0, filled, padding)).unflatten(2, (count, rule.chunk))
+    if filled or padding:  # a pad of nothing is a copy
+        x_BHTD = nnf.pad(x_BHTD, (0, 0, filled, padding))
+    return x_BHTD.unflatten(2, (count, rule.chunk))

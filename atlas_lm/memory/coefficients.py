@@ -100,9 +100,17 @@ def _band(gamma: Tensor, chunk: int, context: int, same_segment: Tensor | None) 
     return omega if same_segment is None else omega * same_segment[..., N - chunk :, :]
 
 
-def _to_end(decay_BHKC: Tensor) -> Tensor:
-    """Π_{r=s+1..C} decay_r for every s."""
-    return nnf.pad(decay_BHKC[..., 1:], (0, 1), value=1.0).flip(-1).cumprod(-1).flip(-1)
+def _to_end(decay: Tensor) -> Tensor:
+    """Π_{r=s+1..C} decay_r for every s, in log₂ C steps: (…, C) → (…, C).
+
+    The gradient of a cumulative product is a cumulative sum, which has no order on a GPU.
+    """
+    x = nnf.pad(decay[..., 1:], (0, 1), value=1.0)
+    step = 1
+    while step < x.size(-1):
+        x = x * nnf.pad(x[..., step:], (0, step), value=1.0)
+        step *= 2
+    return x
 
 
 class Reads(NamedTuple):

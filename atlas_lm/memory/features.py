@@ -19,8 +19,11 @@ LINEAR_WEIGHT = 1 / 4  # share in the linear part of all monomials of degree 2 (
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / ‖x‖ along the last axis; a zero stays zero, and its gradient finite, in float16 too, where 1e-12 is 0."""
-    return nnf.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+    """x / ‖x‖ along the last axis, in the precision of x, to which CUDA's autocast would not keep.
+
+    A zero stays zero, and its gradient finite, in float16 too, where 1e-12 is 0.
+    """
+    return nnf.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny)).to(x.dtype)
 
 
 def monomial_weights(degree: int) -> tuple[float, ...]:

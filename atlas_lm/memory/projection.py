@@ -72,12 +72,21 @@ def _all_blocks(q_BHTD: Tensor, k_BHTD: Tensor, state: ProjectionState) -> tuple
     q, k = (x.unflatten(2, (count, C)) for x in (q, k))
     gram = (k.mT @ k).to(state.M)
     # of the blocks before alone: a block's own keys, added and taken away again, would leave their rounding after
-    before = state.M.unsqueeze(2) + nnf.pad(gram[:, :, :-1].cumsum(dim=2), (0, 0, 0, 0, 1, 0))
+    before = state.M.unsqueeze(2) + nnf.pad(_running_sum(gram[:, :, :-1]), (0, 0, 0, 0, 1, 0))
     scores = (q @ k.mT).tril()
     projected = q @ before.to(q.dtype) + scores @ _finite(k)
     y = unit(projected.to(q_BHTD.dtype)).flatten(2, 3)[:, :, :T]
     n = state.n + k_BHTD.square().sum(dim=(-2, -1))
     return y, ProjectionState(before[:, :, -1] + gram[:, :, -1], n)
+
+
+def _running_sum(x_BHKDD: Tensor) -> Tensor:
+    """Over the blocks, in log₂ K steps of one order: a cumulative sum has none on a GPU."""
+    step = 1
+    while step < x_BHKDD.size(2):
+        x_BHKDD = x_BHKDD + nnf.pad(x_BHKDD[:, :, :-step], (0, 0, 0, 0, step, 0))
+        step *= 2
+    return x_BHKDD
 
 
 def _finite(k: Tensor) -> Tensor:

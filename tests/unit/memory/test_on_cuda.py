@@ -1,0 +1,71 @@
+"""What goes wrong on a GPU alone, shown on a CPU: precisions under its autocast, sums without an order, devices."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atlas_lm.memory.features import build_features, unit
+from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
+from atlas_lm.memory.kernels import features as cpu_features
+from atlas_lm.memory.loop import cpu as cpu_loop
+from tests.support.hierarchy_cases import make_hierarchy, make_inputs
+
+
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "sketch"])
+def test_features_keep_the_precision_of_what_they_are_of(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """CUDA's autocast gives norms in float32: a map of twice the bytes, and a copy of it for each memory."""
+    plain = nnf.normalize
+    monkeypatch.setattr(nnf, "normalize", lambda *a, **more: plain(*a, **more).float())
+    monkeypatch.setattr(cpu_features, "can_run", lambda *_: False)
+    x = torch.randn(3, 8).bfloat16()
+    assert unit(x).dtype == torch.bfloat16
+    assert build_features(kind, 8, 5).bfloat16()(x).dtype == torch.bfloat16
+
+
+def test_half_lives_are_no_steps_of_bfloat16() -> None:
+    """At the logit of 4,096 tokens, 8.7, bfloat16 has steps of 0.06."""
+    torch.manual_seed(0)
+    spec = MemorySpec(dim=8, heads=2, head_dim=4, local_chunks=(4,), global_chunk=8, shard=8, rank=6, hidden=4)
+    memory = FastMemory(spec._replace(half_life=4096.0), 8, "chunk", build_features("sketch", 4, 6))
+    x = torch.randn(1, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = memory.open(x)
+    for a, b in zip(memory.open(x), low, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        memory.gates.bias.add_(0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            longer = memory.open(x)
+    lives = [math.log(2) / -alpha.double().log() for alpha in (low.alpha, longer.alpha)]
+    assert torch.allclose(lives[1] / lives[0], torch.full_like(lives[0], math.exp(0.01)), rtol=1e-3)
+    assert memory.bfloat16().open(x.bfloat16()).alpha.dtype == torch.float32
+
+
+class NoFloatSums(TorchDispatchMode):
+    """As `trainer.deterministic=true` has it on a GPU, where a cumulative sum of floats raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__.startswith("cumsum") and args[0].is_floating_point():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("restarts", [(), (5, 17)])
+def test_nothing_is_summed_without_an_order(
+    monkeypatch: pytest.MonkeyPatch, restarts: tuple[int, ...], streamed: bool
+) -> None:
+    monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
+    hierarchy, inputs = make_hierarchy(), make_inputs(60)
+    restart = torch.zeros(inputs[0].shape[:2], dtype=torch.bool)
+    restart[:, list(restarts)] = True
+    state = hierarchy.initial_state(inputs[0].size(0), bool(restarts)) if streamed else None
+    leaves: list[Tensor] = [*(x.requires_grad_() for x in inputs), *hierarchy.parameters()]
+    with NoFloatSums():
+        y, _ = hierarchy(*inputs, state, restart if restarts else None)
+        torch.autograd.grad(y.square().sum(), leaves)
