@@ -25,7 +25,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.support.connections import is_of_connection, port_of
+from callbacks.support.connections import is_of_connection, let_nccl_fail_softly, port_of
 from callbacks.support.hang_judge import DONE, EVERY_S, Judge
 from callbacks.support.heartbeat import Heartbeat
 from callbacks.support.lightning_internals import raise_after_teardown
@@ -49,6 +49,7 @@ class HangWatch(Callback):
         )  # fmt: skip
         self.timeout_s, self.stalled_s = timeout_s, stalled_s
         self._watch: Heartbeat | None = None
+        let_nccl_fail_softly()  # now: the process group is made before `setup`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch, on all ranks, over a connection to the process group's store that is nobody else's."""

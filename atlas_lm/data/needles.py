@@ -5,7 +5,7 @@
 
 Every token is trained on; in validation and test the answers alone are scored, so that loss and accuracy are those of
 retrieval. There a question comes more than `gap` tokens after its statement: attention over fewer cannot answer. In
-training one question in four comes within them: what is never asked for soon is not found soon, by memory or attention.
+training one question in ten comes within them: what is never asked for soon is not found soon, by memory or attention.
 Keys of training, validation and test are different ones.
 """
 
@@ -21,7 +21,7 @@ import torch
 from atlas_lm.data.interfaces import SPLITS, UNSCORED, Sample, SequenceDataset, Source, Split, split_of
 from atlas_lm.data.tokenizers import Tokenizer
 
-NEAR = 0.25  # share of the questions in training that come within `gap` tokens
+NEAR = 0.1  # share of the questions in training that come within `gap` tokens
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 
 

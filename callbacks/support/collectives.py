@@ -1,6 +1,7 @@
 """Decide together: every judgement of a safeguard is one on all ranks, so that none waits for another for ever.
 
-With one rank these are the identity. Every rank has to call them, in the same order.
+With one rank these are the identity. Every rank has to call them, in the same order. ProcessGroupGone where there are
+more and no group.
 """
 
 import math
@@ -10,6 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+
+class ProcessGroupGone(RuntimeError):
+    """The ranks can no longer decide together: a rank was lost, and the group was ended."""
+
 
 entered: tuple[int, str] = (0, "none")  # how many of these this rank has entered, and the last one; for hang_watch
 
@@ -55,6 +61,12 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
 
 
 def _entering(name: str) -> None:
-    """Note the collective, and which module asked for it."""
+    """Note the collective, and which module asked for it.
+
+    ProcessGroupGone: after `hang_watch` has ended the group, Lightning's own reductions give back what they get, and a
+    rank would go on with gradients that nobody has added up.
+    """
     global entered
+    if not torch.distributed.is_initialized():
+        raise ProcessGroupGone(f"{name}: the process group is gone, a rank was lost: resume the run")
     entered = (entered[0] + 1, f"{name} of {sys._getframe(2).f_globals.get('__name__')}")

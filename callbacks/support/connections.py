@@ -1,12 +1,17 @@
 """Connections and processes of the ranks: which are there, and how to cut them."""
 
 import gc
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from callbacks.support.collectives import ProcessGroupGone
+
+log = logging.getLogger(__name__)
 
 
 def birth_of(pid: int) -> str:
@@ -49,4 +54,29 @@ def port_of(store: Any) -> int | None:
 
 def is_of_connection(exception: BaseException) -> bool:
     """Whether it comes from a collective; gloo has no type of its own."""
-    return isinstance(exception, dist.DistError) or (isinstance(exception, RuntimeError) and "gloo" in str(exception))
+    known = (dist.DistError, ProcessGroupGone)
+    return isinstance(exception, known) or (isinstance(exception, RuntimeError) and "gloo" in str(exception))
+
+
+def end_collectives(spared_port: int | None) -> None:
+    """Have the collective fail in which this rank waits.
+
+    NCCL's are aborted, and nothing is cut: its watchdog would end this process at a broken connection, before the
+    verdict is told. Gloo knows no abort.
+    """
+    if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+        dist.distributed_c10d._abort_process_group()
+    else:
+        cut_connections(spared_port)
+
+
+# NCCL's watchdog ends a process whose collective fails, and its monitor one whose watchdog is slow: before a verdict
+# can be told. Both are read when the process group is made.
+NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+def let_nccl_fail_softly() -> None:
+    """Leave the end of a hanging run to `hang_watch`, where the user has not decided otherwise."""
+    for name, value in NCCL_SETTINGS.items():
+        if os.environ.setdefault(name, value) != value:
+            log.warning("%s=%s: NCCL may end the process before hang_watch can say why", name, os.environ[name])

@@ -11,10 +11,8 @@ import time
 import traceback
 from typing import Any
 
-import torch.distributed as dist
-
 from callbacks.support import collectives
-from callbacks.support.connections import birth_of, cut_connections
+from callbacks.support.connections import birth_of, end_collectives
 from callbacks.support.hang_judge import EVERY_S, Judge, Sign, Verdict
 
 log = logging.getLogger(__name__)
@@ -115,9 +113,7 @@ class Heartbeat:
                 os.kill(sign.pid, signal.SIGKILL)  # a stopped process would keep its memory and its ports for ever
         if self._end.is_set() or self.lost_connection:
             return
-        cut_connections(None if verdict.store else self.port)
-        if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
-            dist.distributed_c10d._abort_process_group()
+        end_collectives(None if verdict.store else self.port)
 
     def _exit(self) -> None:
         sys.stderr.write(f"hang_watch: this rank cannot raise, it ends here. {self.verdict and self.verdict.message}\n")

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.hang_watch import HangWatch, RankSilent
 from callbacks.support import collectives as ranks
+from callbacks.support import connections
 from callbacks.support.connections import birth_of
 from callbacks.support.hang_judge import DONE, Judge, Sign
 from callbacks.support.heartbeat import GRACE_S, Heartbeat
@@ -448,17 +450,54 @@ def test_with_the_default_it_takes_less_than_30_seconds(tmp_path: Path, scenario
     assert ("this rank cannot raise, it ends here" in stderr) == (scenario == "deaf1")
 
 
-def test_votes_are_noted() -> None:
+def test_votes_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What callbacks/support/collectives.py enters is what the message shows."""
 
     class Two:
         world_size = 2
         strategy = type("S", (), {"reduce_boolean_decision": lambda self, flag, all: flag})()
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     before = ranks.entered[0]
     assert ranks.any_rank(Two(), True)  # type: ignore[arg-type]
     assert ranks.entered == (before + 1, f"any_rank of {__name__}")
     assert issubclass(RankSilent, RuntimeError)
+
+
+# What happens on NCCL alone; it needs two GPUs, so here is in which order and on which condition
+
+
+@pytest.mark.parametrize(("backend", "done"), [("nccl", ["abort"]), ("gloo", ["cut 7"]), (None, ["cut 7"])])
+def test_nccl_is_aborted_and_gloo_is_cut(monkeypatch: pytest.MonkeyPatch, backend: str | None, done: list[str]) -> None:
+    """A cut connection of NCCL's ends the process by its own watchdog, before the verdict is told."""
+    did: list[str] = []
+    monkeypatch.setattr(connections.dist, "is_initialized", lambda: backend is not None)
+    monkeypatch.setattr(connections.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(connections.dist.distributed_c10d, "_abort_process_group", lambda: did.append("abort"))
+    monkeypatch.setattr(connections, "cut_connections", lambda port: did.append(f"cut {port}"))
+    connections.end_collectives(7)
+    assert did == done
+
+
+def test_nccl_leaves_the_end_to_the_watch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in connections.NCCL_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    HangWatch()
+    assert {name: os.environ[name] for name in connections.NCCL_SETTINGS} == connections.NCCL_SETTINGS
+    assert not caplog.records
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    HangWatch()
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1", "the user has decided"
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING=1" in caplog.text
+
+
+@pytest.mark.parametrize("vote", ["any_rank", "max_over_ranks", "mean_over_ranks", "gathered"])
+def test_a_vote_without_a_process_group_is_an_error_and_no_vote_of_one(vote: str) -> None:
+    """Lightning's reduce would give back what it gets: every rank would go on by itself."""
+    trainer: Any = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device="cpu", reduce=lambda x, **_: x))
+    with pytest.raises(ranks.ProcessGroupGone, match=vote) as error:
+        getattr(ranks, vote)(trainer, torch.ones(1))
+    assert connections.is_of_connection(error.value), "hang_watch waits for the verdict, and names the rank"
 
 
 if __name__ == "__main__":
