@@ -15,12 +15,14 @@ model streams: prefill with any number of tokens, then decode one by one, at con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.utils.checkpoint import checkpoint
 
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
@@ -215,12 +217,19 @@ class AtlasLM(nn.Module):
         x = self.embed(tokens_BT) * self.config.dim**0.5
         gates, after = [], []
         for i, block in enumerate(self.blocks):
-            x, gate, block_state = block(x, None if state is None else state[i], restart, write)
+            run = self._checkpointed(block) if state is None else block
+            x, gate, block_state = run(x, None if state is None else state[i], restart, write)
             after.append(block_state)
             if gate is not None:
                 gates.append(gate)
         logits = nnf.linear(self.norm(x), self.embed.weight)
         return Output(logits, tuple(gates), None if state is None else tuple(after))
+
+    def _checkpointed(self, block: nn.Module) -> Callable[..., Any]:
+        """The block, in training as `model.checkpoint` has it."""
+        if self.config.checkpoint == "none" or not (self.training and torch.is_grad_enabled()):
+            return block
+        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
 
     def _check_tokens(self, tokens_BT: Tensor, document_start_BT: Tensor | None) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.size(1) < 1:

@@ -70,8 +70,12 @@ def check_same_model(path: Path, header: dict[str, Any], module: LightningModule
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], without: tuple[str, ...] = ()) -> list[str]:
-    """`name=<wanted> but <saved> in the checkpoint` for every field that differs; `name` and `without` do not count."""
-    names = [name for name in [*wanted, *(n for n in saved if n not in wanted)] if name not in ("name", *without)]
+    """`name=<wanted> but <saved> in the checkpoint` for every field that differs.
+
+    What changes neither weights nor outputs does not count, nor what `without` names.
+    """
+    free = ("name", "checkpoint", *without)
+    names = [name for name in [*wanted, *(n for n in saved if n not in wanted)] if name not in free]
     absent = "absent"
     return [
         f"model.{name}={wanted.get(name, absent)} but {saved.get(name, absent)} in the checkpoint"

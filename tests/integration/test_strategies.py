@@ -15,12 +15,12 @@ from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, only_run
 TRAIN = ROOT / "train.py"
 
 
-def run_on_two_ranks(folder: Path, strategy: str) -> Path:
+def run_on_two_ranks(folder: Path, strategy: str, *changes: str) -> Path:
     """The run folder of four steps."""
     corpus = write_corpus(folder / "corpus")
     two = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "precision=32-true"]
     done = subprocess.run(
-        [sys.executable, str(TRAIN), "data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *two],
+        [sys.executable, str(TRAIN), "data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *two, *changes],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,7 +29,8 @@ def run_on_two_ranks(folder: Path, strategy: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: run_on_two_ranks(tmp_path_factory.mktemp(name), name) for name in ("ddp", "fsdp")}
+    ways = {"ddp": [], "fsdp": ["model.checkpoint=block"]}  # a block computed again gathers its parameters again
+    return {name: run_on_two_ranks(tmp_path_factory.mktemp(name), name, *more) for name, more in ways.items()}
 
 
 def test_sharded_parameters_train_as_whole_ones(runs: dict[str, Path]) -> None:

@@ -2,8 +2,8 @@
 
 Autograd through the loop would run some hundreds of small operations a chunk, and keep their results and the fast
 weights of every chunk. Here a chunk keeps its factors, and the fast weights are kept every few chunks: the backward
-pass computes those between again. What a chunk keeps is given back while the backward pass runs: a graph serves one
-backward pass, and hooks on saved tensors see the inputs and the fast weights alone. No second derivatives.
+pass computes those between again. All that is kept is autograd's to keep: activation checkpointing lets go of it. A
+graph serves one backward pass. No second derivatives.
 """
 
 # G batch × heads, K chunks, C chunk, D head dim
@@ -21,7 +21,7 @@ from atlas_lm.memory.kernels.compiled import once_differentiable
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.loop.backward import gradients
 from atlas_lm.memory.loop.forward import learn_and_read, update
-from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, LoopInputs, check_records
+from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, LoopInputs, flattened, restored, serve_once
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.state import without_autocast
 
@@ -96,8 +96,9 @@ class _Loop(torch.autograd.Function):
                 if config.train:
                     records.append(record)
         if config.train:
-            ctx.config, ctx.layers, ctx.records, ctx.stride = config, layers, records, stride
-            ctx.save_for_backward(*tensors, *kept)
+            factors, ctx.places = flattened(records)
+            ctx.config, ctx.layers, ctx.stride, ctx.kept = config, layers, stride, len(kept)
+            ctx.save_for_backward(*tensors, *kept, *factors)
         if config.complete == 0:  # an input that is returned as it is would count as a view of itself
             states = [z.clone() for z in states]
         return (torch.stack(outputs, dim=1).flatten(1, 2), *states)
@@ -105,10 +106,12 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
-        config, layers, records, stride = ctx.config, ctx.layers, ctx.records, ctx.stride
-        check_records(gone=records[0] is None)
+        serve_once(ctx)
+        config, layers, stride = ctx.config, ctx.layers, ctx.stride
         saved, count = ctx.saved_tensors, layers + len(LoopInputs._fields)  # read once: see cpu.py
-        x, kept = LoopInputs(*saved[layers:count]), saved[count:]
+        x, kept = LoopInputs(*saved[layers:count]), saved[count : count + ctx.kept]
+        records: list[Any] = restored(saved[count + ctx.kept :], ctx.places)
+        del saved
         K, C = x.phi.size(1), x.phi_q.size(2)
         dy = dy.to(config.operands).unflatten(1, (K, C))
         dstates = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]
@@ -123,7 +126,7 @@ class _Loop(torch.autograd.Function):
                     states.append(update(config, x, n, states[-1], records[n])[0])
                 for n in range(end - 1, start - 1, -1):
                     dstates, chunks[n] = gradients(config, x, n, states.pop(), records[n], dy[:, n], dstates, dinitial)
-                    records[n] = None  # gives its memory back
+                    records[n] = None
         grads = (dinitial if name == "initial_out" else _stack(chunks, name) for name in LoopInputs._fields)
         return (None, None, *dstates, *grads)
 

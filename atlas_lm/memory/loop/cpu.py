@@ -17,7 +17,7 @@ from torch import Tensor
 from atlas_lm.memory import network as net
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels.compiled import FLAG, WIDE, Field, Function, once_differentiable, plain
-from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, check_records
+from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, serve_once
 from atlas_lm.memory.network import Weights
 
 # Fast weights are kept at every so many chunks at the most often: to compute those between again takes no longer than
@@ -120,17 +120,22 @@ class _CompiledLoop(torch.autograd.Function):
         states_in_out = {"before": before, "after": after} if states else {}
         _call(config, sizes, x, x._asdict() | records | states_in_out | {"y": y, "initial": initial})
         if config.train:
-            ctx.config, ctx.layers, ctx.records = config, layers, records
-            ctx.save_for_backward(*initial, *x)
+            ctx.config, ctx.layers = config, layers
+            ctx.places = {name: len(value) if isinstance(value, list) else None for name, value in records.items()}
+            factors = [y for value in records.values() for y in (value if isinstance(value, list) else [value])]
+            ctx.save_for_backward(*initial, *x, *factors)
         return (y, *after)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *dafter: Tensor) -> Any:
-        check_records(gone=ctx.records is None)
-        records, ctx.records = ctx.records, None
+        serve_once(ctx)
         saved = ctx.saved_tensors  # read once: activation checkpointing gives each tensor a single time
-        initial, x = saved[: ctx.layers], ChunkBatch(*saved[ctx.layers :])
+        count = ctx.layers + len(ChunkBatch._fields)
+        initial, x, rest = saved[: ctx.layers], ChunkBatch(*saved[ctx.layers : count]), iter(saved[count:])
+        records: dict[str, Any] = {
+            name: next(rest) if many is None else [next(rest) for _ in range(many)] for name, many in ctx.places.items()
+        }
         sizes = _sizes(ctx.config, x, initial)
         G, H = sizes["G"], sizes["H"]
         dstate = [dz.clone(memory_format=torch.contiguous_format) for dz in dafter]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ Maybe = Any  # a tensor, or None where the rule has no use for it
 STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 
 
-def check_records(gone: bool) -> None:
-    """RuntimeError where a chunk's records were given back by an earlier backward pass."""
-    if gone:
+def serve_once(ctx: Any) -> None:
+    """RuntimeError at the second backward pass through a graph."""
+    if getattr(ctx, "served", False):
         raise RuntimeError("the memory's graph is gone after its first backward pass; call the model again")
+    ctx.served = True
 
 
 class LoopConfig(NamedTuple):
@@ -88,3 +90,27 @@ class Record(NamedTuple):
     read_pre: Tensor
     read_hidden: Maybe
     bounded: bool = False
+
+
+def flattened(records: Sequence[Record]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors of records, to be saved by autograd, and what `restored` needs to put them back."""
+    tensors: list[Tensor] = []
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return len(tensors) - 1
+        return tuple(map(visit, value)) if isinstance(value, tuple) else None
+
+    return tensors, [(tuple(visit(value) for value in record[:-1]), record.bounded) for record in records]
+
+
+def restored(tensors: Sequence[Tensor], places: Sequence[Any]) -> list[Record]:
+    """The records again."""
+
+    def visit(place: Any) -> Any:
+        if isinstance(place, tuple):
+            return tuple(map(visit, place))
+        return None if place is None else tensors[place]
+
+    return [Record._make([*map(visit, fields), bounded]) for fields, bounded in places]

@@ -166,6 +166,12 @@ def test_another_architecture_is_named_field_by_field(saved: Path) -> None:
     assert "name" not in str(caught.value)
 
 
+def test_what_changes_no_weights_is_no_difference() -> None:
+    """A run from before there was activation checkpointing continues with it, or without."""
+    assert differences({"a": 1, "name": "x"}, {"a": 1, "name": "y", "checkpoint": "block"}) == []
+    assert differences({"a": 1, "checkpoint": "block"}, {"a": 1, "checkpoint": "none"}) == []
+
+
 def test_fields_of_other_versions_differ_too() -> None:
     assert differences({"a": 1, "old": 2}, {"a": 1, "new": 3}) == [
         "model.new=3 but absent in the checkpoint",
