@@ -1,6 +1,5 @@
 """A run folder from when a run begins in it, or is resumed, to when it ends."""
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from atlas_lm.config.parsing import CONFIG
 from atlas_lm.files import ROOT, next_free, write_atomically
 from atlas_lm.runs.environment import environment
 from atlas_lm.runs.folder import FINISHED, finished_runs, has_ended_well, mark_latest, write_identity
+from atlas_lm.runs.lock import locked
 from atlas_lm.runs.report import Report
 from atlas_lm.runs.resolve import AUTO
 from atlas_lm.runs.stats import RunStats
@@ -26,7 +26,7 @@ from atlas_lm.runs.stats import RunStats
 log = logging.getLogger(__name__)
 
 
-LOCK, REPORT = ".lock", "report.json"
+REPORT = "report.json"
 
 
 @contextmanager
@@ -50,23 +50,6 @@ def open_run_folder(cfg: DictConfig) -> Iterator[bool]:
             write_identity(run, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
             write_atomically(run / CONFIG, configuration(cfg))
         yield resumes
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the kernel lets it go, however the process ends.
-
-    ValueError: another process holds it.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
-            ) from None
-        yield
 
 
 def stats_of(cfg: DictConfig, held_out_text: str, resumes: bool) -> RunStats:

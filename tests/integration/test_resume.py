@@ -21,7 +21,8 @@ import atlas_lm.runs.lifecycle
 import train
 from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.folder import runs_in, write_identity
-from atlas_lm.runs.lifecycle import archive_if_changed, locked
+from atlas_lm.runs.lifecycle import archive_if_changed
+from atlas_lm.runs.lock import locked
 from atlas_lm.runs.report import judge
 from atlas_lm.runs.resolve import run_folder, sweep_folder, unfinished_run
 from callbacks.random_state import set_states, states
