@@ -67,8 +67,8 @@ def _owned(path: Path) -> Iterator[None]:
             owner = _read(path)
             where = f"process {owner.get('pid')} on {owner.get('host')}"
             pid = owner.get("pid")
-            known = owner.get("host") == mine["host"] and isinstance(pid, int)
-            if not known or owner.get("birth") == _birth(pid):
+            ended = isinstance(pid, int) and owner.get("host") == mine["host"] and owner.get("birth") != _birth(pid)
+            if not ended:
                 raise ValueError(
                     f"{str(path.parent)!r} is being written to by {where}: wait until it ends, or stop it, then "
                     f"resume; if it has ended, remove {str(path)!r}"
