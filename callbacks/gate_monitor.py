@@ -11,6 +11,7 @@ Source:   C6.
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -30,8 +31,8 @@ REMEDY = "raise the weight of the polarisation loss, lower optim.lr, or remove t
 class HasGates(Protocol):
     """All that this monitor knows of the module."""
 
-    def gate_values(self) -> Tensor:
-        """(layers, gates) in [0, 1]: those of the last training step."""
+    def gate_values(self) -> Sequence[Tensor] | Tensor:
+        """By layer, each of any shape, in [0, 1]: those of the last training step."""
         ...
 
 
@@ -141,17 +142,24 @@ class GateMonitor(Callback):
             self.baseline, self.taken_at = variances, step
         self._act(trainer, self.judge(step, variances))
 
-    def measure(self, trainer: Trainer, gates_LN: Tensor) -> Tensor:
-        """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates."""
-        if not gates_LN.numel():
+    def measure(self, trainer: Trainer, gates: Sequence[Tensor] | Tensor) -> Tensor:
+        """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates.
+
+        A layer at a time: in float32 all of them would be as large as the activations of a step.
+        """
+        if not len(gates) or not gates[0].numel():
             raise ValueError("gate_monitor: this model has no gates: remove the monitor with ~callbacks.gate_monitor")
-        gates_LN = gates_LN.detach().float()
-        mean_L1 = gates_LN.mean(1, keepdim=True)
-        variance_L = (gates_LN - mean_L1).square_().mean(1).double()  # about the mean: in float32 it keeps its digits
-        mean_L = mean_L1.squeeze(1).double()
-        polarised_L = ((gates_LN < self.low) | (gates_LN > self.high)).count_nonzero(1).double() / gates_LN.shape[1]
-        moments = torch.stack([mean_L, variance_L + mean_L.square(), polarised_L])
+        moments = torch.stack([self._moments(layer.detach()) for layer in gates], dim=1)
         return mean_over_ranks(trainer, moments).cpu()
+
+    def _moments(self, gates: Tensor) -> Tensor:
+        """(3,) of one layer."""
+        gates = gates.float()
+        mean = gates.mean()
+        variance = (gates - mean).square_().mean().double()  # about the mean: in float32 it keeps its digits
+        mean = mean.double()
+        polarised = ((gates < self.low) | (gates > self.high)).count_nonzero().double() / gates.numel()
+        return torch.stack([mean, variance + mean.square(), polarised])
 
     def _act(self, trainer: Trainer, failure: Failure | None) -> None:
         """All ranks have the same numbers and so do the same."""

@@ -111,9 +111,9 @@ class AtlasModule(L.LightningModule):
             raise KeyError(f"there is no auxiliary loss {name!r}; there are {', '.join(self.loss_weights)}")
         self.loss_weights[name] = weight
 
-    def gate_values(self) -> Tensor:
-        """The fusion gates of the last training step, (layers with a memory, tokens · width)."""
-        return torch.stack([gate.flatten() for gate in self._gates]) if self._gates else torch.empty(0, 0)
+    def gate_values(self) -> tuple[Tensor, ...]:
+        """The fusion gates of the last training step, by layer with a memory (batch, tokens, width)."""
+        return self._gates
 
     def held_out_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of a batch, nats per scored token."""

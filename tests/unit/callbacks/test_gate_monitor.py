@@ -3,11 +3,13 @@
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.gate_monitor import GateFailure, GateMonitor
 from tests.support.toys import Line, Lines
@@ -182,3 +184,23 @@ def test_the_module_is_checked(fit: Any, line: Any) -> None:
         fit(line(), monitor())
     with pytest.raises(ValueError, match=r"no gates: remove the monitor with ~callbacks\.gate_monitor"):
         fit(Gated({0: torch.empty(0, 0)}), monitor())
+
+
+def test_a_layer_is_measured_at_a_time() -> None:
+    """What is made in float32 is one layer's, not all layers' at once."""
+    made: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            made.append(found.numel() if isinstance(found, torch.Tensor) else 0)
+            return found
+
+    trainer: Any = SimpleNamespace(world_size=1)
+    gates = [torch.rand(2, 50, 8).bfloat16() for _ in range(6)]
+    with Sizes():
+        moments = monitor().measure(trainer, gates)
+    assert max(made) == 800
+    stacked = torch.stack(gates).flatten(1).double()
+    expected = torch.stack([stacked.mean(1), stacked.square().mean(1), moments[2]])
+    assert torch.allclose(moments, expected, atol=1e-6)
