@@ -105,7 +105,7 @@ class _Chunk:
         """Advance S and W by token t: the coefficient of each gradient instead of the sum, so that D can change."""
         alpha, eta, theta, _ = (gate[..., t, None] for gate in self.row.gates)
         self.t = t
-        i = torch.arange(self.first, t + 1)
+        i = torch.arange(self.first, t + 1, device=self.row.k.device)
         gamma_BHN = self.row.gates.gamma[..., self.first : t + 1]
         grow = t + 1 - self.first - self.write_momentum.size(-1)
         zeros = torch.zeros_like(gamma_BHN[..., :grow])

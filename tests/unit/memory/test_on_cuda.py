@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atlas_lm.memory import gated_delta, reference
 from atlas_lm.memory.features import build_features, unit
 from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.memory.state import Rule
 from tests.support.hierarchy_cases import make_hierarchy, make_inputs
+from tests.support.memory_cases import everything, make_case, run
 
 
 @pytest.mark.parametrize("kind", ["linear", "quadratic", "sketch"])
@@ -69,3 +72,37 @@ def test_nothing_is_summed_without_an_order(
     with NoFloatSums():
         y, _ = hierarchy(*inputs, state, restart if restarts else None)
         torch.autograd.grad(y.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
+@pytest.mark.parametrize("kind", ["gated_mlp", "linear"])
+def test_the_reference_runs_where_its_inputs_are(kind: str, update: str) -> None:
+    """What is made without saying where would lie on another device than the inputs: here on meta."""
+    case = make_case(kind, 20)
+    rule = Rule(case.network, 7, context=2, update=update)
+    with torch.device("meta"):
+        everything(run(reference, rule, case))
+
+
+def test_the_gated_delta_rule_runs_where_its_inputs_are() -> None:
+    B, H, T, D = 1, 2, 20, 4
+    k = nnf.normalize(torch.randn(B, H, T, D), dim=-1)
+    gates, state = torch.rand(B, H, T), torch.zeros(B, H, D, D)
+    restart = torch.zeros(B, T, dtype=torch.bool)
+    with torch.device("meta"):
+        for form in (gated_delta.scan, reference.gated_delta):
+            y, _ = form(k, k, k, -gates, gates, state, restart)
+            assert y.device.type == "cpu"
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_the_layer_runs_where_its_inputs_are(monkeypatch: pytest.MonkeyPatch, restarts: bool) -> None:
+    monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
+    hierarchy, inputs = make_hierarchy(), make_inputs(60)
+    leaves: list[Tensor] = [*(x.requires_grad_() for x in inputs), *hierarchy.parameters()]
+    restart = torch.zeros(inputs[0].shape[:2], dtype=torch.bool) if restarts else None
+    state = hierarchy.initial_state(inputs[0].size(0), restarts)
+    with torch.device("meta"):
+        for given in (None, state):
+            y, _ = hierarchy(*inputs, given, restart)
+            torch.autograd.grad(y.square().sum(), leaves)
