@@ -58,3 +58,17 @@ def test_a_run_on_two_ranks_has_one_report(runs: dict[str, Path], strategy: str)
     assert report["status"] == "finished"
     assert report["steps"] == 4
     assert report["tokens"] == 4 * 2 * 2 * 32  # steps, ranks, sequences, tokens
+
+
+@pytest.mark.slow
+def test_muon_of_sharded_parameters_is_muon(tmp_path: Path) -> None:
+    """Each matrix is orthogonalised whole, not a rank's rows of it."""
+    wide = ["model.dim=64", "model.head_dim=32", "model.memory_hidden=32"]  # matrices of 32 rows and more
+    losses = {}
+    for name, strategy, optimizer in (("ddp", "ddp", "muon"), ("fsdp", "fsdp", "muon"), ("adamw", "ddp", "adamw")):
+        (tmp_path / name).mkdir()
+        run = run_on_two_ranks(tmp_path / name, strategy, *wide, f"optim={optimizer}")
+        found = [json.loads(line)["lm_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [loss for loss in found if loss is not None]
+    assert losses["fsdp"] == pytest.approx(losses["ddp"], rel=2e-5)
+    assert losses["adamw"][-1] != pytest.approx(losses["ddp"][-1], rel=2e-4)
