@@ -213,23 +213,46 @@ def sizes(network: Network, change: Weights) -> list[Tensor]:
     return [torch.linalg.vector_norm(w, dim=(-3, -1)) / (w.size(-3) * w.size(-1)) ** 0.5 for w in shapes]
 
 
-def shrink(network: Network, change: Weights, radius: float) -> Weights:
-    """Scale every matrix of the paper back onto the ball wherever it lies outside."""
-    scaled = []
-    for w, size in zip(change, sizes(network, change), strict=True):
+def scales(network: Network, change: Weights, radius: float) -> list[Tensor]:
+    """By how much every matrix of the paper is multiplied to lie on the ball: per layer (B, matrices), 1 inside."""
+    found = []
+    for size in sizes(network, change):
         outside = size > radius
         # the division only sees sizes outside: 0 / 0 in the branch not taken would still be a gradient of NaN
-        scale = torch.where(outside, radius / torch.where(outside, size, 1.0), 1.0).unsqueeze(-1).unsqueeze(-3)
-        scaled.append((w.unflatten(-1, (size.size(-1), -1)) * scale).flatten(-2))
-    return tuple(scaled)
+        found.append(torch.where(outside, radius / torch.where(outside, size, 1.0), 1.0))
+    return found
+
+
+def scaled(w: Tensor, scale: Tensor) -> Tensor:
+    """The matrices that lie side by side in w (B, R, Q), each times its number of (B, matrices)."""
+    return (w.unflatten(-1, (scale.size(-1), -1)) * scale.unsqueeze(-1).unsqueeze(-3)).flatten(-2)
+
+
+def shrink(network: Network, change: Weights, radius: float) -> Weights:
+    """Scale every matrix of the paper back onto the ball wherever it lies outside; times 1, exactly, inside."""
+    return tuple(scaled(w, scale) for w, scale in zip(change, scales(network, change, radius), strict=True))
+
+
+def shrink_backward(held: Tensor, scale: Tensor, dheld: Tensor) -> Tensor:
+    """The gradient of w from that of what it was scaled to: (B, R, Q), and (B, matrices) numbers.
+
+    On the ball only what changes the direction of a matrix has any effect: scale · (dheld − its part along held).
+    """
+    w, d = (x.unflatten(-1, (scale.size(-1), -1)) for x in (held, dheld))
+    per_matrix = (scale < 1).unsqueeze(-1).unsqueeze(-3)
+    length = w.square().sum((-3, -1), keepdim=True)
+    along = (w * d).sum((-3, -1), keepdim=True) / torch.where(length > 0, length, 1.0)
+    return scaled((d - torch.where(per_matrix, along, 0.0) * w).flatten(-2), scale)
 
 
 def surely_inside(change: Weights, radius: float) -> bool:
     """Whether no matrix needs to shrink: a cheap test, false for some that do not need it either.
 
-    A matrix of the paper is at most as long as what it is stored in.
+    A matrix of the paper is at most as long as what it is stored in. False where a look would wait for a GPU.
     """
     if change[0].is_meta:  # nothing is known, and nothing is computed
         return True
+    if not change[0].is_cpu:
+        return False
     limits = [torch.linalg.vector_norm(w, dim=(-2, -1)) ** 2 * 2 <= radius**2 * w.size(-2) * w.size(-1) for w in change]
     return bool(torch.stack([limit.all() for limit in limits]).all())

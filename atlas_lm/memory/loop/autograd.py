@@ -90,8 +90,8 @@ class _Loop(torch.autograd.Function):
                     kept += states
                 y, record = learn_and_read(config, x, n, states)
                 if n < config.complete:
-                    states, hit = update(config, x, n, states, record)
-                    record = record._replace(bounded=hit)
+                    states, scales = update(config, x, n, states, record)
+                    record = record._replace(scales=scales)
                 outputs.append(y)
                 if config.train:
                     records.append(record)
@@ -122,10 +122,14 @@ class _Loop(torch.autograd.Function):
                 first = start // stride * layers
                 states = [list(kept[first : first + layers])]
                 end = min(start + stride, K)
-                for n in range(start, end - 1):  # at most the last chunk of all is unfinished
-                    states.append(update(config, x, n, states[-1], records[n])[0])
+                for n in range(start, min(end, config.complete)):
+                    if n + 1 < end or records[n].scales:  # what the ball has held is looked at once more
+                        states.append(update(config, x, n, states[-1], records[n])[0])
                 for n in range(end - 1, start - 1, -1):
-                    dstates, chunks[n] = gradients(config, x, n, states.pop(), records[n], dy[:, n], dstates, dinitial)
+                    after = states.pop() if len(states) > n - start + 1 else None
+                    dstates, chunks[n] = gradients(
+                        config, x, n, states[-1], after, records[n], dy[:, n], dstates, dinitial
+                    )
                     records[n] = None
         grads = (dinitial if name == "initial_out" else _stack(chunks, name) for name in LoopInputs._fields)
         return (None, None, *dstates, *grads)

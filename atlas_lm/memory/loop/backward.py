@@ -40,12 +40,19 @@ class Totals:
 
 
 def gradients(
-    config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record, dy: Tensor, dstates: list[Tensor],
-    dinitial: Maybe,
+    config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], after: list[Tensor] | None, record: Record,
+    dy: Tensor, dstates: list[Tensor], dinitial: Maybe,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:  # fmt: skip
-    """The gradients of the states before a chunk, given those of the states after it, and of its inputs."""
+    """The gradients of the states before a chunk, given those of the states `after` it, and of its inputs.
+
+    `after` is read where the ball has held them.
+    """
     totals = Totals()
     if n < config.complete:
+        if record.scales and after is not None:
+            held = [half(z, 0) for z in after]
+            dw = [half(dz, 0) for dz in dstates]
+            dstates = _with_half(dstates, 0, tuple(map(net.shrink_backward, held, record.scales, dw)))
         dstates = _backward_update(config, x, n, states, record, dstates, totals)
     z = [state.to(config.operands) for state in states]
     w0 = None if x.initial_out is None else x.initial_out.to(config.operands)
@@ -78,8 +85,6 @@ def _backward_update(
     dstates: list[Tensor],
     totals: Totals,
 ) -> list[Tensor]:
-    if record.bounded:
-        dstates = _backward_ball(config, x, n, states, record, dstates)
     if config.update == "newton_schulz":
         dstates = _backward_orthogonal(config, x, n, states, record, dstates, totals)
     write_coef, before = write_weights(x, n, record), []
@@ -106,17 +111,6 @@ def _with_half(states: list[Tensor], which: int, halves: tuple[Tensor, ...]) -> 
     for z, new in zip(copies, halves, strict=True):
         half(z, which).copy_(new)
     return copies
-
-
-def _backward_ball(
-    config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record, dstates: list[Tensor]
-) -> list[Tensor]:
-    """Through the projection onto the ball, which acts in few chunks: by autograd."""
-    free, _ = update(config._replace(radius=float("inf")), x, n, states, record)
-    leaves = [half(z, 0).detach().requires_grad_() for z in free]
-    with torch.enable_grad():
-        held = net.shrink(config.network, tuple(leaves), config.radius)
-    return _with_half(dstates, 0, torch.autograd.grad(held, leaves, [half(dz, 0) for dz in dstates]))
 
 
 def _backward_orthogonal(

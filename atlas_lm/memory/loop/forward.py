@@ -154,8 +154,11 @@ def along(a: Tensor, b: Tensor) -> Tensor:
 
 def update(
     config: LoopConfig, x: LoopInputs, n: int, states: list[Tensor], record: Record
-) -> tuple[list[Tensor], bool]:
-    """The states after a chunk, and whether the ball had to hold them."""
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """The states after a chunk, and by how much the ball has scaled the matrices of each layer; () where by nothing.
+
+    On a GPU nothing is looked at: there they are multiplied by 1, which changes no bit.
+    """
     write_coef = write_weights(x, n, record)
     after = [
         add_outer(mix(x.decay[:, n], z), twice(inputs, write_coef), error)
@@ -165,11 +168,12 @@ def update(
         for z, u in zip(after, orthogonal(config, [half(z, 1) for z in after]), strict=True):
             half(z, 0).addcmul_(x.eta[:, n, None, None], u, value=-1)
     change = tuple(half(z, 0) for z in after)
-    if net.surely_inside(change, config.radius):
-        return after, False
-    for w, held in zip(change, net.shrink(config.network, change, config.radius), strict=True):
-        w.copy_(held)
-    return after, True
+    if config.radius == float("inf") or net.surely_inside(change, config.radius):
+        return after, ()
+    scales = net.scales(config.network, change, config.radius)
+    for w, scale in zip(change, scales, strict=True):
+        w.copy_(net.scaled(w, scale))
+    return after, tuple(scales)
 
 
 def half(state: Tensor, which: int) -> Tensor:

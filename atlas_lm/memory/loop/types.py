@@ -89,7 +89,7 @@ class Record(NamedTuple):
     grad_coef: Maybe  # Γ/D
     read_pre: Tensor
     read_hidden: Maybe
-    bounded: bool = False
+    scales: tuple[Tensor, ...] = ()  # by which the ball held the matrices of each layer (G, matrices); () none
 
 
 def flattened(records: Sequence[Record]) -> tuple[list[Tensor], list[Any]]:
@@ -102,7 +102,7 @@ def flattened(records: Sequence[Record]) -> tuple[list[Tensor], list[Any]]:
             return len(tensors) - 1
         return tuple(map(visit, value)) if isinstance(value, tuple) else None
 
-    return tensors, [(tuple(visit(value) for value in record[:-1]), record.bounded) for record in records]
+    return tensors, [visit(tuple(record)) for record in records]
 
 
 def restored(tensors: Sequence[Tensor], places: Sequence[Any]) -> list[Record]:
@@ -113,4 +113,4 @@ def restored(tensors: Sequence[Tensor], places: Sequence[Any]) -> list[Record]:
             return tuple(map(visit, place))
         return None if place is None else tensors[place]
 
-    return [Record._make([*map(visit, fields), bounded]) for fields, bounded in places]
+    return [Record._make(visit(place)) for place in places]

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atlas_lm.memory import gated_delta, reference
+from atlas_lm.memory import chunked, gated_delta, network, reference
 from atlas_lm.memory.features import build_features, unit
 from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.memory.network import build_network
 from atlas_lm.memory.state import Rule
 from tests.support.hierarchy_cases import make_hierarchy, make_inputs
 from tests.support.memory_cases import everything, make_case, run
@@ -106,3 +107,43 @@ def test_the_layer_runs_where_its_inputs_are(monkeypatch: pytest.MonkeyPatch, re
         for given in (None, state):
             y, _ = hierarchy(*inputs, given, restart)
             torch.autograd.grad(y.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("kind", ["gated_mlp", "mlp", "linear"])
+def test_the_way_back_from_the_ball_is_that_of_autograd(kind: str) -> None:
+    torch.manual_seed(0)
+    net = build_network(kind, False)
+    change = tuple(torch.randn(3, *shape, dtype=torch.float64).requires_grad_() for shape in net.shapes(4, 7, 5))
+    with torch.no_grad():
+        change[0][0] *= 0.1  # inside
+        change[0][1] = 0.0
+    radius = 0.5
+    held = network.shrink(net, change, radius)
+    dheld = [torch.randn_like(w) for w in held]
+    truth = torch.autograd.grad(held, change, dheld)
+    with torch.no_grad():
+        scales = network.scales(net, change, radius)
+        found = [network.shrink_backward(w, s, d) for w, s, d in zip(held, scales, dheld, strict=True)]
+    assert any(bool((s < 1).any()) for s in scales)
+    for a, b in zip(truth, found, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("update", ["gradient", "newton_schulz"])
+@pytest.mark.parametrize("radius", [2.0, 0.02])
+def test_what_is_not_looked_at_is_the_same_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, radius: float, update: str
+) -> None:
+    """On a GPU every state is multiplied by what the ball gives, 1 inside, instead of asking whether it lies inside."""
+    monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
+    found = []
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(network, "surely_inside", lambda *_: False)
+        case = make_case("gated_mlp", 45, torch.float32)
+        y, state = run(chunked, Rule(case.network, 4, update=update, radius=radius), case)
+        total = y.square().sum() + sum(w.sum() for w in state.change)
+        found.append([y, *state.change, *torch.autograd.grad(total, case.inputs(), allow_unused=True)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
