@@ -10,6 +10,7 @@ graph serves one backward pass. No second derivatives.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from atlas_lm.memory.kernels.compiled import once_differentiable
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.loop.backward import gradients
 from atlas_lm.memory.loop.forward import learn_and_read, update
-from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, LoopInputs, flattened, restored, serve_once
+from atlas_lm.memory.loop.types import ChunkBatch, LoopConfig, LoopInputs, flattened, restored, serve_once
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.state import without_autocast
 
@@ -82,7 +83,7 @@ class _Loop(torch.autograd.Function):
     def forward(ctx: Any, config: LoopConfig, layers: int, *tensors: Tensor) -> Any:
         states, x = list(tensors[:layers]), LoopInputs(*tensors[layers:])
         K = x.phi.size(1)
-        stride = -(-K // STATES)
+        stride = math.isqrt(K - 1) + 1  # √K states are kept, and √K more live while those between are computed again
         outputs, records, kept = [], [], []
         with without_autocast(x.phi):
             for n in range(K):

@@ -17,11 +17,12 @@ from torch import Tensor
 from atlas_lm.memory import network as net
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels.compiled import FLAG, WIDE, Field, Function, once_differentiable, plain
-from atlas_lm.memory.loop.types import STATES, ChunkBatch, LoopConfig, serve_once
+from atlas_lm.memory.loop.types import ChunkBatch, LoopConfig, serve_once
 from atlas_lm.memory.network import Weights
 
 # Fast weights are kept at every so many chunks at the most often: to compute those between again takes no longer than
 # to fetch them from memory.
+STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
 STRIDE = 4
 
 _STATE = ("G", "2*F", "P"), ("G", "2*E", "D")

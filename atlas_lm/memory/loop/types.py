@@ -15,8 +15,6 @@ from atlas_lm.memory.network import Network
 
 Maybe = Any  # a tensor, or None where the rule has no use for it
 
-STATES = 64  # fast weights that are kept for the backward pass, at most; those between are computed again
-
 
 def serve_once(ctx: Any) -> None:
     """RuntimeError at the second backward pass through a graph."""

@@ -147,3 +147,15 @@ def test_what_is_not_looked_at_is_the_same_bit_for_bit(
     assert len(found[0]) == len(found[1])
     for a, b in zip(*found, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 16, 50, 200])
+def test_root_of_the_states_is_kept(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """64 states of 544 KiB a shard and head were two thirds of what a step kept, however short the shard."""
+    monkeypatch.setattr(cpu_loop, "can_run", lambda *_: False)
+    case = make_case("linear", 3 * chunks, torch.float32)
+    size = (4, 2 * case.initial[0].size(1), case.initial[0].size(2))  # all heads of both sequences, w above s
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape == size) or x, lambda x: x):
+        run(chunked, Rule(case.network, 3), case)
+    assert 0 < sum(kept) - 1 <= math.isqrt(chunks - 1) + 1, "one is what the scan began with"
