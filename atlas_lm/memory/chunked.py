@@ -30,6 +30,7 @@ from atlas_lm.memory.state import (
     fit_state,
     make_tail,
     map_tokens,
+    may_look,
     without_autocast,
 )
 
@@ -68,17 +69,26 @@ def _run(
     rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
     filled: int, complete: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """`_run_all`, where a token that is not finite reaches no earlier token of its row."""
-    y_BHTD, after = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, row, filled, complete)
-    if all_finite(y_BHTD):
-        return y_BHTD, after
+    """`_run_all`, where a token that is not finite reaches no earlier token of its row.
+
+    On a CPU a look at the outputs says whether there is one. On a GPU a look would wait: there such tokens are always
+    left out, and what comes after them is made NaN, with the state.
+    """
+    looks = may_look(q_BHTD)
+    if looks or q_BHTD.is_meta or q_BHTD.size(2) == 1:
+        y_BHTD, after = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, row, filled, complete)
+        if all_finite(y_BHTD):
+            return y_BHTD, after
     parts = (row.k, row.phi, row.v, torch.stack(row.gates, -1))
-    bad_BHN = ~torch.stack([x.isfinite().all(-1) for x in parts]).all(0)
+    bad_BHN = ~torch.stack([torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1) for x in parts]).isfinite().all(0)
     clean = map_tokens(lambda x: x.masked_fill(bad_BHN.unsqueeze(-1) if x.dim() == 4 else bad_BHN, 0), row)
     clean = clean._replace(restart=row.restart)
     early_BHT = (bad_BHN.cumsum(-1) == 0)[:, :, rule.halo + filled :].unsqueeze(-1)
-    without, _ = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, clean, filled, complete)
-    return torch.where(early_BHT, without, y_BHTD), after
+    without, states = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, clean, filled, complete)
+    if looks:
+        return torch.where(early_BHT, without, y_BHTD), after
+    poison = torch.where(bad_BHN.any(-1).flatten(), torch.nan, 0.0)[:, None, None]
+    return torch.where(early_BHT, without, torch.nan), [z + poison.to(z.dtype) for z in states]
 
 
 def _run_all(

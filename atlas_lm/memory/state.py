@@ -116,6 +116,11 @@ def without_autocast(like: Tensor) -> AbstractContextManager:
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether a value of this tensor can be asked for: of one on a GPU the answer would wait for all that is queued."""
+    return x.is_cpu
+
+
 @torch.compiler.disable  # it looks at a value
 def all_finite(x: Tensor) -> bool:
     """Whether to trust masked products (B, H, T, D): a mask that is multiplied with leaves 0 · NaN of later tokens.

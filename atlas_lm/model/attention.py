@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.memory.kernels import attention as cpu_attention
-from atlas_lm.memory.state import all_finite, fit
+from atlas_lm.memory.state import all_finite, fit, may_look
 
 
 class AttentionState(NamedTuple):
@@ -55,9 +55,10 @@ def window_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tens
     k and v hold T + window − 1 tokens, the cache first. Works on blocks of one window: no T×T mask.
     A key or value that is not finite makes NaN of the tokens that see it, and of no others.
     """
-    y_BHTD = _in_blocks(q_BHTD, k_BHTD, v_BHTD, valid, window)
-    if all_finite(y_BHTD):
-        return y_BHTD
+    if may_look(q_BHTD) or q_BHTD.is_meta or q_BHTD.size(2) == 1:
+        y_BHTD = _in_blocks(q_BHTD, k_BHTD, v_BHTD, valid, window)
+        if all_finite(y_BHTD):
+            return y_BHTD
     # a mask leaves 0 · NaN in the products: without these tokens, then NaN where they are seen
     bad_BHS = ~(k_BHTD.isfinite() & v_BHTD.isfinite()).all(-1)
     k_BHTD, v_BHTD = (x.masked_fill(bad_BHS.unsqueeze(-1), 0.0) for x in (k_BHTD, v_BHTD))

@@ -5,6 +5,7 @@ from itertools import combinations, product
 import pytest
 import torch
 
+from atlas_lm.memory import chunked
 from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
@@ -12,6 +13,7 @@ from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.model import attention
 from atlas_lm.model.block import FUSIONS
 from tests.support.hierarchy_cases import (
     LENGTHS,
@@ -294,9 +296,12 @@ def test_the_gate_depends_on_the_memory_alone_and_zero_takes_it_out(fusion):
     where=["qkv", "attention values", "memory values", "stream"],
     value=[torch.nan, torch.inf],
     path=PATHS,
+    looks=[True, False],
 )
-def test_what_is_not_finite_reaches_no_earlier_token(changes, where, value, path):
-    """Bitwise: 0 · NaN in a masked product is NaN."""
+def test_what_is_not_finite_reaches_no_earlier_token(changes, where, value, path, looks, monkeypatch):
+    """Bitwise: 0 · NaN in a masked product is NaN. With a look at the outputs, and without one as on a GPU."""
+    for room in (chunked, attention):
+        monkeypatch.setattr(room, "may_look", lambda _: looks)
     model, tokens = build_model(torch.float32, **changes), make_tokens(100)
     block = model.blocks[0]
     if where == "memory values" and block.memory is None:
