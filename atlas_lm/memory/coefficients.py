@@ -57,7 +57,7 @@ def gate_product(a: Tensor, b: Tensor) -> Tensor:
         return (a.double() @ b.double()).to(a.dtype)
 
 
-class _Products(torch.autograd.Function):
+class DecayProducts(torch.autograd.Function):
     """P[t, s] = Π_{r=s+1..t} decay_r, lower triangular: (…, C) → (…, C, C).
 
     ∂P[t, s]/∂decay_r = P[t, r] P[r−1, s] for s < r ≤ t: products again, so a decay of 0 needs no division by it, as the
@@ -124,8 +124,8 @@ class Reads(NamedTuple):
 def reads(gates: Decays, gamma: Tensor, context: int, same_segment: Tensor | None) -> Reads:
     """γ (…, N) and `same_segment` (…, N, N) or None: of blocks."""
     eta, intake, retain, carry = gates
-    A = _Products.apply(retain)
-    folded = gate_product(A * eta.unsqueeze(-2), _Products.apply(carry))  # A diag(η) Θ
+    A = DecayProducts.apply(retain)
+    folded = gate_product(A * eta.unsqueeze(-2), DecayProducts.apply(carry))  # A diag(η) Θ
     momentum = folded[..., 0] * carry[..., :1]
     weights = A[..., 0] * retain[..., :1]
     gradients = gate_product(folded * intake.unsqueeze(-2), _band(gamma, eta.size(-1), context, same_segment))

@@ -181,21 +181,13 @@ def project(
 
 
 def gated_delta(
-    q_BGTD: Tensor,
-    k_BGTD: Tensor,
-    v_BHTE: Tensor,
-    log_alpha_BHT: Tensor,
-    beta_BHT: Tensor,
-    state_BHDE: Tensor,
-    restart_BT: Tensor | None = None,
+    q_BGTD: Tensor, k_BGTD: Tensor, v_BHTE: Tensor, alpha_BHT: Tensor, beta_BHT: Tensor, state_BHDE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule (arXiv 2412.06464 eq 10), one token at a time. Same signature as `gated_delta.scan`."""
     S, outputs = state_BHDE, []
     for t in range(v_BHTE.size(2)):
-        if restart_BT is not None:
-            S = torch.where(restart_BT[:, t, None, None, None], torch.zeros_like(S), S)
         k, q = k_BGTD[:, :, t].unsqueeze(-1), q_BGTD[:, :, t].unsqueeze(-1)
-        S = log_alpha_BHT[:, :, t, None, None].exp() * S
+        S = alpha_BHT[:, :, t, None, None] * S
         error = v_BHTE[:, :, t].unsqueeze(-2) - (S * k).sum(-2, keepdim=True)
         S = S + k * (beta_BHT[:, :, t, None, None] * error)
         outputs.append((S * q).sum(-2))

@@ -90,16 +90,18 @@ class GatedDeltaBranch(nn.Module):
         q, k, v = nnf.silu(qkv).split([key, key, heads * value], dim=-1)
         v_BHTE = v.unflatten(-1, (heads, value)).transpose(1, 2)
         rate, beta = self.gates(x_BTM).float().mT.chunk(2, dim=1)
-        log_alpha = -self.log_decay.exp().unsqueeze(-1) * nnf.softplus(rate)
+        alpha = (-self.log_decay.exp().unsqueeze(-1) * nnf.softplus(rate)).exp()
         beta = beta.sigmoid()
         if not write:
-            log_alpha, beta = 0 * log_alpha, 0 * beta
+            alpha, beta = torch.ones_like(alpha), torch.zeros_like(beta)
+        if restart_BT is not None:
+            alpha = alpha.masked_fill(restart_BT.unsqueeze(1), 0.0)
         B = x_BTM.size(0)
         before = self.initial_state(B)
         if state is not None:
             sizes = dict(zip(("batch", "heads", "key", "value"), before.shape, strict=True))
             before = fit("fast weights", state, sizes, before)
         q, k = unit(q).unsqueeze(1), unit(k).unsqueeze(1)
-        y_BHTE, after = gated_delta.scan(q, k, v_BHTE, log_alpha, beta, before, restart_BT)
+        y_BHTE, after = gated_delta.scan(q, k, v_BHTE, alpha, beta, before)
         y = self.out(normalised_heads(self.norm, y_BHTE.to(x_BTM.dtype)))
         return y, conv, None if state is None else after
