@@ -90,8 +90,9 @@ class ModelConfig:
     linear network has none."""
     context: int = number(minimum=1)
     """Omega context c, tokens: each inner gradient sums over the last c (M4); 1 is the delta rule."""
-    update: str = choice("gradient", "newton_schulz")
-    """U of ATLAS eq 33."""
+    update: str = choice("gradient", "newton_schulz", "delta")
+    """U of ATLAS eq 33. delta: for `network: linear` with `context: 1`, every token's error is corrected at the weights
+    that the tokens before it left, chunks solved exactly; no momentum."""
     newton_schulz_steps: int = number(5, minimum=1)
     """Iterations of Newton–Schulz (M6)."""
     persistent_keys: int = number(64, minimum=0)

@@ -13,11 +13,14 @@ The definitions of D, of the intake (1 − θ) and of everything else are those 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import coefficients as fold
+from atlas_lm.memory import delta
 from atlas_lm.memory.coefficients import Steps
 from atlas_lm.memory.loop import autograd as loop
 from atlas_lm.memory.network import Weights
@@ -28,6 +31,7 @@ from atlas_lm.memory.state import (
     all_finite,
     append,
     fit_state,
+    initial_state,
     make_tail,
     map_tokens,
     may_look,
@@ -44,6 +48,8 @@ def scan(
     outputs and state are those of one long call. ValueError for a state of another memory or batch.
     """
     state = fit_state(rule, state, initial, tokens)
+    if rule.update == "delta":
+        return _delta(rule, state, initial, q_BHTD, phi_q_BHTF, tokens)
     row = append(rule, state, tokens)
     length = row.k.size(2) - rule.halo
     filled = length % rule.chunk
@@ -58,6 +64,9 @@ def scan(
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:
     """The outputs of `scan` from an empty memory. What no read of these tokens sees is not computed."""
+    if rule.update == "delta":
+        empty = initial_state(rule, initial, q_BHTD.size(0), phi_q_BHTF.size(-1), tokens.restart is not None)
+        return _delta(rule, empty, initial, q_BHTD, phi_q_BHTF, tokens)[0]
     row = tokens
     if rule.halo:
         row = map_tokens(lambda x: nnf.pad(x, (0, 0, rule.halo, 0) if x.dim() == 4 else (rule.halo, 0)), tokens)
@@ -65,30 +74,55 @@ def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor,
     return _run(rule, None, initial, q_BHTD, phi_q_BHTF, row, 0, last)[0]
 
 
-def _run(
-    rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
-    filled: int, complete: int,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """`_run_all`, where a token that is not finite reaches no earlier token of its row.
+Outcome = tuple[Tensor, list[Tensor]]  # outputs (B, H, T, D), and fast matrices (B·H, rows, columns)
+
+
+def _isolated(compute: Callable[[Tokens], Outcome], row: Tokens, before: int, q_BHTD: Tensor) -> Outcome:
+    """`compute` of a row with `before` tokens of earlier calls; none that is not finite reaches an earlier token.
 
     On a CPU a look at the outputs says whether there is one. On a GPU a look would wait: there such tokens are always
     left out, and what comes after them is made NaN, with the state.
     """
     looks = may_look(q_BHTD)
     if looks or q_BHTD.is_meta or q_BHTD.size(2) == 1:
-        y_BHTD, after = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, row, filled, complete)
+        y_BHTD, after = compute(row)
         if all_finite(y_BHTD):
             return y_BHTD, after
     parts = (row.k, row.phi, row.v, torch.stack(row.gates, -1))
     bad_BHN = ~torch.stack([torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1) for x in parts]).isfinite().all(0)
     clean = map_tokens(lambda x: x.masked_fill(bad_BHN.unsqueeze(-1) if x.dim() == 4 else bad_BHN, 0), row)
     clean = clean._replace(restart=row.restart)
-    early_BHT = (bad_BHN.cumsum(-1) == 0)[:, :, rule.halo + filled :].unsqueeze(-1)
-    without, states = _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, clean, filled, complete)
+    early_BHT = (bad_BHN.cumsum(-1) == 0)[:, :, before:].unsqueeze(-1)
+    without, states = compute(clean)
     if looks:
         return torch.where(early_BHT, without, y_BHTD), after
     poison = torch.where(bad_BHN.any(-1).flatten(), torch.nan, 0.0)[:, None, None]
     return torch.where(early_BHT, without, torch.nan), [z + poison.to(z.dtype) for z in states]
+
+
+def _delta(
+    rule: Rule, state: MemoryState, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens
+) -> tuple[Tensor, MemoryState]:
+    """`delta.scan`, where a token that is not finite reaches no earlier one."""
+
+    def compute(row: Tokens) -> Outcome:
+        y_BHTD, after = delta.scan(rule, state, initial, q_BHTD, phi_q_BHTF, row)
+        return y_BHTD, [after.change[0].flatten(0, 1)]
+
+    y_BHTD, (change,) = _isolated(compute, tokens, 0, q_BHTD)
+    return y_BHTD, state._replace(change=(change.unflatten(0, q_BHTD.shape[:2]),))
+
+
+def _run(
+    rule: Rule, before: list[Tensor] | None, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, row: Tokens,
+    filled: int, complete: int,
+) -> Outcome:  # fmt: skip
+    """`_run_all`, where a token that is not finite reaches no earlier token of its row."""
+
+    def compute(row: Tokens) -> Outcome:
+        return _run_all(rule, before, initial, q_BHTD, phi_q_BHTF, row, filled, complete)
+
+    return _isolated(compute, row, rule.halo + filled, q_BHTD)
 
 
 def _run_all(

@@ -83,7 +83,7 @@ class FastMemory(nn.Module):
         shapes = network.shapes(spec.head_dim, features.dim_out, spec.hidden)
         self.constant = features.weights[0] ** 0.5  # of feature 0, for every token
         self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
-        self.gates = nn.Linear(spec.dim, 4 * spec.heads)
+        self.gates = nn.Linear(spec.dim, (4 if self.rule.has_momentum else 3) * spec.heads)
         self.half_life = spec.half_life
         self.reset_parameters()
 
@@ -93,7 +93,8 @@ class FastMemory(nn.Module):
         nn.init.normal_(self.gates.weight, std=0.02)
         # σ(bias) = 2^(−1/half-life): per token even α = 0.99 would empty a memory within one chunk of 512
         alpha = -math.log(2 ** (1 / self.half_life) - 1)
-        bias = torch.tensor([alpha, self.ETA, self.THETA, self.GAMMA], device=self.gates.bias.device)
+        theta = [self.THETA] if self.rule.has_momentum else []
+        bias = torch.tensor([alpha, self.ETA, *theta, self.GAMMA], device=self.gates.bias.device)
         self.gates.bias.copy_(bias.repeat_interleave(self.heads))
 
     def weights(self) -> Weights:
@@ -109,8 +110,8 @@ class FastMemory(nn.Module):
             wide = torch.promote_types(self.gates.weight.dtype, _wide(x_BTM))
             weight, bias = self.gates.weight.to(wide), self.gates.bias.to(wide)
             logits = nnf.linear(x_BTM.to(wide), weight, bias)
-        alpha, eta, theta, gamma = logits.to(_wide(x_BTM)).sigmoid().mT.chunk(4, dim=1)
-        return Gates(alpha, eta * self.eta_max, theta, gamma)
+        alpha, eta, *theta, gamma = logits.to(_wide(x_BTM)).sigmoid().mT.split(self.heads, dim=1)
+        return Gates(alpha, eta * self.eta_max, theta[0] if theta else torch.zeros_like(alpha), gamma)
 
 
 def unchanging(x_BTM: Tensor, heads: int) -> Gates:

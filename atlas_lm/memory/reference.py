@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from atlas_lm.memory import delta
 from atlas_lm.memory import network as net
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.newton_schulz import newton_schulz
@@ -41,6 +42,8 @@ def scan(
     same tokens in the whole batch, and the state must not hold a chunk that a restart has cut.
     """
     state = fit_state(rule, state, initial, tokens)
+    if rule.update == "delta":
+        return delta.scan(rule, state, initial, q_BHTD, phi_q_BHTF, tokens, gated_delta)
     row = append(rule, state, tokens)
     change, momentum = state.change, state.momentum
     restarts = [] if row.restart is None else row.restart[0, 0].nonzero().flatten().tolist()

@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     network: Network
     chunk: int  # C: tokens whose gradients are taken at the same weights
     context: int = 1  # c of the Omega rule: each g_t sums the last c tokens; 1 is the delta rule
-    update: str = "gradient"  # U of ATLAS eq 33: gradient (identity) or newton_schulz
+    update: str = "gradient"  # U of ATLAS eq 33: gradient (identity) or newton_schulz; delta: see `delta.py`
     read: str = (
         "token"  # token: M(W_t; q_t), inside the chunk too; chunk: M(W_ξ; q_t), the weights of the chunk's start
     )
@@ -34,6 +34,15 @@ class Rule(NamedTuple):
         """Tokens before the chunk whose gradients its first windows still need."""
         return self.context - 1
 
+    @property
+    def has_momentum(self) -> bool:
+        return self.update != "delta"
+
+    @property
+    def kept(self) -> int:
+        """Tokens that a state holds: the halo and an unfinished chunk. The delta rule finishes with every token."""
+        return 0 if self.update == "delta" else self.halo + self.chunk - 1
+
 
 def check_rule(rule: Rule) -> Rule:
     """Raise ValueError naming the first value that no memory can run with."""
@@ -41,8 +50,13 @@ def check_rule(rule: Rule) -> Rule:
         raise ValueError(f"chunk size must be at least 1, got {rule.chunk}")
     if rule.context < 1:
         raise ValueError(f"Omega context must be at least 1 token, got {rule.context}; 1 is the delta rule")
-    if rule.update not in ("gradient", "newton_schulz"):
-        raise ValueError(f"unknown memory update {rule.update!r}; choose gradient or newton_schulz")
+    if rule.update not in ("gradient", "newton_schulz", "delta"):
+        raise ValueError(f"unknown memory update {rule.update!r}; choose gradient, newton_schulz or delta")
+    if rule.update == "delta" and (rule.network.kind != "linear" or rule.context != 1):
+        raise ValueError(
+            f"update delta solves the chunk of a linear memory with context 1, got network {rule.network.kind} and "
+            f"context {rule.context}: set network: linear and context: 1, or update: gradient"
+        )
     if rule.read not in ("token", "chunk"):
         raise ValueError(f"unknown memory read {rule.read!r}; choose token or chunk")
     if not rule.radius > 0:
@@ -77,7 +91,7 @@ class MemoryState(NamedTuple):
     """
 
     change: Weights  # W_ξ − W_init at the start of the unfinished chunk, per layer (B, H, rows, columns)
-    momentum: Weights  # S_ξ, alike
+    momentum: Weights  # S_ξ, alike; () of a rule without momentum
     tail: Tokens  # the halo, then the unfinished chunk, zeros after it: c−1 + C−1 tokens
     filled: int  # tokens in the unfinished chunk
     rule: Rule  # of the memory that made it
@@ -90,7 +104,7 @@ def initial_state(rule: Rule, initial: Weights, batch: int, features: int, resta
     zeros = initial[-1].detach().new_zeros
     wide = torch.promote_types(initial[-1].dtype, torch.float32)
     nothing = tuple(zeros(B, *w.shape, dtype=wide) for w in initial)
-    length = rule.halo + rule.chunk - 1
+    length = rule.kept
     per_token = zeros(B, H, length, dtype=wide)
     tail = Tokens(
         zeros(B, H, length, D),
@@ -99,7 +113,7 @@ def initial_state(rule: Rule, initial: Weights, batch: int, features: int, resta
         Gates(per_token, per_token, per_token, per_token),
         per_token.bool() if restart else None,
     )
-    return MemoryState(nothing, nothing, tail, 0, rule)
+    return MemoryState(nothing, nothing if rule.has_momentum else (), tail, 0, rule)
 
 
 def map_tokens(f, *tokens: Tokens) -> Tokens:
@@ -162,7 +176,8 @@ def fit_state(rule: Rule, state: MemoryState, initial: Weights, tokens: Tokens) 
     if (state.tail.restart is None) != (tokens.restart is None):
         here, there = ("without", "with") if state.tail.restart is None else ("with", "without")
         raise ValueError(f"this state was made {here} document starts, these tokens come {there}; prefill again")
-    if len(state.change) != len(initial) or len(state.momentum) != len(initial):
+    momenta = len(initial) if rule.has_momentum else 0
+    if len(state.change) != len(initial) or len(state.momentum) != momenta:
         raise ValueError(
             f"the state has {len(state.change)} fast matrices, the network {rule.network.kind} {len(initial)}; "
             "start from initial_state of this model"
@@ -172,10 +187,10 @@ def fit_state(rule: Rule, state: MemoryState, initial: Weights, tokens: Tokens) 
 
     def matrices(name: str, given: Weights) -> Weights:
         axes = [{"batch": B, "heads": H, "features or hidden": w.size(1), "outputs": w.size(2)} for w in initial]
-        return tuple(fit(name, x, sizes, tokens.k, wide) for x, sizes in zip(given, axes, strict=True))
+        return tuple(fit(name, x, sizes, tokens.k, wide) for x, sizes in zip(given, axes, strict=False))
 
     def per_token(name: str, x: Tensor, like: Tensor) -> Tensor:
-        sizes = {"batch": B, "heads": H, "tokens": rule.halo + rule.chunk - 1}
+        sizes = {"batch": B, "heads": H, "tokens": rule.kept}
         return fit(name, x, sizes | ({"channels": like.size(3)} if like.dim() == 4 else {}), like)
 
     old, restart = state.tail, state.tail.restart
