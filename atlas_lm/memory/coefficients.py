@@ -147,8 +147,10 @@ def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
     """The last row of what `reads` returns, without its C×C matrices: a global memory has long chunks."""
     eta, intake, retain, carry = decays(rule, blocks, keeps)
     retain_to_end, carry_to_end = _to_end(retain), _to_end(carry)
-    on_intake = _from_end(retain_to_end * eta, carry)
     last = torch.ones_like(eta) if keeps is None else keeps.same_segment[..., rule.halo :, -1].to(eta)
+    if rule.update == "newton_schulz":
+        return _one_write(rule, blocks, keeps, last, retain_to_end[..., 0] * retain[..., 0])
+    on_intake = _from_end(retain_to_end * eta, carry)
     omega = _band_sum(rule, blocks, keeps, torch.stack([on_intake, carry_to_end], -2) * intake.unsqueeze(-2))
     return Steps(
         retain_to_end[..., 0] * retain[..., 0],
@@ -158,6 +160,21 @@ def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
         omega[..., 0, :],
         omega[..., 1, :],
     )
+
+
+def _one_write(rule: Rule, blocks: Tokens, keeps: Segments | None, last: Tensor, weights: Tensor) -> Steps:
+    """Of Newton–Schulz: momentum acts between chunks, with the mean θ, and takes all gradients of a chunk alike.
+
+    Weighted by the momentum of single tokens, the one write would hold the chunk's last two or three alone.
+    `last` (B, H, K, C): the tokens after the chunk's last restart.
+    """
+    eta, theta = (gate[..., rule.halo :] for gate in blocks.gates[1:3])
+    count = last.sum(-1)
+    mean_eta, mean_theta = ((gate * last).sum(-1) / count for gate in (eta, theta))
+    goes_on = torch.ones_like(count) if keeps is None else (~keeps.cut.any(-1)).to(count)
+    taken = last * (1 - mean_theta).unsqueeze(-1)
+    omega = _band_sum(rule, blocks, keeps, torch.stack([torch.zeros_like(taken), taken], -2))
+    return Steps(weights, torch.zeros_like(count), mean_theta * goes_on, mean_eta, omega[..., 0, :], omega[..., 1, :])
 
 
 def _band_sum(rule: Rule, blocks: Tokens, keeps: Segments | None, x_BHKRC: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ whatever θ does; with a constant θ that equals a factor (1 − θ) on η.
 
 Forgetting leads back to W_init, not to zero: a two-layer network at zero has no gradient and never learns again.
 
-For U = Newton–Schulz (M7) D is left out (U has a fixed size) and one update is made at the chunk's end with the
-mean η; reads use W_ξ.
+For U = Newton–Schulz (M7) D is left out (U has a fixed size) and one update is made at the chunk's end, of
+
+    S = θ̄ S_ξ + (1 − θ̄) Σ_t g_t,   W − W_init = Π α (W_ξ − W_init) − η̄ U(S)
+
+with the chunk's mean θ̄ and η̄: momentum acts from chunk to chunk. Reads use W_ξ.
 """
 
 # B batch, H heads, T tokens, D head dim, F feature dim, N tokens of halo and chunk so far
@@ -89,6 +92,7 @@ class _Chunk:
         self.first = self.t = first  # the first token whose gradient counts: the halo's, or that of a restart
         zero = row.gates.alpha[..., :0]
         self.write_weights, self.write_momentum = zero, zero  # of gradient i in W_t and S_t: (B, H, N)
+        self.windows = zero  # in Σ_t g_t
         one = torch.ones_like(row.k[..., 0, 0])
         self.a, self.b, self.carry = (
             one,
@@ -96,6 +100,7 @@ class _Chunk:
             one,
         )  # W_t − W_init = a (W_ξ − W_init) − b S_ξ − …, S_t = carry S_ξ + …
         self.etas: list[Tensor] = []
+        self.thetas: list[Tensor] = []
         # every gradient of the chunk is taken at W_ξ, so it can be computed now; a sum up to t sees those up to t only
         chunk_end = rule.halo + ((start - rule.halo) // rule.chunk + 1) * rule.chunk
         all_of_it = slice(first, min(chunk_end, row.k.size(2)))
@@ -113,6 +118,8 @@ class _Chunk:
         grow = t + 1 - self.first - self.write_momentum.size(-1)
         zeros = torch.zeros_like(gamma_BHN[..., :grow])
         window = torch.where(i > t - self.rule.context, gamma_BHN, torch.zeros_like(gamma_BHN))
+        self.thetas.append(theta[..., 0])
+        self.windows = torch.cat([self.windows, zeros], -1) + window
         self.write_momentum = theta * torch.cat([self.write_momentum, zeros], -1) + (1 - theta) * window
         self.write_weights = alpha * torch.cat([self.write_weights, zeros], -1) + eta * self.write_momentum
         self.carry = theta[..., 0] * self.carry
@@ -150,11 +157,13 @@ class _Chunk:
 
     def end(self) -> tuple[Weights, Weights]:
         """W − W_init and S at the chunk's end, where the next chunk begins."""
-        step = self._sum(self.write_momentum)
-        momentum = tuple(self.carry[..., None, None] * s + d for s, d in zip(self.momentum, step, strict=True))
         if self.rule.update == "gradient":
+            step = self._sum(self.write_momentum)
+            momentum = tuple(self.carry[..., None, None] * s + d for s, d in zip(self.momentum, step, strict=True))
             return bounded(self.rule, self.change_now()), momentum
-        eta = torch.stack(self.etas).mean(0)[..., None, None]
+        eta, theta = (torch.stack(gates).mean(0)[..., None, None] for gates in (self.etas, self.thetas))
+        step = self._sum(self.windows)
+        momentum = tuple(theta * s + (1 - theta) * d for s, d in zip(self.momentum, step, strict=True))
         U = [newton_schulz(s, self.rule.newton_schulz_steps) for s in net.split_matrices(self.rule.network, momentum)]
         write = net.join_matrices(self.rule.network, U)
         return bounded(self.rule, tuple(w - eta * u for w, u in zip(self._kept(), write, strict=True))), momentum
