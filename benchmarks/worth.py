@@ -138,12 +138,12 @@ def speeds(s: Setting, names: list[str]) -> dict[str, float]:
     path = s.out / "speeds.json"
     key = {name: settings_of(s, name) for name in names}
     known = json.loads(path.read_text()) if path.is_file() else {}
-    if known.get("models") != key:
+    if any(known.get("models", {}).get(name) != settings for name, settings in key.items()):
         print("speeds", file=sys.stderr, flush=True)
         found = measuring.in_process(MODULE, {"setting": [*s[:7], str(s.out)], "names": names})
         known = {"models": key, "tokens_per_second": found}
         write_atomically(path, json.dumps(known, indent=1))
-    return known["tokens_per_second"]
+    return {name: known["tokens_per_second"][name] for name in names}
 
 
 def worker(request: str) -> None:
@@ -285,14 +285,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def publish(found: dict[str, Any], s: Setting, seeds: int, root: Path = ROOT) -> None:
+def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT) -> None:
     """Into docs: the table, its numbers, the picture. `benchmarks.figures` takes the README's rows from there."""
     rows = summary(found)
-    command = f"python -m benchmarks.worth --seeds {seeds}" + (f" --set {' '.join(s.extra)}" if s.extra else "")
-    content = {"command": command, "experiment": s.experiment, "seeds": seeds, "models": [r._asdict() for r in rows]}
+    command = f"python -m benchmarks.worth {how}" + (f" --set {' '.join(s.extra)}" if s.extra else "")
+    content = {
+        "command": command,
+        "experiment": s.experiment,
+        "seeds": len(next(iter(found.values()))["time"]),
+        "models": [row._asdict() for row in rows],
+    }
     write_atomically(root / NUMBERS, json.dumps(content, indent=1) + "\n")
     page = (root / PAGE).read_text(encoding="utf-8")
-    write_atomically(root / PAGE, inserted(page, table(rows), BEGIN))
+    write_atomically(root / PAGE, inserted(page, f"`{command}`\n\n{table(rows)}", BEGIN))
     draw(found, root / PICTURE)
 
 
@@ -345,7 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_atomically(s.out / "worth.json", json.dumps(found, indent=1) + "\n")
     draw(found, s.out / "worth.png")
     if options.write:
-        publish(found, s, options.seeds)
+        publish(found, s, "--quick" if options.quick else f"--seeds {options.seeds}")
 
 
 if __name__ == "__main__":

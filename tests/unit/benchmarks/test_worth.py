@@ -77,7 +77,7 @@ def test_speeds_are_measured_once_for_the_same_models(s: worth.Setting, monkeypa
         return {name: 5.0 for name in request["names"]}
 
     monkeypatch.setattr(worth.measuring, "in_process", in_process)
-    for names in (["memory"], ["memory"], ["memory", "no memory"]):
+    for names in (["memory"], ["memory"], ["memory", "no memory"], ["memory"]):
         assert worth.speeds(s, names) == {name: 5.0 for name in names}
     worth.speeds(s._replace(extra=["model.rank=63"]), ["memory"])
     assert asked == [["memory"], ["memory", "no memory"], ["memory"]]
@@ -109,9 +109,9 @@ def test_what_is_published_is_what_the_readme_takes(
     (tmp_path / worth.PAGE).parent.mkdir(parents=True)
     (tmp_path / worth.PAGE).write_text(f"before\n{worth.BEGIN}\nold\n{figures.END}\nafter\n")
     found = worth.measure(s, list(SPEED), seeds=2)
-    worth.publish(found, s, 2, tmp_path)
+    worth.publish(found, s, "--seeds 2", tmp_path)
     rows = worth.summary(found)
-    assert f"{worth.BEGIN}\n{worth.table(rows)}\n{figures.END}" in (tmp_path / worth.PAGE).read_text()
+    assert f"\n\n{worth.table(rows)}\n{figures.END}" in (tmp_path / worth.PAGE).read_text()
     first = figures.equal_time(json.loads((tmp_path / figures.WORTH).read_text()))
     assert first.values == [row.equal_time[0] for row in rows]
     assert first.shown.startswith(f"memory **{rows[0].equal_time[0]:.3f}** ± ")

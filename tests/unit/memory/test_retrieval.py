@@ -1,6 +1,6 @@
 """What every update stores, at every chunk size: pairs that come back, gates open, at initialisation.
 
-docs/decisions/0048 has the table.
+docs/decisions/0047 has the table.
 """
 
 import pytest
