@@ -48,6 +48,7 @@ NUMBERS, PAGE, PICTURE = "docs/results/worth.json", "docs/results/worth.md", "do
 BEGIN = "<!-- worth: python -m benchmarks.worth --write -->"
 RATES = (0.5, 1.0, 2.0)  # times the experiment's learning rates
 SWEEP = 0.25  # of the steps, for each rate
+SWEEP_SEQUENCES = 64  # of validation, to choose a rate by
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 
 
@@ -161,11 +162,12 @@ def slug(text: str) -> str:
 def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
     """The report of a run; it is made unless it has finished before. RuntimeError: it did not finish."""
     label = slug(f"{what} {name} x{rate} seed {seed} steps {steps}")
-    every = max(1, steps // 10)
+    every = max(1, steps // (1 if what == "sweep" else 4))  # a validation is as long as a hundred steps
     command = [
         f"+experiment={s.experiment}", *settings_of(s, name), f"name={label}", f"seed={seed}", f"data.seed={seed}",
         f"optim.total_steps={steps}", f"trainer.val_check_interval={every}", f"paths.outputs={s.out / 'runs'}",
         *(f"optim.{key}={value * rate:g}" for key, value in s.rates.items()),
+        *([f"data.val_sequences={SWEEP_SEQUENCES}"] if what == "sweep" else []),
     ]  # fmt: skip
     report = s.out / "runs" / label / "latest" / "report.json"
     known = s.out / "runs" / f"{label}.json"

@@ -1,8 +1,8 @@
 """Needles in a haystack, token by token: statements in a long text, questions at its end, the gates as trained.
 
 S-NIAH-1 to 3 as RULER has them (arXiv 2404.06654), and several keys, values and questions. An example counts when every
-token of every answer is the likeliest, given the true ones before it. Beside it stands the floor: one reach of
-attention over the length, the share of needles that attention alone could see, as they lie anywhere.
+token of every answer is the likeliest, given the true ones before it. Beside it stands the floor: the share of these
+very examples whose answers lie within one attention window, about window ÷ length.
 """
 
 # N examples, T tokens
@@ -50,8 +50,16 @@ TASKS = {
 }
 
 
-def example(task: Task, tokenizer: Tokenizer, text: np.ndarray, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """One row of `length` tokens with its targets, the answers alone scored. ValueError: it has no room for them."""
+class Example(NamedTuple):
+    """One row."""
+
+    tokens: Tensor  # (T,)
+    targets: Tensor  # (T,), the answers alone scored
+    distance: int  # tokens from an asked answer back to where it is stated, the furthest
+
+
+def example(task: Task, tokenizer: Tokenizer, text: np.ndarray, length: int, seed: int) -> Example:
+    """Of `length` tokens. ValueError: they have no room for statements and questions."""
     rng = np.random.default_rng(seed)
     names = keys_of("test")
     symbols = list("0123456789abcdef"[: 10 if task.digits <= 5 else 16])
@@ -69,20 +77,25 @@ def example(task: Task, tokenizer: Tokenizer, text: np.ndarray, length: int, see
     order = [*range(len(stated))] if task.values > 1 else rng.permutation(len(stated)).tolist()
     places = np.sort(rng.integers(0, room + 1, len(stated))).tolist()
     ids, scored, last = [], [], 0
+    starts: dict[int, int] = {}
     for place, i in zip(places, order, strict=True):
         tokens, answer = stated[i].joined()
         ids += [haystack[last:place], tokens]
+        starts[i] = place + sum(len(stated[j]) for j in starts)
         scored.append(np.zeros(place - last + len(tokens), dtype=bool))
         last = place
     ids.append(haystack[last:])
     scored.append(np.zeros(room - last, dtype=bool))
-    for needle in asked:
+    at, distance = room + sum(map(len, stated)), 0
+    for i, needle in enumerate(asked):
         tokens, answer = needle.joined()
         ids.append(tokens)
         scored.append(answer)
+        distance = max(distance, at - starts[i])
+        at += len(needle)
     row = torch.from_numpy(np.concatenate(ids).astype(np.int64))
     targets = row[1:].masked_fill(~torch.from_numpy(np.concatenate(scored))[1:], UNSCORED)
-    return row[:-1], targets
+    return Example(row[:-1], targets, distance)
 
 
 @torch.no_grad()
@@ -117,8 +130,8 @@ def needles(subjects: Sequence[Subject], plan: Plan, tick: Tick) -> list[Table]:
         for subject in subjects:
             for times in plan.lengths:
                 length = times * subject.trained_length
-                table.add(subject.name, f"{length:,}", _share(subject, task, length, plan, tick), length)
-                floor = min(1.0, (subject.reach + 1) / length)
+                found, floor = _share(subject, task, length, plan, tick)
+                table.add(subject.name, f"{length:,}", found, length)
                 table.add(f"{subject.name}: floor", f"{length:,}", Interval(floor, floor, floor), length)
         tables.append(table)
     title = "S-NIAH-1 at the training length, by chunk size of the local memories"
@@ -126,16 +139,19 @@ def needles(subjects: Sequence[Subject], plan: Plan, tick: Tick) -> list[Table]:
     for subject in subjects:
         for size in plan.chunks if subject.model.local_chunks else ():
             with chunk_size(subject.model, size):
-                value = _share(subject, TASKS["S-NIAH-1"], subject.trained_length, plan, tick)
-            by_chunk.add(subject.name, str(size), value, size)
+                found, _ = _share(subject, TASKS["S-NIAH-1"], subject.trained_length, plan, tick)
+            by_chunk.add(subject.name, str(size), found, size)
     return [*tables, by_chunk]
 
 
-def _share(subject: Subject, task: Task, length: int, plan: Plan, tick: Tick) -> Interval:
+def _share(subject: Subject, task: Task, length: int, plan: Plan, tick: Tick) -> tuple[Interval, float]:
+    """Examples answered, and those that one attention window could answer."""
     tokenizer = subject.tokenizer
     if tokenizer is None:
         raise ValueError(f"{subject.name} was not trained on text: needles are put into text")
     stacks = haystacks(subject, length, plan.sequences)
     rows = [example(task, tokenizer, stack, length, seed) for seed, stack in enumerate(stacks)]
-    tokens, targets = (torch.stack(x).to(subject.device) for x in zip(*rows, strict=True))
-    return share(answered(subject.model, Text(tokens, targets), tick))
+    tokens, targets = (torch.stack([getattr(row, name) for row in rows]) for name in ("tokens", "targets"))
+    text = Text(tokens.to(subject.device), targets.to(subject.device))
+    visible = sum(int(row.distance < subject.window) for row in rows) / len(rows)
+    return share(answered(subject.model, text, tick)), visible

@@ -1,6 +1,7 @@
 """evaluate: runs side by side, from the command line; needles that are answered and needles that are not."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,13 @@ class Knowing(torch.nn.Module):
 def test_a_needle_that_is_known_is_answered_and_one_that_is_not_is_not(name: str) -> None:
     text = np.frombuffer(b"All work and no play makes Jack a dull boy. " * 20, dtype=np.uint8).astype(np.int64)
     rows = [example(TASKS[name], ByteTokenizer(), text, 300, seed) for seed in range(6)]
-    tokens, targets = (torch.stack(x) for x in zip(*rows, strict=True))
+    tokens, targets = (torch.stack([getattr(row, part) for row in rows]) for part in ("tokens", "targets"))
     assert tokens.shape == targets.shape == (6, 300)
+    for row in rows:  # the floor counts those that are asked for within one window
+        text_of_row = bytes(int(i) % 256 for i in row.tokens)
+        asked = [m.start() for m in re.finditer(rb"\[", text_of_row)][-TASKS[name].asked :]
+        back = [at - text_of_row.find(text_of_row[at : at + 6]) for at in asked]
+        assert row.distance == max(back)
     questions = TASKS[name].asked * TASKS[name].digits
     assert (targets != UNSCORED).sum(1).tolist() == [questions] * 6
     for knows in (True, False):
@@ -89,7 +95,7 @@ def test_a_needle_that_is_known_is_answered_and_one_that_is_not_is_not(name: str
 
 def test_values_of_one_key_are_asked_for_in_their_order() -> None:
     text = np.full(400, ord("x"))
-    tokens, targets = example(TASKS["multi-value"], ByteTokenizer(), text, 300, 0)
+    tokens, targets, _ = example(TASKS["multi-value"], ByteTokenizer(), text, 300, 0)
     row = bytes(tokens.tolist()).decode()
     stated, asked = row.split("]\n")[:4], row.split("]\n")[4:8]
     assert [s.rpartition("[")[2] for s in stated] == [s.rpartition("[")[2].rstrip("]") for s in asked][:4]
