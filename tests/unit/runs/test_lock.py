@@ -53,7 +53,11 @@ def test_the_file_of_a_process_that_has_ended_holds_nobody_up(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("without_locks")
-@pytest.mark.parametrize("content", [owner(host="another"), owner(pid="x"), "", "{", "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [owner(host="another"), owner(pid="x"), "", "{", "[]"],
+    ids=["another", "no pid", "empty", "cut off", "no names"],
+)
 def test_of_another_machine_nothing_is_known(tmp_path: Path, content: str) -> None:
     (tmp_path / OWNER).write_text(content)
     with pytest.raises(ValueError, match="being written to"), locked(tmp_path):
