@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import faults, gpu, memory_layer, soak, train_step
-from benchmarks.safeguards import standard_error
+from benchmarks.safeguards import PROBES, standard_error
 from tests.support import ROOT
 from tests.support.launching import SMALL_MODEL
 
@@ -97,7 +97,7 @@ def test_safeguards(tmp_path: Path) -> None:
     parts = [row["share"] for row in rows[: list(shares).index("all, time in hooks")]]
     assert {"niah_probe", "spike_rollback", "nonfinite_guard", "gate_monitor", "weight_integrity"} <= shares.keys()
     assert shares["all, time in hooks"] == pytest.approx(sum(parts)) != 0
-    probes = sum(shares[name] for name in ("niah_probe", "memory_contribution", "spike_rollback"))
+    probes = sum(shares[name] for name in PROBES)
     assert shares["all but the probes, time in hooks"] == pytest.approx(sum(parts) - probes)
     assert shares["all: blocks and probes"] == pytest.approx(
         shares["all but the probes, blocks with / without"] + probes
