@@ -297,11 +297,57 @@ def in_a_process(name: str, setting: Setting, limit: float) -> Figures:
     return {**found, **({"failed": why} if why else {})}
 
 
+# What a CPU cannot notice by itself: what went wrong on CUDA, or would have, and the test that shows it on a CPU.
+SHOWN_ON_A_CPU = {
+    "a memory narrower than its head answers in a subspace: 760m and 1300m lost the needle": (
+        "tests/unit/model/test_gpu_models.py",
+        ("test_a_needle_is_found_after_100_pairs", "test_a_memory_narrower_than_its_head_is_refused"),
+    ),
+    "Muon trained the gates of models with eight heads and more": (
+        "tests/unit/training/test_optimizer.py", ("test_muon_takes_no_gates_however_many_heads_there_are",)),
+    "TF32 rounded retentions to 1: nothing was forgotten": (
+        "tests/unit/memory/test_tf32.py",
+        ("test_forgetting_is_not_rounded", "test_coefficients_of_reads_are_not_rounded")),
+    "after the process group was ended, votes were those of one rank": (
+        "tests/unit/callbacks/test_hang_watch.py",
+        ("test_a_vote_without_a_process_group_is_an_error_and_no_vote_of_one",)),
+    "NCCL's watchdog would end the process before the verdict": (
+        "tests/unit/callbacks/test_hang_watch.py",
+        ("test_nccl_is_aborted_and_gloo_is_cut", "test_nccl_leaves_the_end_to_the_watch")),
+    "cumulative sums have no order, and raise with trainer.deterministic=true": (
+        "tests/unit/memory/test_on_cuda.py", ("test_nothing_is_summed_without_an_order",)),
+    "autocast widened the features, and each memory copied them": (
+        "tests/unit/memory/test_on_cuda.py", ("test_features_keep_the_precision_of_what_they_are_of",)),
+    "half-lives were steps of bfloat16": (
+        "tests/unit/memory/test_on_cuda.py", ("test_half_lives_are_no_steps_of_bfloat16",)),
+    "activation checkpointing failed, and kept what chunks keep": (
+        "tests/unit/model/test_checkpoint.py",
+        ("test_gradients_are_bitwise_the_same", "test_what_chunks_keep_is_let_go")),
+    "64 states a shard and head were kept": (
+        "tests/unit/memory/test_on_cuda.py", ("test_root_of_the_states_is_kept",)),
+    "a filesystem without locks let no run start": (
+        "tests/unit/runs/test_lock.py", ("test_a_file_stands_for_a_lock",)),
+    "the gates of all layers were copied in float32": (
+        "tests/unit/callbacks/test_gate_monitor.py", ("test_a_layer_is_measured_at_a_time",)),
+    "Muon of sharded parameters was not compared with Muon": (
+        "tests/integration/test_strategies.py", ("test_muon_of_sharded_parameters_is_muon",)),
+    "reference.py made its tensors on the CPU": (
+        "tests/unit/memory/test_on_cuda.py", ("test_the_reference_runs_where_its_inputs_are",)),
+    "the model waited for the device some 4,400 times a step": (
+        "tests/unit/model/test_host_reads.py",
+        ("test_a_step_of_the_model_reads_nothing", "test_a_stream_reads_nothing")),
+}  # fmt: skip
+
+
 def draw(runs: list[Figures]) -> str:
     """docs/gpu.md: a column for each run. A part that a run did not reach is empty there."""
     lines = [
         "# On a GPU", "", "`python -m benchmarks.gpu --out docs/results/gpu.json` measures, and "
         "`python -m benchmarks.gpu --draw` writes this page, with a column for each run there is.", "",
+        "## Shown on a CPU", "", "What went wrong on CUDA, or would have, each with the test that fails without its "
+        "remedy.", "", "| what | test |", "|---|---|",
+        *(f"| {what} | `{path}`: {', '.join(f'`{name}`' for name in names)} |"
+          for what, (path, names) in SHOWN_ON_A_CPU.items()), "",
     ]  # fmt: skip
     for part in dict.fromkeys(part for figures in runs for part in figures):
         doc = (PARTS[part][0].__doc__ or "").splitlines()[0]
