@@ -123,7 +123,7 @@ class MemoryHorizon(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 1000,
+        every_n_steps: int = 2000,
         rows: int = 8,
         block: int | None = None,
         from_step: int = 1000,
