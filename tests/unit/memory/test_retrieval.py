@@ -12,7 +12,7 @@ from atlas_lm.model.probes import write_and_read
 from callbacks.niah_probe import cosines
 from tests.support.model_cases import VOCABULARY, model_config
 
-CHUNKS = (1, 16, 64)
+CHUNKS = (pytest.param(1, marks=pytest.mark.slow), 16, 64)
 
 
 def retrieved(
@@ -44,14 +44,14 @@ def test_gradients_of_a_chunk(network: str, least: float, chunk: int) -> None:
 def test_delta_stores_in_a_chunk_what_it_stores_token_by_token(chunk: int) -> None:
     found = retrieved("linear", "delta", chunk)
     assert found >= 0.92
-    assert found == pytest.approx(retrieved("linear", "delta", 1), abs=1e-5)
+    assert found == pytest.approx(retrieved("linear", "delta", 1), abs=1e-5), "as token by token"
 
 
 def test_correlated_pairs_come_back_better_than_by_gradients_of_a_chunk() -> None:
     assert retrieved("linear", "delta", 64, True) > 1.25 * retrieved("linear", "gradient", 64, True)
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 16, 64])
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(("network", "eta_max", "least"), [("linear", 1.0, 0.8), ("gated_mlp", 0.3, 0.75)])
 def test_newton_schulz_holds_its_whole_chunk(network: str, eta_max: float, least: float, chunk: int) -> None:
     """With the momentum of single tokens it held the last two of 64: 0.03 of these 64 pairs."""
