@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/corpora"))
     parser.add_argument("--set", nargs="*", default=[], dest="extra", help="settings of all runs")
     options = parser.parse_args(arguments)
+    if wrong := [text for text in options.text if "=" not in text]:
+        parser.error(f"--text {wrong[0]} must be NAME=GLOB, such as novels=texts/*.txt")
     out = options.out.absolute()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     path = out / "corpora.json"

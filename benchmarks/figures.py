@@ -19,6 +19,7 @@ BEGIN, END = "<!-- figures: python -m benchmarks.figures --write -->", "<!-- end
 PAGES = ("README.md", "docs/results/quality.md")
 NUMBERS = "docs/results/figures.json"
 WORTH = "docs/results/worth.json"  # of `python -m benchmarks.worth --write`
+SEEDS = 3  # that the README's first row asks for
 HEAD = "| what | figure | command |\n|---|---|---|"
 RUNS = {  # experiment → the command that makes its run
     "stage1": "python train.py +experiment=stage1",
@@ -136,7 +137,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--outputs", default="outputs", help="folder of all runs")
     asked = parser.parse_args(arguments)
     found = collect(asked.outputs)
-    rows = figures(found, json.loads((root / WORTH).read_text()))
+    worth = json.loads((root / WORTH).read_text())
+    if worth["seeds"] < SEEDS:
+        raise SystemExit(f"{WORTH} has {worth['seeds']} seed(s), a screening: python -m benchmarks.worth --write")
+    rows = figures(found, worth)
     print(table(rows))
     if asked.write:
         for page in PAGES:

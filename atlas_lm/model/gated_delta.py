@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 
 from atlas_lm.memory import gated_delta
 from atlas_lm.memory.features import unit
-from atlas_lm.memory.state import fit
+from atlas_lm.memory.state import fit, wide_logits
 from atlas_lm.model.convolution import CausalConv
 from atlas_lm.model.norm import RMSNorm, normalised_heads
 
@@ -89,7 +89,7 @@ class GatedDeltaBranch(nn.Module):
         qkv, conv = self.conv(qkv, fit("tail of the convolution", conv, channels, qkv))
         q, k, v = nnf.silu(qkv).split([key, key, heads * value], dim=-1)
         v_BHTE = v.unflatten(-1, (heads, value)).transpose(1, 2)
-        rate, beta = self.gates(x_BTM).float().mT.chunk(2, dim=1)
+        rate, beta = wide_logits(self.gates, x_BTM).mT.chunk(2, dim=1)
         alpha = (-self.log_decay.exp().unsqueeze(-1) * nnf.softplus(rate)).exp()
         beta = beta.sigmoid()
         if not write:

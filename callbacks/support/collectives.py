@@ -64,7 +64,7 @@ def _entering(name: str) -> None:
     """Note the collective, and which module asked for it.
 
     ProcessGroupGone: after `hang_watch` has ended the group, Lightning's own reductions give back what they get, and a
-    rank would go on with gradients that nobody has added up.
+    rank would continue with gradients that were never summed.
     """
     global entered
     if not torch.distributed.is_initialized():

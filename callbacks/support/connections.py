@@ -62,7 +62,7 @@ def end_collectives(spared_port: int | None) -> None:
     """Have the collective fail in which this rank waits.
 
     NCCL's are aborted, and nothing is cut: its watchdog would end this process at a broken connection, before the
-    verdict is told. Gloo knows no abort.
+    verdict is reported. Gloo has no abort.
     """
     if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
         dist.distributed_c10d._abort_process_group()
@@ -71,7 +71,7 @@ def end_collectives(spared_port: int | None) -> None:
 
 
 # NCCL's watchdog ends a process whose collective fails, and its monitor one whose watchdog is slow: before a verdict
-# can be told. Both are read when the process group is made.
+# can be reported. Both are read when the process group is made.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 

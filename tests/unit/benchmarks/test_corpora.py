@@ -51,6 +51,12 @@ def test_the_gain_is_what_far_text_gives(
     assert found["gain"].mean + found["loss"].mean == pytest.approx(math.log(vocabulary), abs=0.01)
 
 
+def test_a_text_without_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        corpora.main(["--out", str(tmp_path), "--text", "texts/*.txt"])
+    assert "texts/*.txt must be NAME=GLOB" in capsys.readouterr().err
+
+
 def test_the_table_begins_with_the_largest_gain() -> None:
     row = {"loss": (1.0, 1.0, 1.0), "bits_per_byte": None, "steps": 1000}
     text = corpora.table({"a": row | {"gain": (0.01, 0.0, 0.02)}, "b": row | {"gain": (0.5, 0.4, 0.6)}})

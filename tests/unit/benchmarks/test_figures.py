@@ -65,6 +65,13 @@ def test_the_table_is_written_between_the_markers(
     assert {"what": "the same bytes, gzip -9", "values": [2.0], "command": "the same"} in found["figures"]
 
 
+def test_a_screening_does_not_become_the_readmes_first_row(outputs: Path, tmp_path: Path) -> None:
+    (tmp_path / figures.WORTH).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / figures.WORTH).write_text(json.dumps({"models": [], "seeds": 1, "command": "python -m b --quick"}))
+    with pytest.raises(SystemExit, match=r"1 seed\(s\), a screening"):
+        figures.main(["--write", "--outputs", str(outputs)], root=tmp_path)
+
+
 def test_a_run_that_is_missing_is_named_with_its_command(outputs: Path) -> None:
     (outputs / "stage1_twin").rename(outputs / "away")
     with pytest.raises(ValueError, match=r"stage1_twin.*comes from python train\.py"):

@@ -469,7 +469,7 @@ def test_votes_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("backend", "done"), [("nccl", ["abort"]), ("gloo", ["cut 7"]), (None, ["cut 7"])])
 def test_nccl_is_aborted_and_gloo_is_cut(monkeypatch: pytest.MonkeyPatch, backend: str | None, done: list[str]) -> None:
-    """A cut connection of NCCL's ends the process by its own watchdog, before the verdict is told."""
+    """A cut connection of NCCL's ends the process by its own watchdog, before the verdict is reported."""
     did: list[str] = []
     monkeypatch.setattr(connections.dist, "is_initialized", lambda: backend is not None)
     monkeypatch.setattr(connections.dist, "get_backend", lambda: backend)

@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.nn import functional as nnf
 
+from atlas_lm.memory import gated_delta
 from atlas_lm.model.atlas import AtlasLM, parameters_of
 from atlas_lm.model.gated_delta import GatedDeltaBranch, spec_of_state
 from atlas_lm.model.probes import losses_after_restarts
@@ -101,3 +102,20 @@ def test_every_parameter_learns() -> None:
     nnf.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not without
+
+
+def test_its_gates_open_alike_under_autocast(model: AtlasLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, as our gates do: in bfloat16 its half-lives would be steps."""
+    opened: list[torch.Tensor] = []
+    scan = gated_delta.scan
+
+    def noted(q, k, v, alpha, beta, state):
+        opened.append(torch.stack([alpha, beta]))
+        return scan(q, k, v, alpha, beta, state)
+
+    monkeypatch.setattr(gated_delta, "scan", noted)
+    branch, x = branches(model)[0], torch.randn(2, 7, 10)
+    for low in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            branch(x, branch.initial_conv(2), None, None)
+    assert torch.equal(*opened)
