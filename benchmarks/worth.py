@@ -1,9 +1,10 @@
 """Is the memory worth its time? Ours and its twins at equal steps and at equal time: python -m benchmarks.worth
 
 First the speeds: whole training steps of all models, taken in turn in one process, so that a busier minute meets all;
-this part wants a quiet machine. For each model a learning rate is chosen by the same small sweep. Then it trains for
-as many steps as the experiment has, and for as many as fill the time of the first model; `--seeds` times. One table,
-one picture (validation loss against seconds at those speeds). What has finished is not made again, so an interrupted
+this part wants a quiet machine. For each model a learning rate is chosen by the same small sweep, which goes on upwards
+or downwards until the loss rises again, so that no model is held back by where the sweep ends. Then it trains for as
+many steps as the experiment has, and for as many as fill the time of the first model; `--seeds` times. One table, one
+picture (validation loss against seconds at those speeds). What has finished is not made again, so an interrupted
 benchmark is continued by the same command.
 
 --quick: one seed and a tenth of the steps, for screening. --models and --set choose and change what is trained.
@@ -46,9 +47,16 @@ VOCABULARY = 257  # of bytes; a larger one costs all models alike
 SPEED_STEPS = 15
 NUMBERS, PAGE, PICTURE = "docs/results/worth.json", "docs/results/worth.md", "docs/worth.png"
 BEGIN = "<!-- worth: python -m benchmarks.worth --write -->"
-RATES = (0.5, 1.0, 2.0)  # times the experiment's learning rates
+RATES = (1.0, 2.0)  # times the experiment's learning rates: where a sweep begins
+LOWEST, HIGHEST = 1 / 16, 16.0  # and where it ends at the latest
 SWEEP = 0.25  # of the steps, for each rate
 SWEEP_SEQUENCES = 64  # of validation, to choose a rate by
+UNSTABLE = (
+    "NonFiniteTraining",
+    "LossOutliers",
+    "TrainingUnstable",
+    "GateFailure",
+)  # safeguards' words for too high a rate
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 
 
@@ -172,16 +180,23 @@ def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) 
     report = s.out / "runs" / label / "latest" / "report.json"
     known = s.out / "runs" / f"{label}.json"
     same = known.is_file() and json.loads(known.read_text()) == command
-    if not (same and report.is_file() and json.loads(report.read_text())["status"] == "finished"):
+    if not (same and settled(report, what)):
         print(f"{label}", file=sys.stderr, flush=True)
         write_atomically(known, json.dumps(command))
         resume = ["resume=auto"] if same else []
         whole = [sys.executable, str(ROOT / "train.py"), *command, *resume]
         share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // s.jobs))} if s.jobs > 1 else {}
         done = subprocess.run(whole, capture_output=True, text=True, env=os.environ | share)
-        if done.returncode:
+        if done.returncode and not settled(report, what):
             raise RuntimeError(f"{label} did not finish:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return json.loads(report.read_text())
+
+
+def settled(path: Path, what: str) -> bool:
+    """Whether a run needs no more training: it finished, or a sweep's rate was so high that a safeguard ended it."""
+    report = json.loads(path.read_text()) if path.is_file() else {"status": "missing"}
+    unstable = report["status"] == "failed" and str(report["error"]).startswith(UNSTABLE)
+    return report["status"] == "finished" or (what == "sweep" and unstable)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -193,20 +208,28 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, STUDENT.get(n, 2.0) * deviation / math.sqrt(n)
 
 
-def best_rates(s: Setting, names: list[str], pool: Executor) -> dict[str, dict[float, float | None]]:
-    """By model: the loss that each rate reaches in the sweep, the best first."""
+def best_rates(s: Setting, names: list[str], pool: Executor) -> dict[str, dict[float, float]]:
+    """By model: the loss that each rate reaches in the sweep, the best first; infinite where training is unstable."""
     short = max(10, round(SWEEP * s.steps))
-    asked = [(name, rate) for name in names for rate in RATES]
-    losses = pool.map(lambda x: train(s, x[0], short, x[1], 0, "sweep")["val_loss"], asked)
-    found = dict(zip(asked, losses, strict=True))
 
     def loss(name: str, rate: float) -> float:
-        value = found[name, rate]
-        return math.inf if value is None else value
+        report = train(s, name, short, rate, 0, "sweep")
+        return report["val_loss"] if report["status"] == "finished" and report["val_loss"] is not None else math.inf
 
-    return {
-        name: {rate: found[name, rate] for rate in sorted(RATES, key=lambda rate: loss(name, rate))} for name in names
-    }
+    def sweep(name: str) -> dict[float, float]:
+        found = {rate: loss(name, rate) for rate in RATES}
+        while (rate := next_rate(found)) is not None:
+            found[rate] = loss(name, rate)
+        return {rate: found[rate] for rate in sorted(found, key=lambda rate: found[rate])}
+
+    return dict(zip(names, pool.map(sweep, names), strict=True))
+
+
+def next_rate(found: dict[float, float]) -> float | None:
+    """The rate beyond the best one where that is at an end of those tried; None where it is not, or at the limits."""
+    best = min(found, key=lambda rate: found[rate])
+    beyond = 2 * best if best == max(found) else best / 2 if best == min(found) else best
+    return None if beyond in found or not LOWEST <= beyond <= HIGHEST else beyond
 
 
 def measure(s: Setting, names: list[str], seeds: int) -> dict[str, Any]:
@@ -223,7 +246,7 @@ def measure(s: Setting, names: list[str], seeds: int) -> dict[str, Any]:
         name: {
             "tokens_per_second": speed[name],
             "rate": rates[name],
-            "sweep": {str(rate): loss for rate, loss in sweeps[name].items()},
+            "sweep": {str(rate): loss if math.isfinite(loss) else None for rate, loss in sweeps[name].items()},
             "steps": [made[name, s.steps, seed] for seed in range(seeds)],
             "time": [made[name, as_long[name], seed] for seed in range(seeds)],
         }

@@ -10,7 +10,8 @@ import pytest
 from benchmarks import figures, worth
 
 SPEED = {"memory": 1000.0, "no memory": 2500.0, "full attention": 800.0}
-BEST = {"memory": 1.0, "no memory": 2.0, "full attention": 0.5}
+BEST = {"memory": 1.0, "no memory": 4.0, "full attention": 0.5}
+SWEPT = {"memory": [1, 2, 0.5], "no memory": [1, 2, 4, 8], "full attention": [1, 2, 0.5, 0.25]}
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     def train(s: Any, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
         made.append((what, name, steps, rate, seed))
         loss = 1 + abs(math.log2(rate / BEST[name])) + 10 / steps + seed / 100
-        return {"val_loss": loss, "val_bits_per_byte": loss, "tokens": steps * s.tokens, "steps": steps,
-                "tokens_per_second": 1.0, "parameters": 7}  # fmt: skip
+        return {"status": "finished", "val_loss": loss, "val_bits_per_byte": loss, "tokens": steps * s.tokens,
+                "steps": steps, "tokens_per_second": 1.0, "parameters": 7}  # fmt: skip
 
     monkeypatch.setattr(worth, "train", train)
     monkeypatch.setattr(worth, "speeds", lambda s, names: {name: SPEED[name] for name in names})
@@ -43,9 +44,8 @@ def test_the_settings_are_the_experiments(s: worth.Setting) -> None:
 def test_each_model_gets_its_rate_and_the_time_of_the_first(s: worth.Setting, runs: list[tuple[Any, ...]]) -> None:
     found = worth.measure(s, list(SPEED), seeds=2)
     assert {name: run["rate"] for name, run in found.items()} == BEST
-    assert [run[:4] for run in runs if run[0] == "sweep"] == [
-        ("sweep", name, 100, rate) for name in SPEED for rate in worth.RATES
-    ]
+    sweeps = [run[:4] for run in runs if run[0] == "sweep"]
+    assert sweeps == [("sweep", name, 100, rate) for name, rates in SWEPT.items() for rate in rates]
     assert sorted(run[1:3] + run[4:] for run in runs if run[0] == "run") == sorted([
         (name, steps, seed)
         for seed in (0, 1)
@@ -59,14 +59,39 @@ def test_each_model_gets_its_rate_and_the_time_of_the_first(s: worth.Setting, ru
     assert "| full attention | **" in text
 
 
+def test_a_sweep_ends_where_the_loss_rises_again() -> None:
+    assert worth.next_rate({1.0: 2.0, 2.0: 1.0}) == 4.0
+    assert worth.next_rate({1.0: 1.0, 2.0: 2.0}) == 0.5
+    assert worth.next_rate({0.5: 3.0, 1.0: 1.0, 2.0: 2.0}) is None
+    assert worth.next_rate({8.0: 2.0, 16.0: 1.0}) is None, "the highest"
+    assert worth.next_rate({1.0: math.inf, 2.0: math.inf}) == 0.5, "both unstable: lower"
+
+
 def test_a_model_that_diverges_at_a_rate_does_not_get_it(s: worth.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*arguments: Any) -> dict[str, Any]:
-        loss = None if arguments[3] != 2.0 else 5.0
-        return {"val_loss": loss, "val_bits_per_byte": loss, "tokens": 1, "tokens_per_second": 1.0, "steps": 1}
+        loss = {1.0: 6.0, 2.0: 5.0, 4.0: None}[arguments[3]]
+        status = "failed" if loss is None else "finished"
+        return {"status": status, "val_loss": loss, "val_bits_per_byte": loss, "tokens": 1, "tokens_per_second": 1.0,
+                "steps": 1}  # fmt: skip
 
     monkeypatch.setattr(worth, "train", train)
     monkeypatch.setattr(worth, "speeds", lambda *_: {"memory": 1.0})
-    assert worth.measure(s, ["memory"], 0)["memory"]["rate"] == 2.0
+    found = worth.measure(s, ["memory"], 0)["memory"]
+    assert found["rate"] == 2.0
+    assert found["sweep"] == {"2.0": 5.0, "1.0": 6.0, "4.0": None}
+
+
+def test_what_needs_no_more_training(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert not worth.settled(report, "sweep")
+    for status, error, sweep, run in (
+        ("finished", None, True, True),
+        ("failed", "TrainingUnstable: 5 rollbacks", True, False),
+        ("failed", "SaveError: no space left", False, False),
+        ("interrupted", "KeyboardInterrupt:", False, False),
+    ):
+        report.write_text(json.dumps({"status": status, "error": error}))
+        assert (worth.settled(report, "sweep"), worth.settled(report, "run")) == (sweep, run), (status, error)
 
 
 def test_speeds_are_measured_once_for_the_same_models(s: worth.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +148,7 @@ def test_it_runs_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worth, "RATES", (1.0,))
+    monkeypatch.setattr(worth, "next_rate", lambda found: None)
     (tmp_path / "a.txt").write_text("".join(f"line {i} of a small text\n" for i in range(3000)))
     small = [
         "data=text", f"data.source.files={tmp_path / 'a.txt'}", "data.source.document_bytes=500", "data.seq_len=64",
