@@ -26,7 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from benchmarks.gpu_kernels import kernels
+from benchmarks.kernels import table as kernel_table
+
 ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "docs" / "results" / "kernels.json"
 RUNS = sorted((ROOT / "docs" / "results").glob("gpu*.json"))
 Figures = dict[str, Any]
 
@@ -93,7 +97,21 @@ PRECISIONS = {  # dtype, autocast to bf16, TF32 allowed
 
 def correctness(setting: Setting) -> Figures:
     """Relative error of the memory against float64 on the CPU: outputs, worst gradient; are three runs equal."""
+    return against_float64(setting, False)
+
+
+def correctness_of_kernels(setting: Setting) -> Figures:
+    """The same with local memories by the Triton kernels."""
+    return against_float64(setting, True)
+
+
+def against_float64(setting: Setting, triton: bool) -> Figures:
+    """By PyTorch's operations, or by Triton kernels where they pass their trial."""
     from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+    from atlas_lm.memory.loop import trial
+    from atlas_lm.memory.loop import triton as triton_loop
+
+    triton_loop.DEVICES[:] = [setting.device] if triton else []
 
     length, dim = (40, 16) if setting.toy else (200, 64)
     found: Figures = {}
@@ -115,6 +133,10 @@ def correctness(setting: Setting) -> Figures:
                 "repeats_bitwise": all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True)),
             }
         torch.backends.cuda.matmul.allow_tf32 = False
+        if triton:
+            found["variants that passed their trial"] = sum(trial._found.values())
+            found["variants that did not"] = len(trial._found) - sum(trial._found.values())
+        print(json.dumps(found), flush=True)
     return found
 
 
@@ -132,13 +154,24 @@ def output_and_gradients(
 
 
 STEPS = [  # name, model, tokens a sequence, sequences, what is changed
+    ("43m, local chunks [64], 8k", "43m", 8192, 1, {"local_chunks": [64]}),
     ("43m, local chunks [64], rank 191", "43m", 2048, 1, {"local_chunks": [64], "rank": 191}),
+    ("43m, local chunks [64], rank 191, 2 x 8k", "43m", 8192, 2, {"local_chunks": [64], "rank": 191}),
+    (
+        "43m, [64], rank 191, chunks and shards of 512, 2 x 8k",
+        "43m",
+        8192,
+        2,
+        {"local_chunks": [64], "rank": 191, "global_chunk": 512, "shard": 512},
+    ),
+    ("43m, local chunks [32, 64], rank 191, 2 x 8k", "43m", 8192, 2, {"local_chunks": [32, 64], "rank": 191}),
+    ("43m without memory, 8k", "43m", 8192, 1, {"memory": "none"}),
+    ("43m as configured, 8k", "43m", 8192, 1, {}),
+    ("125m, local chunks [64], rank 191, 4 x 8k", "125m", 8192, 4, {"local_chunks": [64], "rank": 191}),
     ("43m, local chunks [64]", "43m", 2048, 1, {"local_chunks": [64]}),
     ("43m as configured", "43m", 2048, 1, {}),
-    ("43m, local chunks [64], 8k", "43m", 8192, 1, {"local_chunks": [64]}),
-    ("43m as configured, 8k", "43m", 8192, 1, {}),
+    ("43m, local chunks [1], rank 191, 8k", "43m", 8192, 1, {"local_chunks": [1], "rank": 191}),
     ("43m as configured, 2 x 8k", "43m", 8192, 2, {}),
-    ("43m without memory, 8k", "43m", 8192, 1, {"memory": "none"}),
     ("125m, local chunks [64], 8k", "125m", 8192, 1, {"local_chunks": [64]}),
 ]
 
@@ -198,7 +231,7 @@ def launches(setting: Setting) -> Figures:
     from torch.profiler import ProfilerActivity, profile
 
     found: Figures = {}
-    for name, model, length, rows, changes in STEPS[1:2] if setting.toy else STEPS[1:3]:
+    for name, model, length, rows, changes in STEPS[:1] if setting.toy else [STEPS[1], STEPS[9]]:
         step = training_step(setting, model, 256 if setting.toy else length, rows, {} if setting.toy else changes)
         step()
         setting.wait()
@@ -268,9 +301,11 @@ def a_run(setting: Setting) -> Figures:
 PARTS: dict[str, tuple[Callable[[Setting], Figures], float]] = {  # and seconds that it may take
     "environment": (environment, 30),
     "ceilings": (ceilings, 40),
-    "correctness": (correctness, 90),
-    "run": (a_run, 200),
+    "kernels": (kernels, 120),
+    "correctness_of_kernels": (correctness_of_kernels, 120),
     "steps": (steps, 150),
+    "run": (a_run, 200),
+    "correctness": (correctness, 90),
     "launches": (launches, 90),
 }
 
@@ -348,6 +383,12 @@ def draw(runs: list[Figures]) -> str:
         "remedy.", "", "| what | test |", "|---|---|",
         *(f"| {what} | `{path}`: {', '.join(f'`{name}`' for name in names)} |"
           for what, (path, names) in SHOWN_ON_A_CPU.items()), "",
+        "## Kernels", "", "Local memories with chunks of up to 64 tokens run as Triton kernels "
+        "(`atlas_lm/memory/kernels/triton`), each kind after a trial: where it does not agree with PyTorch's operations "
+        "on this card, those run and the log says why. Tests run them by Triton's interpreter in float64 "
+        "(`tests/unit/memory/test_triton.py`). Compiled for compute capability 9.0, without a card, by "
+        "`python -m benchmarks.kernels` (bytes; products of matrices as wgmma and as mma.sync):", "",
+        kernel_table(json.loads(KERNELS.read_text())), "",
     ]  # fmt: skip
     for part in dict.fromkeys(part for figures in runs for part in figures):
         doc = (PARTS[part][0].__doc__ or "").splitlines()[0]

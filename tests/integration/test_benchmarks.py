@@ -1,5 +1,6 @@
 """The benchmarks run and write what they promise; what they measure is not judged here."""
 
+import importlib.util
 import json
 import math
 import random
@@ -192,6 +193,8 @@ def test_gpu_benchmark_as_a_whole_on_a_cpu(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT, timeout=900, stdout=subprocess.DEVNULL)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {part: figures.get("failed") for part, figures in found.items()} == dict.fromkeys(gpu.PARTS)
+    if importlib.util.find_spec("triton"):
+        assert found["kernels"]["chunk 16: triton"]["passed_trial"] is True
     assert found["run"]["preempted"] == {"as_documented": True, "resumed": True, "weights": True, "losses": True}
 
 

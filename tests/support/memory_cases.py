@@ -32,9 +32,18 @@ class Case(NamedTuple):
         return [self.q, self.tokens.k, self.tokens.v, *self.tokens.gates, *self.initial, *self.features.parameters()]
 
 
-def make_case(kind: str, T: int, dtype=torch.float64, eta_max: float = 1.0, restarts: tuple[int, ...] = ()) -> Case:
-    """Random unit keys and queries, random gates (retention near 0.95), random W_init."""
+def make_case(
+    kind: str,
+    T: int,
+    dtype=torch.float64,
+    eta_max: float = 1.0,
+    restarts: tuple[int, ...] = (),
+    sizes: tuple[int, int, int] = (D, E, RANK),
+    batch: int = B,
+) -> Case:
+    """Random unit keys and queries, random gates (retention near 0.95), random W_init; `sizes`: dim, hidden, rank."""
     torch.manual_seed(T)
+    (D, E, RANK), B = sizes, batch
     network = build_network(kind, residual=kind == "mlp")
     features = build_features("sketch", D, RANK).to(dtype)
 
@@ -59,7 +68,7 @@ def run(form: ModuleType, rule: Rule, case: Case, cuts: tuple[int, ...] = ()) ->
     tokens = case.tokens._replace(phi=case.features(case.tokens.k))
     phi_q = case.features(case.q)
     restart = tokens.restart is not None
-    state = initial_state(rule, case.initial, B, phi_q.size(-1), restart)
+    state = initial_state(rule, case.initial, case.q.size(0), phi_q.size(-1), restart)
     outputs = []
     bounds = [0, *cuts, T]
     for i, j in pairwise(bounds):

@@ -20,8 +20,10 @@ from atlas_lm.memory import coefficients
 from atlas_lm.memory.coefficients import Decays
 from atlas_lm.memory.kernels.compiled import once_differentiable
 from atlas_lm.memory.loop import cpu as cpu_loop
+from atlas_lm.memory.loop import triton as triton_loop
 from atlas_lm.memory.loop.backward import gradients
 from atlas_lm.memory.loop.forward import learn_and_read, update
+from atlas_lm.memory.loop.trial import agrees
 from atlas_lm.memory.loop.types import ChunkBatch, LoopConfig, LoopInputs, flattened, restored, serve_once
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.state import without_autocast
@@ -39,8 +41,19 @@ def run(
     inputs = _inputs(config, initial, chunks)
     G, wide = chunks.phi.size(0), chunks.decay.dtype
     given = states or [w.new_zeros(G, 2 * w.size(1), w.size(2), dtype=wide) for w in initial]
-    y, *after = _Loop.apply(config, len(given), *given, *inputs)
+    if triton_loop.can_run(config, inputs) and agrees(
+        triton_loop.run, _in_pytorch, config, inputs, triton_loop.variant(config, inputs)
+    ):
+        y, after = triton_loop.run(config, given, inputs)
+    else:
+        y, after = _in_pytorch(config, given, inputs)
     return y, after if states else []
+
+
+def _in_pytorch(config: LoopConfig, given: list[Tensor], inputs: LoopInputs) -> tuple[Tensor, list[Tensor]]:
+    """As `run`, by PyTorch's operations; `given` are the states before."""
+    y, *after = _Loop.apply(config, len(given), *given, *inputs)
+    return y, after
 
 
 def _inputs(config: LoopConfig, initial: Weights, chunks: ChunkBatch) -> LoopInputs:
