@@ -384,10 +384,10 @@ def draw(runs: list[Figures]) -> str:
         *(f"| {what} | `{path}`: {', '.join(f'`{name}`' for name in names)} |"
           for what, (path, names) in SHOWN_ON_A_CPU.items()), "",
         "## Kernels", "", "Local memories with chunks of up to 64 tokens run as Triton kernels "
-        "(`atlas_lm/memory/kernels/triton`), each kind after a trial: where it does not agree with PyTorch's operations "
-        "on this card, those run and the log says why. Tests run them by Triton's interpreter in float64 "
+        "(`atlas_lm/memory/kernels/triton`), each kind after a trial: where it does not agree with PyTorch's "
+        "operations on this card, those run and the log says why. Tests run them by Triton's interpreter in float64 "
         "(`tests/unit/memory/test_triton.py`). Compiled for compute capability 9.0, without a card, by "
-        "`python -m benchmarks.kernels` (bytes; products of matrices as wgmma and as mma.sync):", "",
+        "`python -m benchmarks.kernels` (bytes; products of matrices as wgmma and mma.sync):", "",
         kernel_table(json.loads(KERNELS.read_text())), "",
     ]  # fmt: skip
     for part in dict.fromkeys(part for figures in runs for part in figures):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.kernels.compiled import once_differentiable
 from atlas_lm.memory.state import Rule, Tokens, without_autocast
 
 
@@ -79,15 +80,56 @@ class DecayProducts(torch.autograd.Function):
         return nnf.pad((through * products[..., :-1, :]).sum(-1), (1, 0))
 
 
-def _from_end(x: Tensor, decay: Tensor) -> Tensor:
-    """r_j = x_j + decay_{j+1} r_{j+1} from the last token back, in log₂ C steps: (…, C) → (…, C)."""
-    decay = nnf.pad(decay[..., 1:], (0, 1))
-    step = 1
-    while step < x.size(-1):
-        x = x + decay * nnf.pad(x[..., step:], (0, step))
-        decay = decay * nnf.pad(decay[..., step:], (0, step))
+def _scan(x: Tensor, decay: Tensor) -> Tensor:
+    """y_j = x_j + decay_{j−1} y_{j−1}, in log₂ C steps: (…, C), (…, C − 1) → (…, C). No gradient."""
+    y, step = x.clone(memory_format=torch.contiguous_format), 1
+    while step < y.size(-1):
+        y[..., step:].add_(decay * y[..., :-step])  # the product is there before anything is written
+        decay = decay[..., step:] * decay[..., :-step]
         step *= 2
-    return x
+    return y
+
+
+class _FromEnd(torch.autograd.Function):
+    """r_j = x_j + decay_{j+1} r_{j+1} from the last token back: (…, C) twice → (…, C).
+
+    Autograd through the steps of a scan would be some hundred operations; the way back is one more scan.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, decay: Tensor) -> Tensor:
+        later = decay[..., 1:]
+        r = _scan(x.flip(-1), later.flip(-1)).flip(-1)
+        ctx.save_for_backward(r, later)
+        return r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dr: Tensor) -> Any:
+        r, later = ctx.saved_tensors
+        dx = _scan(dr, later)
+        return dx, nnf.pad(dx[..., :-1] * r[..., 1:], (1, 0))
+
+
+class _ToEnd(torch.autograd.Function):
+    """Π_{r=s+1..C} decay_r for every s: (…, C) → (…, C).
+
+    The gradient of a cumulative product is a cumulative sum, which has no order on a GPU, or a division, which a decay
+    of 0 forbids: it is P_r Σ_{s<r} dP_s Π_{s<r'<r} decay_r', a scan.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor) -> Tensor:
+        later = decay[..., 1:]
+        products = nnf.pad(later.flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)
+        ctx.save_for_backward(products, later)
+        return products
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dproducts: Tensor) -> Any:
+        products, later = ctx.saved_tensors
+        return nnf.pad(products[..., 1:] * _scan(dproducts, later)[..., :-1], (1, 0))
 
 
 def _band(gamma: Tensor, chunk: int, context: int, same_segment: Tensor | None) -> Tensor:
@@ -98,19 +140,6 @@ def _band(gamma: Tensor, chunk: int, context: int, same_segment: Tensor | None) 
     gamma = gamma.unsqueeze(-2)
     omega = torch.where(band, gamma, torch.zeros_like(gamma))
     return omega if same_segment is None else omega * same_segment[..., N - chunk :, :]
-
-
-def _to_end(decay: Tensor) -> Tensor:
-    """Π_{r=s+1..C} decay_r for every s, in log₂ C steps: (…, C) → (…, C).
-
-    The gradient of a cumulative product is a cumulative sum, which has no order on a GPU.
-    """
-    x = nnf.pad(decay[..., 1:], (0, 1), value=1.0)
-    step = 1
-    while step < x.size(-1):
-        x = x * nnf.pad(x[..., step:], (0, step), value=1.0)
-        step *= 2
-    return x
 
 
 class Reads(NamedTuple):
@@ -146,11 +175,11 @@ class Steps(NamedTuple):
 def steps(rule: Rule, blocks: Tokens, keeps: Segments | None) -> Steps:
     """The last row of what `reads` returns, without its C×C matrices: a global memory has long chunks."""
     eta, intake, retain, carry = decays(rule, blocks, keeps)
-    retain_to_end, carry_to_end = _to_end(retain), _to_end(carry)
+    retain_to_end, carry_to_end = _ToEnd.apply(torch.stack([retain, carry])).unbind()
     last = torch.ones_like(eta) if keeps is None else keeps.same_segment[..., rule.halo :, -1].to(eta)
     if rule.update == "newton_schulz":
         return _one_write(rule, blocks, keeps, last, retain_to_end[..., 0] * retain[..., 0])
-    on_intake = _from_end(retain_to_end * eta, carry)
+    on_intake = _FromEnd.apply(retain_to_end * eta, carry)
     omega = _band_sum(rule, blocks, keeps, torch.stack([on_intake, carry_to_end], -2) * intake.unsqueeze(-2))
     return Steps(
         retain_to_end[..., 0] * retain[..., 0],

@@ -34,7 +34,8 @@ COLUMNS = (16, 32, 64, 128)  # what hidden units and outputs may be
 
 def can_run(config: LoopConfig, x: LoopInputs) -> bool:
     """Whether the kernels know this rule and its sizes, and Triton is there."""
-    if x.phi.device.type not in DEVICES:
+    at_the_start = x.read_coef is None and config.update == "gradient"  # few and long chunks: cuBLAS is right for those
+    if x.phi.device.type not in DEVICES or at_the_start:
         return False
     why = _unknown(config, x)
     if why:
@@ -50,7 +51,6 @@ def _unknown(config: LoopConfig, x: LoopInputs) -> str:
         return "triton is not installed"
     for unknown, what in (
         (config.update != "gradient", f"update: {config.update}"),
-        (x.read_coef is None, "reads at a chunk's start"),
         (config.context > 1, f"context: {config.context}"),
         (x.same_segment is not None, "restarts at documents"),
         (C > LONGEST, f"chunks of {C} tokens"),

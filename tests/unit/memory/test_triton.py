@@ -113,6 +113,13 @@ def test_a_planted_error_is_seen(kernel, before, after, monkeypatch):
     assert errors_of(case, rule_of(case, 4)) > 1e-6
 
 
+def test_second_derivatives_are_refused():
+    case = case_of("gated_mlp", 7)
+    y = run(chunked, rule_of(case, 4), case)[0]
+    with pytest.raises(RuntimeError, match="no second derivatives: call backward without create_graph"):
+        torch.autograd.grad(y.square().sum(), case.q, create_graph=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trial(kind, launched, monkeypatch):
     """Right kernels pass the trial that they have to stand on a card."""
@@ -130,7 +137,6 @@ def test_the_trial(kind, launched, monkeypatch):
     [
         ({"update": "newton_schulz"}, "no kernel for update: newton_schulz"),
         ({"context": 4}, "no kernel for context: 4"),
-        ({"read": "chunk"}, "no kernel for reads at a chunk's start"),
         ({"chunk": 100}, "no kernel for chunks of 100 tokens"),
     ],
 )
@@ -141,6 +147,14 @@ def test_what_the_kernels_do_not_know_runs_in_pytorch(change, why, launched, cap
         run(chunked, rule_of(case, 16)._replace(**change), case)
     assert launched == []
     assert [record.message.split(": ", 1)[1] for record in caplog.records] == [why], "it is said once"
+
+
+def test_reads_at_a_chunks_start_are_for_pytorch(launched, caplog):
+    """A global memory has few and long chunks: nothing is wrong, and nothing is said."""
+    case = case_of("gated_mlp", 20)
+    run(chunked, rule_of(case, 16)._replace(read="chunk"), case)
+    assert launched == []
+    assert not caplog.records
 
 
 def test_a_head_that_is_no_power_of_two_runs_in_pytorch(launched, caplog):
