@@ -368,6 +368,8 @@ SHOWN_ON_A_CPU = {
         "tests/integration/test_strategies.py", ("test_muon_of_sharded_parameters_is_muon",)),
     "reference.py made its tensors on the CPU": (
         "tests/unit/memory/test_on_cuda.py", ("test_the_reference_runs_where_its_inputs_are",)),
+    "attention took no fused kernel: all scores were computed and kept in float32": (
+        "tests/unit/model/test_attention.py", ("test_a_gpu_finds_what_its_fused_kernels_take",)),
     "the model waited for the device some 4,400 times a step": (
         "tests/unit/model/test_host_reads.py",
         ("test_a_step_of_the_model_reads_nothing", "test_a_stream_reads_nothing")),

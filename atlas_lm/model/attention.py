@@ -69,18 +69,22 @@ def window_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tens
 
 
 def _in_blocks(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tensor, window: int) -> Tensor:
-    T = q_BHTD.size(2)
+    """Blocks are sequences of their own: the fused kernels of a GPU take four dimensions, and keys in eights."""
+    B, T = q_BHTD.size(0), q_BHTD.size(2)
     C = min(window, T)
     K = -(-T // C)
-    missing = K * C - T
-    q = nnf.pad(q_BHTD, (0, 0, 0, missing)).unflatten(2, (K, C))
     span = window - 1 + C
-    k, v = (nnf.pad(x, (0, 0, 0, missing)).unfold(2, span, C).mT for x in (k_BHTD, v_BHTD))
-    ones = torch.ones(C, span, dtype=torch.bool, device=q.device)
-    mask = ones.triu() & ones.tril(window - 1) & nnf.pad(valid, (0, missing)).unfold(0, span, C).unsqueeze(1)
+    aligned = -(-span // 8) * 8
+    missing, beyond = K * C - T, K * C - T + aligned - span
+    q = nnf.pad(q_BHTD, (0, 0, 0, missing)).unflatten(2, (K, C)).transpose(1, 2).flatten(0, 1)
+    k, v = (nnf.pad(x, (0, 0, 0, beyond)).unfold(2, aligned, C).mT for x in (k_BHTD, v_BHTD))
+    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+    ones = torch.ones(C, aligned, dtype=torch.bool, device=q.device)
+    mask = ones.triu() & ones.tril(window - 1) & nnf.pad(valid, (0, beyond)).unfold(0, aligned, C).unsqueeze(1)
     mask = mask | ~mask.any(-1, keepdim=True)  # padded queries: any finite value will do
+    mask = mask.expand(B, K, C, aligned).flatten(0, 1).unsqueeze(1)
     y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.flatten(2, 3)[:, :, :T]
+    return y.unflatten(0, (B, K)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 class SlidingWindowAttention(nn.Module):
