@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from atlas_lm.config.schema import OptimConfig
 from atlas_lm.training.flat_storage import flat_storage
+from atlas_lm.training.muon import BatchedMuon
 
 
 class MuonAdamW(Optimizer):
@@ -23,7 +24,9 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]], **adamw: Any) -> None:
-        self.parts: tuple[Optimizer, ...] = (Muon(muon_groups), AdamW(adamw_groups, **adamw))
+        on_a_card = all(p.is_cuda for group in adamw_groups for p in group["params"])
+        adamw["fused"] = on_a_card or None  # one kernel instead of some; Lightning clips before
+        self.parts: tuple[Optimizer, ...] = (BatchedMuon(muon_groups), AdamW(adamw_groups, **adamw))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._laid_out = 0  # parameters whose moments lie side by side
         self._share()
