@@ -1,9 +1,11 @@
 """Tensors laid out side by side in memory, so that what looks at all of them takes few large steps."""
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 ALIGNMENT = 64  # bytes, as torch's own allocations: kernels take the same way through either, bit for bit
 LARGE = 2048  # bytes; a tensor of so many starts at a multiple of them, so that few rows of memory hold two tensors
@@ -32,3 +34,20 @@ def flat_storage(tensors: Iterable[Tensor]) -> list[Tensor]:
     for copy, x in zip(copies, tensors, strict=True):
         copy.copy_(x)
     return copies
+
+
+@torch.no_grad()
+def lay_side_by_side(module: nn.Module) -> None:
+    """Move a module's parameters into one storage, where they are not in one and can be.
+
+    A module that goes to a GPU leaves each of its parameters in a storage of its own. Sharded parameters stay as they
+    are, and so do all where there is no memory for both: it costs speed alone.
+    """
+    parameters = list(module.parameters())
+    if len({(p.dtype, p.device) for p in parameters}) != 1 or any(isinstance(p, DTensor) for p in parameters):
+        return
+    if len({p.untyped_storage().data_ptr() for p in parameters}) == 1:
+        return
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for parameter, copy in zip(parameters, flat_storage(parameters), strict=True):
+            parameter.data = copy

@@ -31,7 +31,7 @@ from atlas_lm.model.probes import (
     write_and_read,
 )
 from atlas_lm.model.sampling import generate
-from atlas_lm.training.flat_storage import flat_storage
+from atlas_lm.training.flat_storage import lay_side_by_side
 from atlas_lm.training.lightning_internals import logging_step
 from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
 
@@ -82,9 +82,7 @@ class AtlasModule(L.LightningModule):
         self.model_config, self.optim_config = model, optim
         self.bytes_per_token = bytes_per_token
         self.model = AtlasLM(model, vocab_size)
-        parameters = list(self.model.parameters())
-        for parameter, copy in zip(parameters, flat_storage(parameters), strict=True):
-            parameter.data = copy
+        lay_side_by_side(self.model)
         # torchmetrics drops NaN by default: a validation that is partly NaN would look healthy
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
@@ -339,6 +337,7 @@ class AtlasModule(L.LightningModule):
         fully_shard(self.model, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
+        lay_side_by_side(self.model)  # again, on the device where it has arrived
         optimizer = build_optimizer(self.model, self.optim_config)
         schedule = build_schedule(optimizer, self.optim_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

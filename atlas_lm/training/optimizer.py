@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from typing import Any
@@ -61,15 +62,17 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _lay_out(self) -> None:
-        """The parts make their moments one by one; move them together, where there is memory for both: on a CPU."""
+        """The parts make their moments one by one; move them together, where there is memory for both."""
         kinds: dict[Any, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         for state in self.state.values():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.is_cpu and not isinstance(value, DTensor):
-                    kinds[value.dtype].append((state, name))
+                if isinstance(value, Tensor) and not isinstance(value, DTensor):
+                    kinds[value.dtype, value.device].append((state, name))
         for places in kinds.values():
-            for (state, name), copy in zip(places, flat_storage(state[name] for state, name in places), strict=True):
-                state[name] = copy
+            with contextlib.suppress(torch.OutOfMemoryError):  # it costs speed alone
+                copies = flat_storage(state[name] for state, name in places)
+                for (state, name), copy in zip(places, copies, strict=True):
+                    state[name] = copy
         self._laid_out = len(self.state)
 
 

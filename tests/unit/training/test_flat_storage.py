@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from atlas_lm.training.flat_storage import ALIGNMENT, LARGE, flat_storage
+from atlas_lm.training.flat_storage import ALIGNMENT, LARGE, flat_storage, lay_side_by_side
 
 
 def test_copies_share_one_storage_at_equal_distances() -> None:
@@ -35,3 +36,37 @@ def test_what_cannot_lie_side_by_side() -> None:
         flat_storage([torch.zeros(3), torch.zeros(3, dtype=torch.float64)])
     with pytest.raises(ValueError, match=r"shape \(4, 3\) with strides \(6, 2\) is not dense"):
         flat_storage([torch.randn(4, 6)[:, ::2]])
+
+
+def storages(module: nn.Module) -> int:
+    return len({p.untyped_storage().data_ptr() for p in module.parameters()})
+
+
+def test_a_module_that_was_moved_is_laid_out_again() -> None:
+    """As one that goes to a GPU: there each parameter gets a storage of its own."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    before = [p.detach().clone() for p in module.parameters()]
+    assert storages(module) == 4
+    for dtype in (torch.float64, torch.float32):
+        lay_side_by_side(module)
+        assert storages(module) == 1
+        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+        module.to(dtype)
+        assert storages(module) == 4
+        before = [x.to(dtype) for x in before]
+
+
+def test_parameters_of_two_kinds_stay_where_they_are() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5).double())
+    lay_side_by_side(module)
+    assert storages(module) == 4
+
+
+def test_without_memory_for_both_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: object) -> list[Tensor]:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("atlas_lm.training.flat_storage.flat_storage", none)
+    module = nn.Linear(3, 4)
+    lay_side_by_side(module)
+    assert storages(module) == 2
