@@ -370,6 +370,9 @@ SHOWN_ON_A_CPU = {
         "tests/unit/memory/test_on_cuda.py", ("test_the_reference_runs_where_its_inputs_are",)),
     "attention took no fused kernel: all scores were computed and kept in float32": (
         "tests/unit/model/test_attention.py", ("test_a_gpu_finds_what_its_fused_kernels_take",)),
+    "safeguards waited for the device some nine times a step, and sent twelve messages and barriers": (
+        "tests/unit/callbacks/test_step_vote.py",
+        ("test_all_safeguards_together_wait_once_a_step", "test_all_safeguards_together_send_one_message_a_step")),
     "the model waited for the device some 4,400 times a step": (
         "tests/unit/model/test_host_reads.py",
         ("test_a_step_of_the_model_reads_nothing", "test_a_stream_reads_nothing")),

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.support.probing import record
+from callbacks.support.probing import log_number, record
 from callbacks.support.ranges import at_least, check, one_of
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class ChunkSizeScheduler(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log here: within one hook Lightning refuses a name that `record` uses too."""
-        pl_module.log("chunk_size_scheduler/chunk_size", self.largest())
+        log_number(pl_module, "chunk_size_scheduler/chunk_size", self.largest())
 
     def largest(self) -> float:
         """Chunk size of the last step, tokens."""

@@ -12,13 +12,12 @@ import signal
 import threading
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.support.collectives import max_over_ranks
 from callbacks.support.step_end import open_step_ends, save
+from callbacks.support.step_vote import enter, largest, vote
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -47,6 +46,7 @@ class Interrupt(Checkpoint):
             raise ValueError(f"requeue_exit_code={requeue_exit_code} of interrupt must lie in 1 to 255; 0 is success")
         self.path, self.requeue_exit_code = path, requeue_exit_code
         self.received = 0  # number of the signal
+        self._validated = False  # in this step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for `on_step_end`."""
@@ -55,6 +55,7 @@ class Interrupt(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals; Lightning gives every one back when `fit` ends, in whatever way."""
         self.received = 0
+        enter(trainer, signal=self._ballot)
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, *PREEMPTING):
                 signal.signal(number, self._on_signal)
@@ -66,9 +67,19 @@ class Interrupt(Checkpoint):
         hint = "; press it again to stop at once" if number == signal.SIGINT else ""
         rank_zero_info(f"\n{self._name(number)}: finishing this step and saving{hint}")
 
+    def _ballot(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        return float(self.received)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """It may have taken long."""
+        self._validated = True
+
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop here if a signal has reached any rank."""
-        received = int(max_over_ranks(trainer, torch.tensor(float(self.received))))
+        """Stop here if a signal has reached any rank: before this step's vote, or this rank where it is alone."""
+        received = self.received if trainer.world_size == 1 else int(vote(trainer, pl_module, "signal"))
+        if self._validated and trainer.world_size > 1:
+            received = int(largest(trainer, {"signal": float(self.received)})["signal"])
+        self._validated = False
         if not received:
             return
         save(trainer, self.path)

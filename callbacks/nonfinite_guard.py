@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from callbacks.support.collectives import any_rank, gathered
-from callbacks.support.gradients import gradient_norm, gradients
+from callbacks.support.gradients import gradients
 from callbacks.support.probing import record
 from callbacks.support.ranges import at_least, check
 from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
+from callbacks.support.step_vote import enter, loss_not_finite, norm_of_gradients, vote
 
 
 class NonFiniteTraining(FloatingPointError):
@@ -62,19 +63,19 @@ class NonfiniteGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A window that was cut short leaves nothing to judge."""
         begin_step_losses(trainer)
+        enter(trainer, loss_not_finite=loss_not_finite, gradient_norm=norm_of_gradients)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note it; reading it now would wait for the forward pass."""
         note_loss(trainer, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Judge the window: one wait for the device, and one message between ranks unless something is wrong."""
-        norm = gradient_norm(pl_module, optimizer)
-        finite = torch.cat([x.to(norm.device).reshape(-1) for x in (*step_losses(trainer), norm)]).isfinite().tolist()
-        loss, gradient = not all(finite[:-1]), not finite[-1]
-        if gradient:  # or the squares of large finite ones overflow: then each is looked at, which is slower
-            gradient = not bool(largest(gradients(optimizer)).isfinite())
-        if not any_rank(trainer, loss or gradient):
+        """Judge the window: no wait, and no message between ranks, of its own unless something is wrong."""
+        suspect = vote(trainer, pl_module, "loss_not_finite") or vote(trainer, pl_module, "gradient_norm") == math.inf
+        # or the squares of large finite ones overflow: so each gradient is looked at
+        loss = suspect and not all(map(math.isfinite, step_losses(trainer)))
+        gradient = suspect and not bool(largest(gradients(optimizer)).isfinite())
+        if not suspect or not any_rank(trainer, loss or gradient):
             self.streak.clear()
             return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None

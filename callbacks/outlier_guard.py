@@ -20,11 +20,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.support.collectives import max_over_ranks
 from callbacks.support.probing import record
 from callbacks.support.ranges import above, at_least, check
 from callbacks.support.rollback_request import who_can_roll_back
 from callbacks.support.step_loss import begin_step_losses, mean_step_loss, note_loss
+from callbacks.support.step_vote import enter, vote
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class OutlierGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A window that was cut short leaves nothing to judge."""
         begin_step_losses(trainer)
+        enter(trainer, step_loss=lambda trainer, _: mean_step_loss(trainer))
         self._training = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -97,7 +98,7 @@ class OutlierGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge them together."""
-        loss, limit = float(max_over_ranks(trainer, mean_step_loss(trainer))), self.limit()
+        loss, limit = vote(trainer, pl_module, "step_loss"), self.limit()
         if not self.judge(loss, limit):
             if self.consecutive >= self.streak:
                 self._regain(trainer, self.consecutive)

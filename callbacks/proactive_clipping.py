@@ -15,8 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from callbacks.support.gradients import gradient_norm
+from callbacks.support.gradients import gradients
+from callbacks.support.probing import log_number
 from callbacks.support.ranges import above, at_least, check, share
+from callbacks.support.step_vote import enter, norm_of_gradients, vote
 
 
 @runtime_checkable
@@ -82,16 +84,21 @@ class ProactiveClipping(Callback):
                 "proactive_clipping: no local memory to follow: remove it with ~callbacks.proactive_clipping"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The norm is one of the numbers that are read once a step."""
+        enter(trainer, gradient_norm=norm_of_gradients)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Lightning reads the threshold after this hook."""
         assert isinstance(pl_module, HasLocalChunks)
         kappa = self.at_step(tuple(pl_module.local_chunks))
         trainer.gradient_clip_val = kappa
         trainer.gradient_clip_algorithm = "norm"  # type: ignore[assignment]
-        self.clips += float(gradient_norm(pl_module, optimizer)) > kappa
-        pl_module.log("optim/clip_threshold", kappa)
-        pl_module.log("proactive_clipping/transitions", float(self.transitions))
-        pl_module.log("proactive_clipping/clips", float(self.clips))
+        clips = vote(trainer, pl_module, "gradient_norm") > kappa
+        self.clips += clips and bool(gradients(optimizer))  # a guard may have dropped them
+        log_number(pl_module, "optim/clip_threshold", kappa)
+        log_number(pl_module, "proactive_clipping/transitions", self.transitions)
+        log_number(pl_module, "proactive_clipping/clips", self.clips)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last change is, and the counts."""

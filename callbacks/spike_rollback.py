@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from callbacks.support.checkpoint_order import Position, by_step, position, position_now
-from callbacks.support.collectives import any_rank, mean_over_ranks
+from callbacks.support.collectives import mean_over_ranks
 from callbacks.support.lightning_internals import accumulates, is_logging_step, logging_step
 from callbacks.support.probing import begins, held_out_batch, record, record_start, undisturbed
 from callbacks.support.ranges import above, at_least, check, one_of, share
@@ -37,6 +37,7 @@ from callbacks.support.rollback_request import blocks_snapshot
 from callbacks.support.snapshots import Snapshot, restore, take
 from callbacks.support.step_end import flush_records, open_step_ends
 from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
+from callbacks.support.step_vote import enter, loss_not_finite, vote
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class SpikeRollback(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate once, and keep the state that training starts from."""
         begin_step_losses(trainer)
+        enter(trainer, loss_not_finite=loss_not_finite)
         self._losses, self._requested = [], None
         if begins(trainer):
             self.ema = None  # also of a run that is resumed from before its first step
@@ -195,9 +197,8 @@ class SpikeRollback(Checkpoint):
         """Evaluate if it is time, or if the loss was not finite."""
         if accumulates(trainer):
             return
-        losses = step_losses(trainer)
-        alarm = any_rank(trainer, not all(math.isfinite(loss) for loss in losses))
-        self._losses += losses if self.watch == "training_loss" else []
+        alarm = bool(vote(trainer, pl_module, "loss_not_finite"))
+        self._losses += step_losses(trainer) if self.watch == "training_loss" else []
         due = trainer.global_step % self.every_n_steps == 0
         seen = self.watch == "held_out" or bool(self._losses)  # a training_step may skip every batch in between
         if self._requested is not None:

@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.support.checkpoint_order import by_step
-from callbacks.support.collectives import any_rank
 from callbacks.support.ranges import above, at_least, check
 from callbacks.support.step_end import open_step_ends, save
+from callbacks.support.step_vote import enter, vote
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +49,23 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; what a resumed run starts from is saved already."""
         self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
+        if self.every_n_minutes is not None:
+            enter(trainer, time_to_save=self._time_is_up)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if it is time."""
-        if trainer.global_step % self.every_n_steps == 0 or self._time_is_up(trainer):
+        late = self.every_n_minutes is not None and vote(trainer, pl_module, "time_to_save")
+        if trainer.global_step % self.every_n_steps == 0 or late:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, unless it was its turn anyway."""
         self._save(trainer)
 
-    def _time_is_up(self, trainer: Trainer) -> bool:
-        if self.every_n_minutes is None:
-            return False
-        return any_rank(
-            trainer, trainer.is_global_zero and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
-        )
+    def _time_is_up(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """By rank zero's clock, before the step."""
+        assert self.every_n_minutes is not None
+        return float(trainer.is_global_zero and time.monotonic() - self._saved_at > 60 * self.every_n_minutes)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._last_global_step_saved:

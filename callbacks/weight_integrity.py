@@ -20,11 +20,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.support.collectives import any_rank, gathered
+from callbacks.support.collectives import gathered
 from callbacks.support.fingerprint import BitSums, Fingerprint
 from callbacks.support.lightning_internals import accumulates
 from callbacks.support.probing import record, reshard
 from callbacks.support.rollback_request import who_can_roll_back
+from callbacks.support.step_vote import enter, vote
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class WeightIntegrity(Callback):
         """What every fit begins with; a resumed one loads its state after `setup`."""
         self.corruptions = 0  # steps at which some were found, rolled back ones included
         self._expected: Fingerprint | dict[str, int] | None = None  # None: within an optimizer step
+        self._found: Fingerprint | None = None  # of this step, until it has been judged
         self._requested: int | None = None  # step at which a rollback was requested that has not come yet
         self._parameters: dict[str, Tensor] = {}
         self._sums = BitSums()
@@ -64,16 +66,18 @@ class WeightIntegrity(Callback):
         reshard(pl_module)  # gathered parameters are others than those that training keeps
         self._parameters, self._requested = dict(pl_module.named_parameters()), None
         self._expected = self._fingerprint(trainer)
+        enter(trainer, weight_integrity=self._differs)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare, before the optimizer makes the damage its own."""
         if self._expected is None:
             return
-        wrong = self._compare(self._expected, self._fingerprint(trainer))
-        if any_rank(trainer, bool(wrong)):
-            self._act(trainer, optimizer, gathered(trainer, wrong))
+        if vote(trainer, pl_module, "weight_integrity"):
+            assert self._found is not None
+            self._act(trainer, optimizer, gathered(trainer, self._compare(self._expected, self._found)))
         else:
             self._expected = None
+        self._found = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,6 +126,15 @@ class WeightIntegrity(Callback):
         self._sums = BitSums()  # its views would keep the moments that are being replaced alive for another step
 
     # Parts
+
+    def _differs(self, trainer: Trainer, pl_module: LightningModule) -> Tensor | float:
+        """Whether anything has changed; on the device, where the sums are."""
+        if self._expected is None:
+            return 0.0
+        self._found = self._fingerprint(trainer)
+        if isinstance(self._expected, Fingerprint) and self._expected.views is self._found.views:
+            return self._expected.differs(self._found)
+        return float(bool(self._compare(self._expected, self._found)))
 
     def _compare(self, expected: Fingerprint | dict[str, int], found: Fingerprint) -> list[str]:
         if isinstance(expected, Fingerprint):

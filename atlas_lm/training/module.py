@@ -178,7 +178,8 @@ class AtlasModule(L.LightningModule):
         loss = self.loss(output.logits, batch["targets"], batch.get("weights"))
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/ppl", loss.detach().exp(), prog_bar=True)
-        self.log("optim/lr", self.trainer.optimizers[0].param_groups[-1]["lr"])
+        # tensors on the host: Lightning would send a number to the device, and wait
+        self.log("optim/lr", torch.tensor(float(self.trainer.optimizers[0].param_groups[-1]["lr"])))
         return loss
 
     def _polarise(self, gates: tuple[Tensor, ...]) -> None:
@@ -197,8 +198,10 @@ class AtlasModule(L.LightningModule):
         now = time.perf_counter()
         if self._last_step_ended is not None:
             rate = batch["input_ids"].numel() * self.trainer.world_size / (now - self._last_step_ended)
-            self.log("perf/tokens_per_second", rate, prog_bar=True)
-        self.log("train/global_step", float(self.trainer.global_step))  # goes back at a rollback; the loggers' step not
+            self.log("perf/tokens_per_second", torch.tensor(float(rate)), prog_bar=True)
+        self.log(
+            "train/global_step", torch.tensor(float(self.trainer.global_step))
+        )  # goes back at a rollback; the loggers' step not
         self._last_step_ended = now
 
     def gradient_norm(self) -> Tensor:

@@ -45,6 +45,13 @@ def max_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     return _reduced(trainer, finite, "max")
 
 
+def all_reduce_max(values: Tensor) -> Tensor:
+    """The largest of each number, in place, where there are several ranks; without the barrier of Lightning's own."""
+    _entering("all_reduce_max")
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return values
+
+
 def _reduced(trainer: Trainer, values: Tensor, operation: str) -> Tensor:
     moved = values.detach().to(trainer.strategy.root_device).clone()
     return trainer.strategy.reduce(moved, reduce_op=operation).to(values.device)

@@ -87,6 +87,12 @@ class Fingerprint:
         same = self.views is other.views
         return same and all(map(torch.equal, self.sums + self.ends, other.sums + other.ends))
 
+    def differs(self, other: "Fingerprint") -> Tensor:
+        """Whether a bit has changed, between two of the same views: on the device, and nobody waits for it."""
+        pairs = list(zip(self.sums + self.ends, other.sums + other.ends, strict=True))
+        device = next((a.device for a, _ in pairs if a.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([(a != b).any().to(device) for a, b in pairs]).any()
+
     def numbers(self) -> dict[str, int]:
         """The sums by name, modulo 2⁶⁴; waits for the devices."""
         found: dict[str, int] = {}

@@ -103,6 +103,11 @@ def record(trainer: Trainer, values: Mapping[str, float]) -> None:
     send(trainer, values)
 
 
+def log_number(pl_module: LightningModule, name: str, value: float) -> None:
+    """`pl_module.log`, of a tensor that stays on the host: Lightning would send a number to the device, and wait."""
+    pl_module.log(name, torch.tensor(float(value)))
+
+
 def begins(trainer: Trainer) -> bool:
     """Whether this run has seen no batch yet, not even before it was resumed or rolled back."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
