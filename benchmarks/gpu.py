@@ -370,6 +370,10 @@ SHOWN_ON_A_CPU = {
         "tests/unit/memory/test_on_cuda.py", ("test_the_reference_runs_where_its_inputs_are",)),
     "attention took no fused kernel: all scores were computed and kept in float32": (
         "tests/unit/model/test_attention.py", ("test_a_gpu_finds_what_its_fused_kernels_take",)),
+    "a validation streamed a whole sequence, one chunk after another, for one number": (
+        "tests/unit/training/test_module.py", ("test_the_norm_of_a_validation_is_that_after_one_shard",)),
+    "a deep model's memory_contribution was not measured": (
+        "tests/unit/callbacks/test_niah_probe.py", ("test_a_deep_model_is_measured_beyond_one_window",)),
     "safeguards waited for the device some nine times a step, and sent twelve messages and barriers": (
         "tests/unit/callbacks/test_step_vote.py",
         ("test_all_safeguards_together_wait_once_a_step", "test_all_safeguards_together_send_one_message_a_step")),

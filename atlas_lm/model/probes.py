@@ -80,13 +80,17 @@ def losses_with_and_without_memory(
     """Mean nats per target with the memory, and with its output zeroed.
 
     Only targets further from the start than all layers' attention windows together reach count: the others could have
-    been predicted from everything before them by attention alone. ValueError: the sequences are too short for that.
+    been predicted from everything before them by attention alone. In a deep model no sequence may be that long: then
+    those further than one window. ValueError: the sequences are too short for that.
     """
+    T, window = tokens_BT.size(1), model.config.window
     reach = attention_reach(model.config) + 1
-    if tokens_BT.size(1) <= reach:
+    if reach >= T:
+        reach = window
+    if reach >= T:
         raise ValueError(
-            f"sequences of {tokens_BT.size(1)} tokens lie within the reach of attention, {reach} tokens in all: "
-            "raise data.seq_len or lower model.window"
+            f"sequences of {T} tokens lie within one attention window, {window} tokens: raise data.seq_len or lower "
+            "model.window"
         )
 
     def loss() -> Tensor:

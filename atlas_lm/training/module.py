@@ -280,10 +280,14 @@ class AtlasModule(L.LightningModule):
                     board.add_histogram(f"memory/gate/layer_{i}", finite, self._logging_step())
 
     def _log_memory(self, batch: dict[str, Tensor]) -> None:
-        """How far the fast weights have moved from W_init after the first sequence, per layer: ‖W − W_init‖."""
-        starts = batch.get("document_start")
+        """How far the fast weights have moved from W_init after the first shard, per layer: ‖W − W_init‖.
+
+        A stream goes through its chunks one after another: a whole sequence of a GPU's model would take seconds.
+        """
+        starts, shard = batch.get("document_start"), self.model_config.shard
         state = self.model.initial_state(1)
-        after = self.model(batch["input_ids"][:1], state, None if starts is None else starts[:1]).state
+        tokens = batch["input_ids"][:1, :shard]
+        after = self.model(tokens, state, None if starts is None else starts[:1, :shard]).state
         for i, block in enumerate(after):
             norm = sum(change.square().sum() for change in block.fast_weights()) ** 0.5
             self.log(f"memory/norm/layer_{i}", norm, sync_dist=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.nn import functional as nnf
 from torch.utils.data import DataLoader
 
 from atlas_lm.training.module import AtlasModule
@@ -278,8 +279,21 @@ def test_text_that_attention_sees_whole_measures_nothing(tmp_path: Path, caplog:
     lines = Lines()
     with caplog.at_level(logging.WARNING):
         fit(module, MemoryContribution(every_n_steps=1), folder=tmp_path, logger=lines)
-    assert "not measured: sequences of 24 tokens lie within the reach of attention, 24 tokens" in caplog.text
+    assert "not measured: sequences of 24 tokens lie within one attention window, 24 tokens" in caplog.text
     assert values_of(lines.rows, "memory_contribution/perplexity_rise") == []
+
+
+def test_a_deep_model_is_measured_beyond_one_window() -> None:
+    """Windows of 24 layers reach further than any sequence: the number was missing for the larger models."""
+    deep = AtlasModule({**MODEL, "window": 8, "layers": 4}, OPTIM, VOCABULARY)
+    batch = next(iter(Batches([0])))
+    assert deep.attention_reach() == (8, 28)
+    assert batch["input_ids"].size(1) == 24
+    with_memory, without = deep.memory_contribution(batch)
+    logits = deep.model(batch["input_ids"]).logits[:, 8:]
+    expected = nnf.cross_entropy(logits.flatten(0, 1), batch["targets"][:, 8:].flatten())
+    assert with_memory.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert with_memory != without
 
 
 def test_the_rows_of_metrics_are_json(tmp_path: Path) -> None:

@@ -180,3 +180,17 @@ def test_the_norm_is_of_the_gradients_as_they_are():
 
     trainer = fit(make_module(0.0, 0.1), Change())
     assert "optim/grad_norm" not in trainer.callback_metrics, "a skipped step has none"
+
+
+def test_the_norm_of_a_validation_is_that_after_one_shard(monkeypatch):
+    """A stream goes through its chunks one by one: of a long sequence that took seconds on a GPU."""
+    module = make_module(0.0, 0.1, shard=8, global_chunk=8)
+    read, logged = [], {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    forward = module.model.forward
+    monkeypatch.setattr(module.model, "forward", lambda x, *rest: read.append(x.shape) or forward(x, *rest))
+    with torch.no_grad():
+        module._log_memory(make_batch())
+    assert read == [(1, 8)]
+    assert all(value > 0 for value in logged.values())
+    assert len(logged) == len(module.model.blocks)
