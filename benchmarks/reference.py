@@ -90,7 +90,7 @@ METRICS = {
     "val/ppl": Metric("", "its perplexity", "module", VALIDATION),
     "val/bits_per_byte": Metric("bits", "the same per byte of text", "module", "validations on text"),
     "recall/accuracy": Metric("share", "right answers", "module", "validations on data=recall"),
-    "memory/norm/layer_<i>": Metric("", "norm of W − W_init after the first shard of the first validation sequence", "module",
+    "memory/norm/layer_<i>": Metric("", "norm of W − W_init after a shard of validation text", "module",
                                     "validations"),
     "gate_monitor/mean": Metric("", "mean of the gates of the last training step", "gate_monitor", CHECK),
     "gate_monitor/std": Metric("", "their standard deviation", "gate_monitor", CHECK),
