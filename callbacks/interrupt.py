@@ -4,6 +4,7 @@ Watches:  SIGINT; SIGTERM and SIGUSR1, which schedulers send before they preempt
           middle of a step would leave weights half updated and lose a batch on resume.
 Acts:     finishes the step (and the validation after it), saves `path`, stops all ranks together. After SIGTERM and
           SIGUSR1 the process ends with `requeue_exit_code`, which asks to be resumed. A second Ctrl-C stops at once.
+          With several ranks a signal that comes after a step's vote (support/step_vote.py) waits for the next step's.
 Logs:     nothing.
 Requires: any LightningModule.
 """

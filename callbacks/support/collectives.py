@@ -37,19 +37,15 @@ def mean_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
 
 
 def max_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
-    """The largest of each number; what is not finite counts as infinity, as a maximum may pass NaN over."""
-    finite = values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
-    if trainer.world_size == 1:
-        return finite
-    _entering("max_over_ranks")
-    return _reduced(trainer, finite, "max")
+    """The largest of each number of the device; what is not finite counts as infinity, as a maximum may pass NaN over.
 
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    """The largest of each number, in place, where there are several ranks; without the barrier of Lightning's own."""
-    _entering("all_reduce_max")
-    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
-    return values
+    Without Lightning's own reduction, which waits at a barrier first.
+    """
+    found = values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+    if trainer.world_size > 1:
+        _entering("max_over_ranks")
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found
 
 
 def _reduced(trainer: Trainer, values: Tensor, operation: str) -> Tensor:

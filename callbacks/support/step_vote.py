@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.support.collectives import all_reduce_max
+from callbacks.support.collectives import max_over_ranks
 from callbacks.support.gradients import gradient_norm
 from callbacks.support.step_loss import step_losses
 
@@ -63,8 +63,7 @@ def largest(trainer: Trainer, numbers: dict[str, Tensor | float]) -> dict[str, f
     if told and not alone:
         parts.append(torch.tensor(list(told.values()), dtype=wide).to(device, non_blocking=True))
     vector = torch.cat(parts) if parts else torch.zeros(0, dtype=wide, device=device)
-    if not alone:
-        vector = all_reduce_max(vector.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf))
+    vector = max_over_ranks(trainer, vector)
     values = [*vector.tolist(), *(told.values() if alone else ())]
     return {
         name: value if math.isfinite(value) else math.inf for name, value in zip([*held, *told], values, strict=True)
