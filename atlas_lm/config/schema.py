@@ -71,10 +71,12 @@ class ModelConfig:
     memory: str = choice("atlas", "gated_delta", "none")
     """The baselines have the parameters of the model with memory. gated_delta: a gated delta net with as many fast
     weights, or as many as half the feed-forward pays for; none: attention alone."""
+    memory_layers: list[int] | None = None
+    """Blocks that hold a memory, counted from 0; null: all of them."""
     local_chunks: list[int] = MISSING
     """Chunk size of each local memory, tokens; as many local memories as entries (M8)."""
-    global_chunk: int = number(minimum=1)
-    """Chunk size of the global memory, C_G, tokens."""
+    global_chunk: int | None = number(minimum=1)
+    """Chunk size of the global memory, C_G, tokens; null: no global memory."""
     shard: int = number(minimum=1)
     """Tokens after which the local memories restart, S_L; a multiple of `global_chunk`."""
     network: str = choice("gated_mlp", "mlp", "linear")
@@ -104,7 +106,13 @@ class ModelConfig:
     radius: float = number(minimum=0)
     """Bound on the root mean square of a fast matrix's entries."""
     conv: int = number(4, minimum=1)
-    """Length of the causal convolution on queries, keys and values, tokens; 1 is none."""
+    """Length of the causal convolution on the memory's queries, keys and values, tokens; 1 is none. Not read where
+    they are the attention's."""
+    attention_conv: int = number(1, minimum=1)
+    """The same for the attention, whose keys then hold the token before from the start on; 1 is none."""
+    share_qkv: bool = False
+    """Whether the memory takes the attention's queries, keys and values, before their rotary positions, instead of
+    projections of its own."""
     checkpoint: str = choice("none", "block", default="none")
     """block: a training step keeps the inputs of each block alone and computes the block again on the way back: the
     same gradients bit for bit, less memory, about a third more time."""
@@ -124,6 +132,13 @@ class ModelConfig:
                 f"model.memory_hidden={hidden} must be at least model.head_dim={width}, or what the memory answers "
                 f"lies in a subspace: raise it to {width}, or leave it out"
             )
+        if isinstance(self.memory_layers, list) and isinstance(self.layers, int):
+            layers = self.memory_layers
+            if not layers or len(set(layers)) < len(layers) or not all(0 <= i < self.layers for i in layers):
+                raise ValueError(
+                    f"model.memory_layers={list(layers)} must name blocks from 0 to {self.layers - 1}, each once; "
+                    "null names all of them, model.memory=none is the model without"
+                )
         if isinstance(self.local_chunks, list) and isinstance(self.shard, int):
             longest = max(self.local_chunks, default=0)
             if longest > self.shard:

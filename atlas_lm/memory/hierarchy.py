@@ -42,7 +42,7 @@ class MemorySpec(NamedTuple):
     heads: int
     head_dim: int  # D
     local_chunks: tuple[int, ...]  # C_L of each local memory
-    global_chunk: int  # C_G
+    global_chunk: int | None  # C_G; None: no global memory
     shard: int  # S_L: local memories restart after so many tokens
     network: str = "gated_mlp"
     residual: bool = False  # M adds the raw input
@@ -61,7 +61,7 @@ class MemorySpec(NamedTuple):
 class HierarchyState(NamedTuple):
     """Everything that a layer's memory carries between two calls."""
 
-    global_memory: MemoryState
+    global_memory: MemoryState | None
     local_memories: tuple[MemoryState, ...]
     projection: ProjectionState
 
@@ -143,15 +143,20 @@ def initialise_weights(network: Network, weights: list[nn.Parameter], constant: 
 
 
 class Hierarchy(nn.Module):
-    """One global and N local memories over shared q, k, v, feature map and persistent keys."""
+    """At most one global and N local memories over shared q, k, v, feature map and persistent keys."""
 
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
-        if spec.shard < 1 or spec.global_chunk < 1 or spec.shard % spec.global_chunk:
-            near = max(1, spec.shard // max(1, spec.global_chunk)) * max(1, spec.global_chunk)
+        chunk = spec.global_chunk
+        if spec.shard < 1 or (chunk is not None and (chunk < 1 or spec.shard % chunk)):
+            near = max(1, spec.shard // max(1, chunk or 1)) * max(1, chunk or 1)
             raise ValueError(
                 f"the shard length must be a multiple of the global chunk, got shard {spec.shard} and global_chunk "
-                f"{spec.global_chunk}; set shard to {near}"
+                f"{chunk}; set shard to {near}"
+            )
+        if chunk is None and not spec.local_chunks:
+            raise ValueError(
+                "global_chunk=null and local_chunks=[] leave no memory; set one of them, or model.memory=none"
             )
         if spec.persistent_keys < 0:
             raise ValueError(f"persistent_keys must not be negative, got {spec.persistent_keys}")
@@ -162,7 +167,7 @@ class Hierarchy(nn.Module):
         self.spec = spec
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
         self.persistent_keys = nn.Parameter(torch.empty(spec.heads, spec.persistent_keys, spec.head_dim))
-        self.global_memory = FastMemory(spec, spec.global_chunk, "chunk", self.features)
+        self.global_memory = None if chunk is None else FastMemory(spec, chunk, "chunk", self.features)
         self.local_memories = nn.ModuleList(FastMemory(spec, c, "token", self.features) for c in spec.local_chunks)
         self.reset_parameters()
 
@@ -178,8 +183,8 @@ class Hierarchy(nn.Module):
         return list(self.local_memories)  # type: ignore[arg-type]
 
     def memories(self) -> list[FastMemory]:
-        """The global one first."""
-        return [self.global_memory, *self._local()]
+        """The global one, where there is one, first."""
+        return self._local() if self.global_memory is None else [self.global_memory, *self._local()]
 
     def set_local_chunks(self, chunks: tuple[int, ...]) -> None:
         """Change C_L of every local memory with no rebuild (M13), to any size ≥ 1. Prefill streams again."""
@@ -201,8 +206,9 @@ class Hierarchy(nn.Module):
         def start(memory: FastMemory) -> MemoryState:
             return initial_state(memory.rule, memory.weights(), batch, F, restart)
 
+        whole = None if self.global_memory is None else start(self.global_memory)
         local = tuple(start(memory) for memory in self._local())
-        return HierarchyState(start(self.global_memory), local, persistent_state(self.persistent_keys, batch))
+        return HierarchyState(whole, local, persistent_state(self.persistent_keys, batch))
 
     def _fit(self, given: ProjectionState, k_BHTD: Tensor) -> ProjectionState:
         sizes = dict(zip(("batch", "heads"), k_BHTD.shape[:2], strict=True))
@@ -243,19 +249,22 @@ class Hierarchy(nn.Module):
                 f"the state has {len(state.local_memories)} local memories, this model {len(self.local_memories)}; "
                 "start from initial_state of this model"
             )
-        phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
+        if state is not None and (state.global_memory is None) != (self.global_memory is None):
+            has, lacks = ("state", "model") if self.global_memory is None else ("model", "state")
+            raise ValueError(f"the {has} has a global memory, the {lacks} has none; start from this model's own state")
+        phi_k = self.features(k_BHTD)
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
-        memory = self.global_memory
-        tokens = Tokens(k_BHTD, phi_k, v_BHTD, memory.open(x_BTM) if write else unchanging(x_BTM, H), restart)
+        y_BHTD: Tensor | None = None
         global_state: MemoryState | None = None
-        if state is None:
-            y_BHTD = scan_shard(memory.rule, memory.weights(), q_BHTD, phi_q, tokens)
-        else:
-            y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
-        if not self.local_memories:
-            if state is None or global_state is None:
-                return y_BHTD, None
-            return y_BHTD, state._replace(global_memory=global_state)
+        if (memory := self.global_memory) is not None:
+            phi_q = self.features(q_BHTD)
+            tokens = Tokens(k_BHTD, phi_k, v_BHTD, memory.open(x_BTM) if write else unchanging(x_BTM, H), restart)
+            if state is None or state.global_memory is None:
+                y_BHTD = scan_shard(memory.rule, memory.weights(), q_BHTD, phi_q, tokens)
+            else:
+                y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
+            if not self.local_memories:
+                return y_BHTD, None if state is None else state._replace(global_memory=global_state)
 
         shards = _Shards(T, self.spec.shard if state is None else T)
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
@@ -279,10 +288,9 @@ class Hierarchy(nn.Module):
             else:
                 y, after = scan(memory.rule, state.local_memories[n], memory.weights(), q, phi_q, tokens)
                 local_states.append(after)
-            y_BHTD = y_BHTD + shards.unfold(y)
-        if global_state is None:
-            return y_BHTD, None
-        return y_BHTD, HierarchyState(global_state, tuple(local_states), projection)
+            y_BHTD = shards.unfold(y) if y_BHTD is None else y_BHTD + shards.unfold(y)
+        assert y_BHTD is not None  # there is at least one memory
+        return y_BHTD, None if state is None else HierarchyState(global_state, tuple(local_states), projection)
 
 
 class _Shards(NamedTuple):

@@ -102,9 +102,9 @@ def delta_spec(config: ModelConfig) -> DeltaSpec:
     return spec
 
 
-def block_spec(config: ModelConfig) -> MemorySpec | DeltaSpec | None:
-    """What a block's memory is built from; None without one. ValueError: there is no memory of that name."""
-    if config.memory == "none":
+def block_spec(config: ModelConfig, held: bool = True) -> MemorySpec | DeltaSpec | None:
+    """What the memory of a block is built from that is to hold one; None without. ValueError: none has that name."""
+    if config.memory == "none" or not held:
         return None
     if config.memory == "atlas":
         return memory_spec(config)
@@ -116,7 +116,7 @@ def block_spec(config: ModelConfig) -> MemorySpec | DeltaSpec | None:
 def make_block(config: ModelConfig, spec: MemorySpec | DeltaSpec | None, hidden: int) -> Block:
     return Block(
         spec, config.dim, config.heads, config.head_dim, hidden, config.window, config.rope_base, config.conv,
-        config.fusion,
+        config.fusion, config.attention_conv, config.share_qkv,
     )  # fmt: skip
 
 
@@ -129,14 +129,14 @@ def own_ffn_hidden(config: ModelConfig) -> int:
     return max(1, round(config.ffn_multiple * config.dim))
 
 
-def ffn_hidden(config: ModelConfig, spec: MemorySpec | DeltaSpec | None) -> int:
+def ffn_hidden(config: ModelConfig, held: bool = True) -> int:
     """Hidden width of the feed-forward: with another memory, or none, as wide as makes the parameters equal."""
     hidden = own_ffn_hidden(config)
     if config.memory == "atlas":
         return hidden
     twin = ModelConfig(**{**vars(config), "memory": "atlas"})
     with torch.device("meta"):
-        ours, theirs = (make_block(c, s, hidden) for c, s in ((twin, memory_spec(twin)), (config, spec)))
+        ours, theirs = (make_block(c, block_spec(c, held), hidden) for c in (twin, config))
         return max(1, hidden + round((parameters_of(ours) - parameters_of(theirs)) / (3 * config.dim)))
 
 
@@ -148,9 +148,9 @@ class AtlasLM(nn.Module):
         check(config)
         self.config = config
         self.embed = nn.Embedding(vocab_size, config.dim)
-        spec = block_spec(config)
-        hidden = ffn_hidden(config, spec)
-        self.blocks = nn.ModuleList(make_block(config, spec, hidden) for _ in range(config.layers))
+        holds = [config.memory_layers is None or i in config.memory_layers for i in range(config.layers)]
+        sizes = {held: (block_spec(config, held), ffn_hidden(config, held)) for held in set(holds)}
+        self.blocks = nn.ModuleList(make_block(config, *sizes[held]) for held in holds)
         self.norm = RMSNorm(config.dim)
         self.reset_parameters()
 

@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.state import all_finite, fit, may_look
+from atlas_lm.model.convolution import CausalConv, make_associative
 
 
 class AttentionState(NamedTuple):
@@ -22,6 +23,7 @@ class AttentionState(NamedTuple):
     valid: Tensor  # (W−1,) bool: slots that hold a token
     position: int  # of the next token
     base: float  # of the rotary positions that the keys were turned by
+    conv: Tensor | None = None  # (B, conv−1, 3·H·D): the convolution's last inputs
 
 
 def rotate(x_BHTD: Tensor, position: int, base: float) -> Tensor:
@@ -88,36 +90,69 @@ def _in_blocks(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, valid: Tensor, wi
 
 
 class SlidingWindowAttention(nn.Module):
-    """Projections, RoPE and window attention; heads are merged again, the output projection is the block's."""
+    """Projections, RoPE and window attention; heads are merged again, the output projection is the block's.
 
-    def __init__(self, dim: int, heads: int, head_dim: int, window: int, rope_base: float) -> None:
+    With a convolution of `conv` > 1 tokens on queries, keys and values it finds what followed its own token from the
+    first step on, as a memory does.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, window: int, rope_base: float, conv: int = 1) -> None:
         super().__init__()
         if window < 1:
             raise ValueError(f"the attention window must be at least 1 token, got {window}")
         self.heads, self.window, self.rope_base = heads, window, rope_base
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.conv = CausalConv(3 * heads * head_dim, conv) if conv != 1 else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.conv is not None:
+            make_associative(self.qkv.weight, self.conv)
 
     def initial_state(self, batch: int) -> AttentionState:
         weight = self.qkv.weight
         cache = weight.new_zeros(batch, self.heads, self.window - 1, self.head_dim)
         valid = torch.zeros(self.window - 1, dtype=torch.bool, device=weight.device)
-        return AttentionState(cache, cache, valid, 0, self.rope_base)
+        return AttentionState(cache, cache, valid, 0, self.rope_base, self._initial_conv(batch))
+
+    def _initial_conv(self, batch: int) -> Tensor | None:
+        if self.conv is None:
+            return None
+        return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
 
     def forward(self, x_BTM: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
         """(B, T, M) → (B, T, H·D) and, with a cache, the cache after the last token.
 
         ValueError for a cache of another attention or batch.
         """
+        return self.attend(*self.project(x_BTM, state), state)
+
+    def project(self, x_BTM: Tensor, state: AttentionState | None) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values (B, T, 3·H·D) after the convolution, and its last inputs."""
         qkv = self.qkv(x_BTM)
+        if state is not None and (state.conv is None) != (self.conv is None):
+            has, lacks = ("state", "model") if self.conv is None else ("model", "state")
+            raise ValueError(f"the {has}'s attention has a convolution, the {lacks}'s has none; prefill again")
+        if self.conv is None:
+            return qkv, None
+        tail = self._initial_conv(x_BTM.size(0)) if state is None else state.conv
+        assert tail is not None
+        sizes = {"batch": qkv.size(0), "attention_conv - 1": self.conv.width - 1, "channels": qkv.size(2)}
+        return self.conv(qkv, fit("tail of the attention's convolution", tail, sizes, qkv))
+
+    def attend(
+        self, qkv: Tensor, tail: Tensor | None, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState | None]:
+        """From what `project` returns."""
         if state is None:
             if cpu_attention.can_run(qkv):
                 cos, sin = angles(qkv, qkv.size(1), self.head_dim, 0, self.rope_base)
                 return cpu_attention.window_attention(qkv, cos, sin, self.heads, self.window), None
-            return self._stream(qkv, self.initial_state(x_BTM.size(0)))[0], None
-        return self._stream(qkv, state)
+            return self._stream(qkv, None, self.initial_state(qkv.size(0)))[0], None
+        return self._stream(qkv, tail, state)
 
-    def _stream(self, qkv: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+    def _stream(self, qkv: Tensor, tail: Tensor | None, state: AttentionState) -> tuple[Tensor, AttentionState]:
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
         q, k = (rotate(y, state.position, self.rope_base) for y in (q, k))
         if state.base != self.rope_base:
@@ -134,6 +169,5 @@ class SlidingWindowAttention(nn.Module):
         y = window_attention(q, k, v, valid, self.window)
         keep = slice(k.size(2) - self.window + 1, None)
         # copies: a view would keep the whole prefill alive
-        position = state.position + q.size(2)
-        after = AttentionState(k[:, :, keep].clone(), v[:, :, keep].clone(), valid[keep], position, self.rope_base)
-        return y.transpose(1, 2).flatten(2), after
+        k, v, valid, position = k[:, :, keep].clone(), v[:, :, keep].clone(), valid[keep], state.position + q.size(2)
+        return y.transpose(1, 2).flatten(2), AttentionState(k, v, valid, position, self.rope_base, tail)

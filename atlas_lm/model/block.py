@@ -15,7 +15,7 @@ from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.state import fit
 from atlas_lm.model.attention import AttentionState, SlidingWindowAttention
-from atlas_lm.model.convolution import CausalConv
+from atlas_lm.model.convolution import CausalConv, make_associative
 from atlas_lm.model.gated_delta import DeltaSpec, GatedDeltaBranch
 from atlas_lm.model.norm import RMSNorm, normalised_heads
 
@@ -39,7 +39,7 @@ class BlockState(NamedTuple):
     """What a block carries between two calls."""
 
     attention: AttentionState
-    conv: Tensor | None  # (B, conv−1, 3·H·D)
+    conv: Tensor | None  # (B, conv−1, 3·H·D) of the memory's own projections
     memory: HierarchyState | Tensor | None  # that of a baseline is one tensor
 
     def fast_weights(self) -> tuple[Tensor, ...]:
@@ -47,35 +47,45 @@ class BlockState(NamedTuple):
         if not isinstance(self.memory, HierarchyState):
             return () if self.memory is None else (self.memory,)
         memories = (self.memory.global_memory, *self.memory.local_memories)
-        return tuple(change for memory in memories for change in memory.change)
+        return tuple(change for memory in memories if memory is not None for change in memory.change)
+
+
+def memory_heads(qkv: Tensor, tail: Tensor, conv: CausalConv | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3·H·D), convolved where there is a convolution → q and k of unit norm, and v: (B, H, T, D) each."""
+    if cpu_convolution.can_run(qkv):
+        weight = qkv.new_ones(1, qkv.size(2)) if conv is None else conv.weight
+        return cpu_convolution.heads(qkv, tail, weight, heads)
+    if conv is not None:
+        qkv = conv(qkv, tail)[0]
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
+    q, k = (unit(y).to(v.dtype) for y in (q, k))
+    return q, k, v
 
 
 class MemoryBranch(nn.Module):
-    """Projections, short convolution and unit norms around a memory hierarchy: (B, T, M) → (B, T, H·D)."""
+    """Projections, short convolution and unit norms around a memory hierarchy: (B, T, M) → (B, T, H·D).
 
-    def __init__(self, spec: MemorySpec, conv: int) -> None:
+    `conv` None: the queries, keys and values are given instead.
+    """
+
+    def __init__(self, spec: MemorySpec, conv: int | None) -> None:
         super().__init__()
         self.heads = spec.heads
         width = spec.heads * spec.head_dim
-        self.qkv = nn.Linear(spec.dim, 3 * width, bias=False)
-        self.conv = CausalConv(3 * width, conv)
+        self.qkv = None if conv is None else nn.Linear(spec.dim, 3 * width, bias=False)
+        self.conv = None if conv is None else CausalConv(3 * width, conv)
         self.hierarchy = Hierarchy(spec)
         self.norm = RMSNorm(spec.head_dim)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """An associative memory from the first step on: a query finds what followed its own token.
+        """An associative memory from the first step on."""
+        if self.qkv is not None and self.conv is not None:
+            make_associative(self.qkv.weight, self.conv)
 
-        Queries start with the keys' projection, and a key as the sum of its token and the one before, so that "a b …
-        a" asks with a for what was stored at b. Left to chance, training must first find both.
-        """
-        q, k, _ = self.qkv.weight.chunk(3)
-        k.copy_(q)
-        if self.conv.width > 1:
-            self.conv.weight[-2].chunk(3)[1].add_(1.0)
-
-    def initial_conv(self, batch: int) -> Tensor:
+    def initial_conv(self, batch: int) -> Tensor | None:
+        if self.qkv is None or self.conv is None:
+            return None
         return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
 
     def initial_state(self, batch: int, restart: bool) -> HierarchyState:
@@ -83,23 +93,26 @@ class MemoryBranch(nn.Module):
         return self.hierarchy.initial_state(batch, restart)
 
     def forward(
-        self, x_BTM: Tensor, conv: Tensor, state: HierarchyState | None, restart_BT: Tensor | None, write: bool = True
-    ) -> tuple[Tensor, Tensor, HierarchyState | None]:
-        qkv = self.qkv(x_BTM)
-        sizes = {"batch": qkv.size(0), "conv - 1": self.conv.width - 1, "channels": qkv.size(2)}
-        q, k, v, conv = self._heads(qkv, fit("tail of the convolution", conv, sizes, qkv))
+        self,
+        x_BTM: Tensor,
+        conv: Tensor | None,
+        state: HierarchyState | None,
+        restart_BT: Tensor | None,
+        write: bool = True,
+        qkv_BTM: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, HierarchyState | None]:
+        """`qkv_BTM`: those of the attention, (B, T, 3·H·D), which a memory without its own takes."""
+        if self.qkv is None or self.conv is None or conv is None:
+            assert qkv_BTM is not None
+            q, k, v = memory_heads(qkv_BTM, qkv_BTM[:, :0], None, self.heads)
+        else:
+            qkv = self.qkv(x_BTM)
+            sizes = {"batch": qkv.size(0), "conv - 1": self.conv.width - 1, "channels": qkv.size(2)}
+            tail = fit("tail of the convolution", conv, sizes, qkv)
+            q, k, v = memory_heads(qkv, tail, self.conv, self.heads)
+            conv = self.conv.next_tail(qkv, tail)
         y_BHTD, state = self.hierarchy(x_BTM, q, k, v, state, restart_BT, write)
         return normalised_heads(self.norm, y_BHTD.to(x_BTM.dtype)), conv, state
-
-    def _heads(self, qkv: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k and v (B, H, T, D), and the convolution's new tail."""
-        if cpu_convolution.can_run(qkv):
-            q, k, v = cpu_convolution.heads(qkv, tail, self.conv.weight, self.heads)
-            return q, k, v, self.conv.next_tail(qkv, tail)
-        qkv, tail = self.conv(qkv, tail)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
-        q, k = (unit(y).to(v.dtype) for y in (q, k))
-        return q, k, v, tail
 
 
 class Block(nn.Module):
@@ -109,18 +122,18 @@ class Block(nn.Module):
 
     def __init__(
         self, spec: MemorySpec | DeltaSpec | None, dim: int, heads: int, head_dim: int, hidden: int, window: int,
-        rope_base: float, conv: int, fusion: str,
+        rope_base: float, conv: int, fusion: str, attention_conv: int = 1, share_qkv: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
         width = heads * head_dim
         self.norm = RMSNorm(dim)
-        self.attention = SlidingWindowAttention(dim, heads, head_dim, window, rope_base)
+        self.attention = SlidingWindowAttention(dim, heads, head_dim, window, rope_base, attention_conv)
         if isinstance(spec, DeltaSpec):
             self.memory = GatedDeltaBranch(spec, conv)
         else:
-            self.memory = None if spec is None else MemoryBranch(spec, conv)
+            self.memory = None if spec is None else MemoryBranch(spec, None if share_qkv else conv)
         self.fusion = None if spec is None else Fusion(fusion, width)
         self.out = nn.Linear(width, dim, bias=False)
         self.ffn_norm = RMSNorm(dim)
@@ -142,15 +155,21 @@ class Block(nn.Module):
 
         ValueError for a state of another block or batch.
         """
-        if state is not None and (state.memory is None or state.conv is None) != (self.memory is None):
+        if state is not None and (state.memory is None) != (self.memory is None):
             has, lacks = ("state", "model") if self.memory is None else ("model", "state")
             raise ValueError(f"the {has} has a memory, the {lacks} has none; start from initial_state of this model")
         y = self.norm(x_BTM)
-        attended, cache = self.attention(y, state.attention if state else None)
+        qkv, tail = self.attention.project(y, state.attention if state else None)
+        attended, cache = self.attention.attend(qkv, tail, state.attention if state else None)
         conv, memory_state, gate = None, None, None
         if self.memory is not None and self.fusion is not None:
-            tail = state.conv if state and state.conv is not None else self.memory.initial_conv(y.size(0))
-            remembered, conv, memory_state = self.memory(y, tail, state.memory if state else None, restart_BT, write)
+            conv = self.memory.initial_conv(y.size(0))
+            if state is not None:
+                if (state.conv is None) != (conv is None):
+                    raise ValueError("the state's memory and the model's differ in share_qkv; prefill again")
+                conv = state.conv
+            before = state.memory if state else None
+            remembered, conv, memory_state = self.memory(y, conv, before, restart_BT, write, qkv)
             attended, gate = self.fusion(attended, remembered)
         x_BTM = x_BTM + self.out(attended)
         x_BTM = x_BTM + self.ffn(self.ffn_norm(x_BTM))

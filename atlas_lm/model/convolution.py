@@ -1,4 +1,4 @@
-"""The short convolution on a memory's queries, keys and values."""
+"""The short convolution on queries, keys and values."""
 
 # B batch, T tokens, M channels, W width − 1
 
@@ -39,3 +39,16 @@ class CausalConv(nn.Module):
         keep = self.width - 1
         row = torch.cat([tail_BWM.to(x_BTM.dtype), x_BTM[:, max(0, x_BTM.size(1) - keep) :]], dim=1)
         return row[:, row.size(1) - keep :].clone()
+
+
+@torch.no_grad()
+def make_associative(qkv_weight: Tensor, conv: CausalConv) -> None:
+    """A query finds what followed its own token, from the first step on.
+
+    Queries start with the keys' projection, and a key as the sum of its token and the one before, so that "a b … a"
+    asks with a for what was stored at b. Left to chance, training must first find both.
+    """
+    q, k, _ = qkv_weight.chunk(3)
+    k.copy_(q)
+    if conv.width > 1:
+        conv.weight[-2].chunk(3)[1].add_(1.0)

@@ -81,7 +81,13 @@ class GatedDeltaBranch(nn.Module):
         return self.qkv.weight.new_zeros(batch, *self.spec[2:], dtype=wide)
 
     def forward(
-        self, x_BTM: Tensor, conv: Tensor, state: Tensor | None, restart_BT: Tensor | None, write: bool = True
+        self,
+        x_BTM: Tensor,
+        conv: Tensor,
+        state: Tensor | None,
+        restart_BT: Tensor | None,
+        write: bool = True,
+        qkv_BTM: Tensor | None = None,  # the attention's: its own are others
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         _, _, heads, key, value = self.spec
         qkv = self.qkv(x_BTM)

@@ -109,8 +109,8 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def attention_reach(config: ModelConfig) -> int:
-    """How many tokens back the attention windows of all layers together reach."""
-    return config.layers * (config.window - 1)
+    """How many tokens back the attention windows of all layers together reach, with their convolutions."""
+    return config.layers * (config.window - 1 + config.attention_conv - 1)
 
 
 def losses_after_restarts(

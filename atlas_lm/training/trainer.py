@@ -96,7 +96,7 @@ def refuse_sweep_over_ranks(ranks: int) -> None:
 def warn_unusual_settings(config: TrainConfig, dm: TokenDataModule) -> None:
     """Log what is legal and hardly meant."""
     model = config.model
-    if model.memory != "none" and dm.seq_len < 2 * model.global_chunk:
+    if model.memory == "atlas" and model.global_chunk is not None and dm.seq_len < 2 * model.global_chunk:
         log.warning(
             "warning: data.seq_len=%d is shorter than two global chunks of %d: the global memory is never read; "
             "lower model.global_chunk or raise data.seq_len", dm.seq_len, model.global_chunk,

@@ -36,10 +36,11 @@ VOCABULARY = 11
 CHOICES = {
     "layers": (1, 2), "heads": (1, 2, 3), "head_dim": (4, 6, 16), "window": (1, 5, 8), "conv": (1, 4),
     "memory": ("atlas", "atlas", "atlas", "atlas", "none"), "local_chunks": ([3, 7], [4, 7], [7, 3], [5], []),
-    "global_chunk": (8, 12, 24), "network": ("gated_mlp", "mlp", "linear"), "residual": (False, True),
+    "global_chunk": (8, 12, 24, None), "network": ("gated_mlp", "mlp", "linear"), "residual": (False, True),
     "features": ("sketch", "linear", "quadratic"), "rank": (6, 7), "memory_hidden": (16, 17, 20, 23),
     "context": (1, 4, 5), "update": ("gradient", "newton_schulz"), "radius": (8.0, 4.0),
-    "reset_at_document": (False, False, True), "rope_base": (10000.0, 500.0),
+    "reset_at_document": (False, False, True), "rope_base": (10000.0, 500.0), "memory_layers": (None, None, [0]),
+    "attention_conv": (1, 1, 3), "share_qkv": (False, False, True),
 }  # fmt: skip
 FIXED = dict(
     name="pair", dim=10, ffn_multiple=2.0, fusion="multiplicative", shard=24, persistent_keys=3, eta_max=0.05,
@@ -47,7 +48,7 @@ FIXED = dict(
 )  # fmt: skip
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
 NARROW = (torch.bfloat16, torch.float16)
-WITHOUT_MEMORY = ("layers", "heads", "head_dim", "window", "memory", "rope_base")
+WITHOUT_MEMORY = ("layers", "heads", "head_dim", "window", "memory", "rope_base", "attention_conv")
 
 
 def identity(config: ModelConfig, batch: int) -> dict:
@@ -60,6 +61,10 @@ def identity(config: ModelConfig, batch: int) -> dict:
             kept.pop("rank")
         if config.network == "linear":
             kept.pop("memory_hidden")
+        if config.share_qkv:
+            kept.pop("conv")
+        if config.memory_layers == [0] and config.layers == 1:
+            kept["memory_layers"] = None
     return kept
 
 
@@ -79,6 +84,9 @@ def check_pair(rng: random.Random) -> str:
     others = copy.deepcopy(values)
     for name in rng.sample(sorted(CHOICES), rng.choice((0, 0, 1, 1, 2))):
         others[name] = rng.choice(CHOICES[name])
+    for chosen in (values, others):
+        if chosen["global_chunk"] is None and not chosen["local_chunks"]:
+            chosen["global_chunk"] = 8  # no memory at all is refused
     dtype, other_dtype = (rng.choice(list(TOLERANCE)) for _ in range(2))
     batch, other_batch = rng.choice(((2, 2), (2, 2), (2, 2), (2, 1), (1, 3)))
     source, target = (ModelConfig(**FIXED, **v) for v in (values, others))

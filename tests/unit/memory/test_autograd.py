@@ -16,7 +16,7 @@ from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.newton_schulz import newton_schulz
 from atlas_lm.model.attention import SlidingWindowAttention
-from atlas_lm.model.block import Block, MemoryBranch
+from atlas_lm.model.block import Block, MemoryBranch, memory_heads
 from atlas_lm.model.norm import RMSNorm, normalised_heads
 from tests.support.hierarchy_cases import SPEC, make_hierarchy, make_inputs
 from tests.support.model_cases import build_model, make_tokens
@@ -80,7 +80,7 @@ def cases() -> dict[str, tuple]:
         "norm": (lambda: norm(x), x),
         "norm of heads": (lambda: normalised_heads(RMSNorm(4).double(), heads), heads),
         "attention": (lambda: attention(x, None)[0], x),
-        "convolution": (lambda: branch._heads(branch.qkv(x), x.new_zeros(2, 3, 24))[0], x),
+        "convolution": (lambda: memory_heads(branch.qkv(x), x.new_zeros(2, 3, 24), branch.conv, 2)[0], x),
         "sketch": (lambda: sketch(heads), heads),
         "memory": (lambda: hierarchy(*inputs)[0], inputs.v),
     }

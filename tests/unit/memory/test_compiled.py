@@ -18,7 +18,8 @@ from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.model.attention import SlidingWindowAttention
-from atlas_lm.model.block import MemoryBranch
+from atlas_lm.model.block import memory_heads
+from atlas_lm.model.convolution import CausalConv
 from atlas_lm.model.norm import RMSNorm, normalised_heads
 from tests.support import ROOT
 from tests.support.hierarchy_cases import make_hierarchy, make_inputs
@@ -52,20 +53,19 @@ def compare(function, leaves: list[Tensor], module, dtype: torch.dtype, monkeypa
 
 @DTYPES
 @pytest.mark.parametrize("T", [1, 2, 5, 300, 515])
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [0, 1, 4])
 def test_convolution_heads_and_norms(T, width, dtype, monkeypatch):
     torch.manual_seed(0)
-    branch = MemoryBranch(MemorySpec(32, 2, 16, (8,), 16, 16, rank=15, hidden=8), width).to(wide(dtype))
+    conv = CausalConv(96, width).to(wide(dtype)) if width else None
     x = torch.randn(3, T, 96).to(dtype).requires_grad_()
-    tail = torch.randn(3, width - 1, 96).to(dtype).requires_grad_()
-    leaves = [x, branch.conv.weight] + ([tail] if width > 1 else [])
-    compare(lambda: branch._heads(x, tail), leaves, cpu_convolution, dtype, monkeypatch)
+    tail = torch.randn(3, max(0, width - 1), 96).to(dtype).requires_grad_()
+    leaves = [x] + ([] if conv is None else [conv.weight]) + ([tail] if width > 1 else [])
+    compare(lambda: memory_heads(x, tail, conv, 2), leaves, cpu_convolution, dtype, monkeypatch)
 
 
 def test_a_vector_of_zeros_has_no_direction():
-    branch = MemoryBranch(MemorySpec(32, 2, 16, (8,), 16, 16, rank=15, hidden=8), 4)
     x = torch.zeros(1, 5, 96, requires_grad=True)
-    q, k, v, _ = branch._heads(x, torch.zeros(1, 3, 96))
+    q, k, v = memory_heads(x, torch.zeros(1, 3, 96), CausalConv(96, 4), 2)
     (gradient,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
     assert q.abs().max() == k.abs().max() == 0
     assert gradient.isfinite().all()

@@ -5,12 +5,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from torch.nn import functional as nnf
 
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.model.atlas import AtlasLM, check
 from atlas_lm.model.attention import SlidingWindowAttention, rotate, window_attention
 from atlas_lm.model.block import Fusion
 from atlas_lm.model.convolution import CausalConv
+from atlas_lm.model.probes import attention_reach
 from tests.support import ROOT
 
 CONF = ROOT / "conf"
@@ -56,6 +58,84 @@ def test_the_twin_without_memory_is_as_large(name):
     assert twin == pytest.approx(parameter_count(model_config(name)), rel=0.005)
 
 
+LEVERS = [
+    {"memory_layers": [1]},
+    {"global_chunk": None},
+    {"share_qkv": True},
+    {"attention_conv": 4},
+    {"memory_layers": [0], "global_chunk": None, "share_qkv": True, "attention_conv": 4, "network": "linear"},
+]
+
+
+@pytest.mark.parametrize("memory", ["none", "gated_delta"])
+@pytest.mark.parametrize("levers", LEVERS, ids=str)
+def test_twins_are_as_large_with_every_lever(levers, memory):
+    ours, twin = (parameter_count(model_config("tiny", **levers, memory=m)) for m in ("atlas", memory))
+    assert twin == pytest.approx(ours, rel=0.01)
+
+
+def test_memory_lies_in_the_named_blocks_alone():
+    model = AtlasLM(model_config("tiny", layers=3, dim=16, head_dim=4, memory_layers=[0, 2]), 11)
+    assert [block.memory is None for block in model.blocks] == [False, True, False]
+    assert len(model(torch.randint(11, (2, 20))).gates) == 2
+
+
+def test_without_a_global_memory_local_ones_answer():
+    changes = {"dim": 16, "head_dim": 4, "local_chunks": [4], "global_chunk": None}
+    model = AtlasLM(model_config("tiny", **changes), 11)
+    assert not any("global_memory" in name for name, _ in model.named_parameters())
+    memory = model.blocks[0].memory
+    seen = []
+    memory.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    model(torch.randint(11, (2, 20)))
+    assert seen[0].abs().max() > 0
+
+
+def test_shared_projections_are_the_attention_s_and_learn_from_the_memory():
+    model = AtlasLM(model_config("tiny", dim=16, head_dim=4, share_qkv=True, attention_conv=4), 11)
+    branch = model.blocks[0].memory
+    assert branch.qkv is None
+    assert branch.conv is None
+    given = {}
+    branch.hierarchy.register_forward_pre_hook(lambda module, args: given.update(q=args[1], k=args[2], v=args[3]))
+    x = torch.randn(2, 20, 16)
+    qkv, _ = model.blocks[0].attention.project(x, None)
+    y, _, _ = branch(x, None, None, None, qkv_BTM=qkv)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    for name, expected in {"q": nnf.normalize(q, dim=-1), "k": nnf.normalize(k, dim=-1), "v": v}.items():
+        torch.testing.assert_close(given[name], expected)
+    y.square().sum().backward()
+    assert model.blocks[0].attention.qkv.weight.grad.abs().amax(1).min() > 0  # of q, of k and of v
+
+
+def test_attention_with_a_convolution_finds_what_followed_its_token():
+    """ "a b … a": of all keys the last token's query fits that of b best, but for those that hold a itself."""
+    torch.manual_seed(0)
+    attention = SlidingWindowAttention(128, 1, 128, 64, 1e4, 2)
+    x = torch.randn(50, 40, 128)
+    x[:, -1] = x[:, 9]
+    q, k, _ = attention.project(x, None)[0].chunk(3, dim=-1)
+    scores = (k @ q[:, -1].unsqueeze(-1)).squeeze(-1)
+    scores[:, [9, 39]] = -torch.inf
+    assert (scores.argmax(-1) == 10).float().mean() > 0.9
+    plain = SlidingWindowAttention(128, 1, 128, 64, 1e4)
+    q, k, _ = plain.project(x, None)[0].chunk(3, dim=-1)
+    assert ((k @ q[:, -1].unsqueeze(-1)).squeeze(-1).argmax(-1) == 10).float().mean() < 0.2
+
+
+def test_reach_counts_windows_and_convolutions():
+    """A change as far back as `attention_reach` moves the last logits, one token further none."""
+    for conv in (1, 3):
+        config = model_config("tiny", dim=16, head_dim=4, window=5, memory="none", attention_conv=conv)
+        model, tokens = AtlasLM(config, 11).double(), torch.randint(11, (1, 40))
+        reach = attention_reach(config)
+        truth = model(tokens).logits[:, -1]
+        for back, moves in ((reach, True), (reach + 1, False)):
+            other = tokens.clone()
+            other[0, 39 - back] = (other[0, 39 - back] + 1) % 11
+            assert bool((model(other).logits[:, -1] - truth).abs().max() > 0) == moves
+
+
 def test_twin_has_no_memory():
     config = model_config("tiny", memory="none", dim=16, head_dim=4, window=8)
     model = AtlasLM(config, 11)
@@ -93,6 +173,12 @@ def test_sizes_that_no_model_can_have(change, message):
         ({"conv": 0}, "model.conv=0 must be at least 1"),
         ({"fusion": "sum"}, "model.fusion=sum must be one of multiplicative"),
         ({"memory": "titans"}, "model.memory=titans must be one of atlas, gated_delta, none"),
+        ({"memory_layers": []}, r"model.memory_layers=\[\] must name blocks from 0 to 1, each once"),
+        ({"memory_layers": [2]}, r"model.memory_layers=\[2\] must name blocks from 0 to 1"),
+        ({"memory_layers": [1, 1]}, r"model.memory_layers=\[1, 1\] must name"),
+        ({"attention_conv": 0}, "model.attention_conv=0 must be at least 1"),
+        ({"global_chunk": 0}, "model.global_chunk=0 must be at least 1"),
+        ({"global_chunk": None, "local_chunks": []}, r"local_chunks=\[\] leave no memory"),
     ],
 )
 def test_values_that_no_model_can_have(change, message):
