@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from atlas_lm.memory import gated_delta
@@ -34,15 +33,11 @@ def scan(
     form: Form = gated_delta.scan,
 ) -> tuple[Tensor, MemoryState]:
     """As `chunked.scan`, of a state that fits."""
-    wide = torch.promote_types(tokens.k.dtype, torch.float32)
-    w0 = initial[0].to(wide)
     alpha, eta, _, gamma = tokens.gates
     if tokens.restart is not None:
         alpha = alpha.masked_fill(tokens.restart, 0.0)
-    base = tokens.k if rule.network.residual else 0.0
-    wanted = tokens.v - base - (tokens.phi.to(wide) @ w0).to(tokens.v.dtype)
-    y, change = form(phi_q_BHTF, tokens.phi, wanted, alpha, eta * gamma, state.change[0])
-    y = y + phi_q_BHTF.to(wide) @ w0
+    wanted = tokens.v - tokens.k if rule.network.residual else tokens.v
+    y, change = form(phi_q_BHTF, tokens.phi, wanted, alpha, eta * gamma, state.change[0], initial_HDE=initial[0])
     if rule.network.residual:
         y = y + q_BHTD
     return y, state._replace(change=(change,))

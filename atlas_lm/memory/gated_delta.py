@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.memory.coefficients import DecayProducts
+from atlas_lm.memory.kernels import delta as kernel
 from atlas_lm.memory.state import without_autocast
 
 CHUNK = 64  # tokens; whatever it is, the outputs are the same
@@ -32,15 +33,29 @@ def scan(
     beta_BHT: Tensor,
     state_BHDE: Tensor,
     chunk: int = CHUNK,
+    initial_HDE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Learn every token, then answer its query: outputs (B, H, T, E) and the state after the last token.
 
-    Keys have unit norm; G is 1, keys shared by all heads, or H. An α of 0 restarts the state. Under autocast the
-    products with the state take its operands in that precision; all else, and the state, is kept in at least float32.
+    Keys have unit norm; G is 1, keys shared by all heads, or H. An α of 0 restarts the state. With `initial_HDE` the
+    weights are that plus the state, which alone is forgotten. Under autocast the products with the weights take their
+    operands in that precision; all else, and the state, is kept in at least float32.
     """
     wide = torch.promote_types(v_BHTE.dtype, torch.float32)
     device = v_BHTE.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wide
+    if kernel.can_run(v_BHTE, low):
+        with without_autocast(v_BHTE):
+            shape = (*v_BHTE.shape[:3], q_BGTD.size(-1))
+            q, k, v = q_BGTD.to(low).expand(shape), k_BGTD.to(low).expand(shape), v_BHTE.to(low)
+            alpha, beta, state = alpha_BHT.to(wide), beta_BHT.to(wide), state_BHDE.to(wide)
+            initial = None if initial_HDE is None else initial_HDE.to(wide)
+            return kernel.scan(q, k, v, alpha, beta, state, initial, chunk)
+    if initial_HDE is not None:
+        w0 = initial_HDE.to(low)
+        v_BHTE = v_BHTE - (k_BGTD.to(low) @ w0).to(v_BHTE.dtype)
+        y, after = scan(q_BGTD, k_BGTD, v_BHTE, alpha_BHT, beta_BHT, state_BHDE, chunk)
+        return y + (q_BGTD.to(low) @ w0).to(y.dtype), after
     T = v_BHTE.size(2)
     C = min(chunk, T)
     missing = -T % C

@@ -193,14 +193,16 @@ def project(
 
 
 def gated_delta(
-    q_BGTD: Tensor, k_BGTD: Tensor, v_BHTE: Tensor, alpha_BHT: Tensor, beta_BHT: Tensor, state_BHDE: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule (arXiv 2412.06464 eq 10), one token at a time. Same signature as `gated_delta.scan`."""
+    q_BGTD: Tensor, k_BGTD: Tensor, v_BHTE: Tensor, alpha_BHT: Tensor, beta_BHT: Tensor, state_BHDE: Tensor,
+    initial_HDE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gated delta rule (arXiv 2412.06464 eq 10), one token at a time. As `gated_delta.scan`, without its chunk."""
     S, outputs = state_BHDE, []
+    w0 = torch.zeros_like(S[0]) if initial_HDE is None else initial_HDE
     for t in range(v_BHTE.size(2)):
         k, q = k_BGTD[:, :, t].unsqueeze(-1), q_BGTD[:, :, t].unsqueeze(-1)
         S = alpha_BHT[:, :, t, None, None] * S
-        error = v_BHTE[:, :, t].unsqueeze(-2) - (S * k).sum(-2, keepdim=True)
+        error = v_BHTE[:, :, t].unsqueeze(-2) - ((w0 + S) * k).sum(-2, keepdim=True)
         S = S + k * (beta_BHT[:, :, t, None, None] * error)
-        outputs.append((S * q).sum(-2))
+        outputs.append(((w0 + S) * q).sum(-2))
     return torch.stack(outputs, dim=2), S

@@ -26,6 +26,7 @@ from atlas_lm.config.schema import ModelConfig
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import delta as cpu_delta
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
@@ -38,7 +39,7 @@ CHOICES = {
     "memory": ("atlas", "atlas", "atlas", "atlas", "none"), "local_chunks": ([3, 7], [4, 7], [7, 3], [5], []),
     "global_chunk": (8, 12, 24, None), "network": ("gated_mlp", "mlp", "linear"), "residual": (False, True),
     "features": ("sketch", "linear", "quadratic"), "rank": (6, 7), "memory_hidden": (16, 17, 20, 23),
-    "context": (1, 4, 5), "update": ("gradient", "newton_schulz"), "radius": (8.0, 4.0),
+    "context": (1, 4, 5), "update": ("gradient", "newton_schulz", "delta"), "radius": (8.0, 4.0),
     "reset_at_document": (False, False, True), "rope_base": (10000.0, 500.0), "memory_layers": (None, None, [0]),
     "attention_conv": (1, 1, 3), "share_qkv": (False, False, True),
 }  # fmt: skip
@@ -69,7 +70,7 @@ def identity(config: ModelConfig, batch: int) -> dict:
 
 
 def forward(model: AtlasLM, tokens: Tensor, state: State | None, through_torch: bool):
-    modules = (cpu_attention, cpu_convolution, cpu_features, cpu_loop)
+    modules = (cpu_attention, cpu_convolution, cpu_delta, cpu_features, cpu_loop)
     with torch.inference_mode(), ExitStack() as stack:
         if through_torch:
             for module in modules:
@@ -85,6 +86,8 @@ def check_pair(rng: random.Random) -> str:
     for name in rng.sample(sorted(CHOICES), rng.choice((0, 0, 1, 1, 2))):
         others[name] = rng.choice(CHOICES[name])
     for chosen in (values, others):
+        if chosen["update"] == "delta":
+            chosen |= {"network": "linear", "context": 1}
         if chosen["global_chunk"] is None and not chosen["local_chunks"]:
             chosen["global_chunk"] = 8  # no memory at all is refused
     dtype, other_dtype = (rng.choice(list(TOLERANCE)) for _ in range(2))

@@ -6,11 +6,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from atlas_lm.memory import gated_delta
 from atlas_lm.memory.features import Sketch
 from atlas_lm.memory.hierarchy import MemorySpec
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import delta as cpu_delta
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
@@ -26,7 +28,7 @@ from tests.support.model_cases import build_model, make_tokens
 def path(request, monkeypatch):
     """Both ways through a block on a CPU; a GPU takes the second."""
     if request.param == "torch":
-        for module in (cpu_attention, cpu_convolution, cpu_features, cpu_loop):
+        for module in (cpu_attention, cpu_convolution, cpu_delta, cpu_features, cpu_loop):
             monkeypatch.setattr(module, "can_run", lambda *_: False)
         monkeypatch.setattr(cpu_norm, "can_run", lambda *_: False)
     else:
@@ -62,8 +64,8 @@ def test_every_function_is_among_those_below():
     """A new one has to be added to the test of second derivatives."""
     ours = {f.__name__ for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("atlas_lm.")}
     assert ours == {
-        "_CompiledLoop", "_FromEnd", "_Heads", "_Loop", "_Norm", "_ToEnd", "_TritonLoop", "DecayProducts", "_Sketch",
-        "_WindowAttention",
+        "_CompiledLoop", "_FromEnd", "_Heads", "_Loop", "_Norm", "_Scan", "_ToEnd", "_TritonLoop", "DecayProducts",
+        "_Sketch", "_WindowAttention",
     }  # fmt: skip
 
 
@@ -76,8 +78,10 @@ def cases() -> dict[str, tuple]:
     branch, sketch = MemoryBranch(MemorySpec(8, 2, 4, (3,), 4, 4, rank=5, hidden=4), 4).double(), Sketch(4, 5).double()
     hierarchy, inputs = make_hierarchy(), make_inputs(20)
     inputs.v.requires_grad_()
+    one, state = torch.ones(2, 2, 20, dtype=torch.float64), torch.zeros(2, 2, 4, 4, dtype=torch.float64)
     return {
         "norm": (lambda: norm(x), x),
+        "delta": (lambda: gated_delta.scan(heads, heads, heads, one, one, state)[0], heads),
         "norm of heads": (lambda: normalised_heads(RMSNorm(4).double(), heads), heads),
         "attention": (lambda: attention(x, None)[0], x),
         "convolution": (lambda: memory_heads(branch.qkv(x), x.new_zeros(2, 3, 24), branch.conv, 2)[0], x),
@@ -104,7 +108,7 @@ def test_a_gradient_penalty_is_refused_without_a_memory_too():
 
 def test_second_derivatives_of_the_parts_are_right_through_pytorch(monkeypatch):
     monkeypatch.setattr(cpu_norm, "can_run", lambda *_: False)
-    for module in (cpu_attention, cpu_convolution, cpu_features):
+    for module in (cpu_attention, cpu_convolution, cpu_delta, cpu_features):
         monkeypatch.setattr(module, "can_run", lambda *_: False)
     for name, (function, leaf) in cases().items():
         if name != "memory":

@@ -10,6 +10,7 @@ from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import delta as cpu_delta
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
@@ -194,7 +195,7 @@ PATHS = ["compiled", "torch"]
 def path(request, monkeypatch):
     """Both ways through the model on a CPU; a GPU takes the second."""
     if request.param == "torch":
-        for module in (cpu_attention, cpu_convolution, cpu_features, cpu_loop):
+        for module in (cpu_attention, cpu_convolution, cpu_delta, cpu_features, cpu_loop):
             monkeypatch.setattr(module, "can_run", lambda *_: False)
         monkeypatch.setattr(cpu_norm, "can_run", lambda *_: False)
     else:

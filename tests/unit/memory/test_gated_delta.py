@@ -6,6 +6,17 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import gated_delta, reference
+from atlas_lm.memory.kernels import compiled
+from atlas_lm.memory.kernels import delta as kernel
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def path(request, monkeypatch):
+    """Both ways on a CPU; a GPU takes the second."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernel, "can_run", lambda *_: False)
+    else:
+        assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
 
 
 def make(T: int, groups: int = 1, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -27,17 +38,20 @@ def everything(run, inputs: list[Tensor], *more) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(total, inputs)]
 
 
+@pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
 @pytest.mark.parametrize("T", [1, 16, 37, 130])
-def test_it_is_the_rule(T: int, chunk: int, groups: int, restarts: bool) -> None:
+def test_it_is_the_rule(T: int, chunk: int, groups: int, restarts: bool, initial: bool) -> None:
     inputs = make(T, groups)
     if restarts:
         with torch.no_grad():
             inputs[3][torch.rand(2, 3, T, generator=torch.Generator().manual_seed(2)) < 0.1] = 0.0
+    if initial:
+        inputs.append(torch.randn(3, 6, 5, dtype=torch.float64).requires_grad_())
     truth = everything(reference.gated_delta, inputs)
-    fast = everything(gated_delta.scan, inputs, chunk)
+    fast = everything(lambda *x: gated_delta.scan(*x[:6], chunk, *x[6:]), inputs)
     for a, b in zip(truth, fast, strict=True):
         assert (a - b).abs().max() <= 1e-11 * a.abs().max().clamp_min(1)
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atlas_lm.memory import chunked, network
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import convolution as cpu_convolution
+from atlas_lm.memory.kernels import delta as cpu_delta
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
@@ -37,7 +38,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cpu_attention, cpu_convolution, cpu_features, cpu_loop, cpu_norm):
+    for module in (cpu_attention, cpu_convolution, cpu_delta, cpu_features, cpu_loop, cpu_norm):
         monkeypatch.setattr(module, "can_run", lambda *_: False)
     for room in (chunked, attention):
         monkeypatch.setattr(room, "may_look", lambda _: False)

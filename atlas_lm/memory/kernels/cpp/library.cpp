@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "convolution.h"
+#include "delta.h"
 #include "norm.h"
 #include "sketch.h"
 #include "loop.h"
@@ -30,6 +31,14 @@ template <class T, class S> void attend(AttentionArguments* a) {
 template <class T, class S> void loop(Arguments* a) {
     round_as(a->rounding);
     Worker<T, S> worker(*a);
+    [[maybe_unused]] Unit<S> unit{};
+    for (I g; (g = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->G;)
+        a->dy ? worker.backward(g) : worker.forward(g);
+}
+
+template <class T, class S> void delta(DeltaArguments* a) {
+    round_as(a->rounding);
+    Delta<T, S> worker(*a);
     [[maybe_unused]] Unit<S> unit{};
     for (I g; (g = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->G;)
         a->dy ? worker.backward(g) : worker.forward(g);
@@ -67,6 +76,9 @@ I leading_dimension(I columns, I item) { return item == 8 ? padded<double>(colum
 void attention_double(AttentionArguments* a) { attend<double, double>(a); }
 void attention_float(AttentionArguments* a) { attend<float, float>(a); }
 void attention_bf16(AttentionArguments* a) { attend<float, bf16>(a); }
+void delta_double(DeltaArguments* a) { delta<double, double>(a); }
+void delta_float(DeltaArguments* a) { delta<float, float>(a); }
+void delta_bf16(DeltaArguments* a) { delta<float, bf16>(a); }
 void loop_double(Arguments* a) { loop<double, double>(a); }
 void loop_float(Arguments* a) { loop<float, float>(a); }
 void loop_bf16(Arguments* a) { loop<float, bf16>(a); }
