@@ -73,7 +73,8 @@ def test_a_vector_of_zeros_has_no_direction():
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("T", "window"), [(1, 64), (5, 3), (63, 64), (64, 64), (200, 64), (300, 100), (70, 200), (130, 1)]
+    ("T", "window"),
+    [(1, 64), (5, 3), (63, 64), (64, 64), (200, 64), (300, 100), (70, 200), (330, 330), (200, 1000), (130, 1)],
 )
 def test_window_attention(T, window, dtype, monkeypatch):
     torch.manual_seed(0)

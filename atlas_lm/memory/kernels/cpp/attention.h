@@ -96,6 +96,12 @@ template <class T, class S> struct Attention : Operations<T, S> {
     I least(I start, I i) const { return std::max<I>(i + halo - (a.window - 1), halo - start); }
     I most(I i) const { return i + halo; }
 
+    // The keys from the sequence's start on, in steps: those before it are zeros, and a long window has many of them.
+    static constexpr I STEP = 64;
+    I first(I start) const { return std::max<I>(0, halo - start) / STEP * STEP; }
+    M keys(M m, I start) const { return m.part(first(start), span - first(start)); }
+    M scored(M m, I start) const { return {m.p + first(start), m.rows, span - first(start), m.ld}; }
+
     // softmax of the scores in p, row by row; `known`: the sums are there
     void soften(I g, I start, bool known) {
         for (I i = 0; i < C; i++) {
@@ -115,14 +121,16 @@ template <class T, class S> struct Attention : Operations<T, S> {
                 T total = total_of<T>(high - low, [&](I c) { return exponential(scale * (x[low + c] - top)); });
                 *sum = shift = scale * top + std::log(total);
             }
-            std::fill(x, x + low, T(0)), std::fill(x + high, x + span, T(0));
+            std::fill(x + first(start), x + low, T(0)), std::fill(x + high, x + span, T(0));
             for (I c = low; c < high; c++) x[c] = exponential(scale * x[c] - shift);
         }
     }
 
     void scores(I b, I h, I start, bool known) {
-        fetch(q, b, h, 0, start), fetch(k, b, h, 1, start - halo), fetch(v, b, h, 2, start - halo);
-        nt(q, k, p);
+        I low = first(start);
+        fetch(q, b, h, 0, start), fetch(keys(k, start), b, h, 1, start - halo + low);
+        fetch(keys(v, start), b, h, 2, start - halo + low);
+        nt(q, keys(k, start), scored(p, start));
         soften(b * a.H + h, start, known);
     }
 
@@ -147,7 +155,7 @@ template <class T, class S> struct Attention : Operations<T, S> {
         I b = g / a.H, h = g % a.H;
         for (I start = 0; start < a.T; start += C) {
             scores(b, h, start, false);
-            nn(p, v, o);
+            nn(scored(p, start), keys(v, start), o);
             if (!finite(o)) alone(start);
             for (I i = 0; i < C && start + i < a.T; i++) {
                 S* __restrict to = (S*)a.y + row(b, h, start + i);
@@ -172,12 +180,13 @@ template <class T, class S> struct Attention : Operations<T, S> {
                 for (I c = 0; c < a.D; c++) o[i][c] = T(dy[c]);
                 along[i] = total_of<T>(a.D, [&](I c) { return T(dy[c]) * T(y[c]); });
             }
-            nt(o, v, dp);
+            I low = first(start);
+            nt(o, keys(v, start), scored(dp, start));
             for (I i = 0; i < C; i++)
-                for (I c = 0; c < span; c++) ds[i][c] = p[i][c] * (dp[i][c] - along[i]) * T(a.scale);
-            nn(ds, k, dq);
-            tn(ds, q, dk.part(start, span), 1, true);
-            tn(p, o, dv.part(start, span), 1, true);
+                for (I c = low; c < span; c++) ds[i][c] = p[i][c] * (dp[i][c] - along[i]) * T(a.scale);
+            nn(scored(ds, start), keys(k, start), dq);
+            tn(scored(ds, start), q, dk.part(start + low, span - low), 1, true);
+            tn(scored(p, start), o, dv.part(start + low, span - low), 1, true);
             give(dq, b, h, 0, start);
         }
         give(dk.part(halo, a.T), b, h, 1, 0), give(dv.part(halo, a.T), b, h, 2, 0);
