@@ -19,7 +19,7 @@ from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource, Packer, token_dtype
 from atlas_lm.data.sources import build_source
-from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
+from atlas_lm.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_path, train_bpe
 from atlas_lm.data.tokens import AGAIN, FORMAT, SplitEntry, canonical, checksum, read_index, verify, write_durably
 
 MAX_VOCABULARY = 1 << 31
@@ -37,7 +37,7 @@ def prepare(
 
     source       stdlib, text or hf; further options are its own (conf/data/<source>.yaml explains them)
     out          folder to write to
-    tokenizer    bytes, the path of a tokenizer.json, or bpe: trained on the training split
+    tokenizer    bytes, python, the path of a tokenizer.json, or bpe: trained on the training split
     vocab_size   ids of a bpe tokenizer
     block_mb     raw text per shard of a split, MB; a block is what a killed run has to repeat
 
@@ -138,7 +138,7 @@ def _tokenizer(
             text = train_bpe((d.raw for d in documents() if d.split == "train"), vocab_size).to_str()
             write_durably(path, text.encode())
         else:
-            write_durably(path, Path(spec).read_bytes())
+            write_durably(path, tokenizer_path(spec).read_bytes())
     found = JsonTokenizer(path)
     if spec != "bpe" and found.fingerprint() != load_tokenizer(spec).fingerprint():
         raise ValueError(f"{str(path)!r} is not {spec!r}, which this folder was begun with: {AGAIN}")

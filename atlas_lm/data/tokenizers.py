@@ -14,6 +14,9 @@ import tokenizers as hf_tokenizers
 
 from atlas_lm.data.losses import fate_of, unknown_id
 
+# Byte-level BPE of 2,048 ids of the standard library's source (training split, Python 3.11):
+# python -m atlas_lm prepare source=stdlib tokenizer=bpe vocab_size=2048 out=…
+SHIPPED = {"python": Path(__file__).with_name("vocabularies") / "python.json"}
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # looked for in this order
 
 
@@ -88,7 +91,7 @@ class JsonTokenizer:
             raise ValueError(f"{str(path)!r} is a folder: give the tokenizer.json in it")
         if not Path(path).is_file():
             raise ValueError(
-                f"no tokenizer at {str(path)!r}: give 'bytes' or the path of a tokenizer.json"
+                f"no tokenizer at {str(path)!r}: give 'bytes', 'python' or the path of a tokenizer.json"
                 " (a run keeps its own in its folder)"
             )
         self._path = str(path)
@@ -207,12 +210,17 @@ class JsonTokenizer:
 
 
 def load_tokenizer(spec: str | Tokenizer) -> Tokenizer:
-    """`"bytes"`, the path of a tokenizer.json, or an object that already is a tokenizer."""
+    """`"bytes"`, `"python"` (shipped, for source text), the path of a tokenizer.json, or a tokenizer itself."""
     if not isinstance(spec, str | Path):
         if isinstance(spec, Tokenizer):
             return spec
-        raise ValueError(f"tokenizer={spec!r} is no tokenizer: give 'bytes' or the path of a tokenizer.json")
-    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec)
+        raise ValueError(f"tokenizer={spec!r} is no tokenizer: give 'bytes', 'python' or the path of a tokenizer.json")
+    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(tokenizer_path(spec))
+
+
+def tokenizer_path(spec: str | Path) -> Path:
+    """Where the tokenizer.json of a name or a path lies."""
+    return SHIPPED.get(str(spec), Path(spec))
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int) -> hf_tokenizers.Tokenizer:

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atlas_lm.data.prepare import prepare
 from atlas_lm.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 TEXT = "Zwölf Boxkämpfer jagen Viktor — 東京 🦉 def f(x):\n    return x\n" * 20
@@ -93,10 +94,22 @@ def test_ids_outside_the_vocabulary(ids: list[int]) -> None:
         ByteTokenizer().decode(ids)
 
 
+def test_the_shipped_tokenizer_is_that_of_the_standard_library(tmp_path) -> None:
+    """Its separator, its size; and what prepare writes from the name alone loads as the same."""
+    found = load_tokenizer("python")
+    assert found.vocab_size == 2048
+    text = "def forward(self, x):\n        return self.norm(x)  # größer\n"
+    assert found.decode(found.encode(text)) == text
+    assert len(found.encode(text)) < 0.6 * len(text.encode())
+    (tmp_path / "a.txt").write_text(text * 20)
+    folder = prepare("text", tmp_path / "out", tokenizer="python", files=[str(tmp_path / "*.txt")])
+    assert load_tokenizer(str(folder / "tokenizer.json")).fingerprint() == found.fingerprint()
+
+
 def test_bad_tokenizers(tmp_path) -> None:
     import tokenizers
 
-    with pytest.raises(ValueError, match=r"no tokenizer at 'nowhere\.json': give 'bytes' or"):
+    with pytest.raises(ValueError, match=r"no tokenizer at 'nowhere\.json': give 'bytes', 'python' or"):
         load_tokenizer("nowhere.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json' is not a tokenizer\.json"):
