@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from atlas_lm.evaluation.bootstrap import interval
 from atlas_lm.evaluation.losses import losses
 from atlas_lm.evaluation.subject import Subject
 from atlas_lm.files import ROOT, write_atomically
+from atlas_lm.model.probes import attention_reach
 from benchmarks import worth
 
 VOCABULARY = 2048  # subwords
@@ -73,7 +75,7 @@ def offered(run: str, window: int, sequences: int) -> dict[str, Any]:
     subject = Subject(run)
     length = subject.trained_length
     text = subject.text(length, sequences)
-    reach = window + subject.model.config.layers * (window - 1)
+    reach = window + attention_reach(replace(subject.model.config, window=window))
     near, whole = (losses(subject.model, text.last(c), lambda _: None, window) for c in (reach, length))
     return {"reach": reach, "length": length, "loss": interval(whole), "gain": interval(near - whole)}
 
@@ -101,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--experiment", default="stage1")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=GLOB")
     parser.add_argument("--sequences", type=int, default=160)
+    parser.add_argument("--rate", type=float, default=2.0, help="times the experiment's learning rates")
     parser.add_argument("--only", nargs="+", help="names that begin so")
     parser.add_argument("--out", type=Path, default=Path("outputs/corpora"))
     parser.add_argument("--set", nargs="*", default=[], dest="extra", help="settings of all runs")
@@ -116,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         extra = [*corpus.settings, *tokenizer_settings(name, corpus, out), *options.extra]
         s = worth.setting(options.experiment, extra, False, out)
-        report = worth.train(s, "full attention", s.steps, 1.0, 0, name)
+        report = worth.train(s, "full attention", s.steps, options.rate, 0, name)
         found[name] = {
             **offered(report["run"], s.window, options.sequences),
             "bits_per_byte": report["val_bits_per_byte"],

@@ -24,42 +24,49 @@ extern "C" struct DeltaArguments {
 
 namespace {
 
+// Products take q over k as one matrix, and S beside W_init: each is packed for the matrix unit once.
 template <class T, class S> struct Delta : Operations<T, S> {
     typedef Operations<T, S> Base;
     typedef Matrix<T> M;
     using Base::nn, Base::nt, Base::tn, Base::zero;
 
     DeltaArguments& a;
-    I F, E, C, chunks;
-    M s, w0, q, k, v, u, y, ks, qs, kw, gamma, kappa, scores, weighed;  // weighed: rows times a decay or a strength
-    M ds, dw0, dq, dk, du, dgamma, dp, dkappa, x, dy;
+    I F, E, C, chunks, beside;  // beside: columns of S before those of W_init
+    bool w_init;
+    M qk, q, k, v, u, w, y, sw, s, w0, seen, qs, ks, qw, kw, gamma, pair, scores, kappa;
+    M dsw, ds, dw0, dqk, dk, du, dy, dgamma, dpair, dp, dkappa, right;
     std::vector<T> alpha, beta, carry, dalpha, dbeta, dcarry;
 
     explicit Delta(DeltaArguments& a_) : a(a_), F(a_.F), E(a_.E), C(a_.C) {
-        chunks = (a.T + C - 1) / C;
+        chunks = (a.T + C - 1) / C, w_init = a.initial != nullptr, beside = up(E, Vec<T>::lanes);
         static thread_local Pool<T> pool;
         plan(pool);  // counts
         size_t need = pool.used + 2 * VECTOR;
         if (pool.bytes.size() < need) pool.bytes.assign(need, 0);
-        else std::memset(pool.bytes.data(), 0, need);  // padding must be zero
+        else std::memset(pool.bytes.data(), 0, need);  // padding must be zero, and what lies between S and W_init
         plan(pool);
         for (auto* list : {&alpha, &beta, &carry, &dalpha, &dbeta, &dcarry}) list->assign(C, T(0));
     }
 
+    static M columns(M m, I from, I count) { return {m.p + from, m.rows, count, m.ld}; }
+
     void plan(Pool<T>& p) {
         p.used = 0;
-        this->room(p, std::max({F, E, C}));
-        s = p.take(F, E), w0 = p.take(F, E);
-        q = p.take(C, F), k = p.take(C, F), weighed = p.take(C, std::max(F, E));
-        for (M* m : {&v, &u, &y, &ks, &qs, &kw}) *m = p.take(C, E);
-        for (M* m : {&gamma, &kappa, &scores}) *m = p.take(C, C);
+        I both = w_init ? beside + E : E;
+        this->room(p, std::max({F, both, 2 * C}));
+        qk = p.take(2 * C, F), q = qk.part(0, C), k = qk.part(C, C);
+        for (M* m : {&v, &u, &w, &y}) *m = p.take(C, E);
+        sw = p.take(F, both), s = columns(sw, 0, E), w0 = columns(sw, beside, E);
+        seen = p.take(2 * C, both);
+        qs = columns(seen.part(0, C), 0, E), ks = columns(seen.part(C, C), 0, E);
+        qw = columns(seen.part(0, C), beside, E), kw = columns(seen.part(C, C), beside, E);
+        gamma = p.take(C, C), pair = p.take(2 * C, C), scores = pair.part(0, C), kappa = pair.part(C, C);
         if (!a.dy) return;
-        ds = p.take(F, E), dw0 = p.take(F, E), dq = p.take(C, F), dk = p.take(C, F);
-        for (M* m : {&du, &x, &dy}) *m = p.take(C, E);
-        for (M* m : {&dgamma, &dp, &dkappa}) *m = p.take(C, C);
+        dsw = p.take(F, both), ds = columns(dsw, 0, E), dw0 = columns(dsw, beside, E);
+        dqk = p.take(2 * C, F), dk = dqk.part(C, C);
+        du = p.take(C, E), dy = p.take(C, E), right = p.take(2 * C, both);
+        dgamma = p.take(C, C), dpair = p.take(2 * C, C), dp = dpair.part(0, C), dkappa = dpair.part(C, C);
     }
-
-    M rows(M m) const { return {m.p, C, E, padded<T>(E)}; }  // of scratch that is wider
 
     // rows of chunk n; zeros after the sequence's end
     template <class X> void fetch(M to, const void* from, I g, I n) const {
@@ -87,19 +94,28 @@ template <class T, class S> struct Delta : Operations<T, S> {
         }
     }
 
-    // what both passes need of a chunk: K Kᵀ, Q Kᵀ, K S and K W_init
+    void load_state(M to, const void* from, I index) const {
+        const T* p = (const T*)from + index * F * E;
+        for (I r = 0; r < F; r++) std::copy(p + r * E, p + (r + 1) * E, to[r]);
+    }
+    void store_state(void* to, M from, I index) const {
+        T* p = (T*)to + index * F * E;
+        for (I r = 0; r < F; r++) std::copy(from[r], from[r] + E, p + r * E);
+    }
+
+    // what both passes need of a chunk: q and k with k, with S and with W_init
     void products(I g, I n) {
         fetch<S>(q, a.q, g, n), fetch<S>(k, a.k, g, n), fetch<S>(v, a.v, g, n), gates(g, n);
-        nt(k, k, kappa), nt(q, k, scores);
-        nn(k, s, ks), nn(q, s, qs);
-        if (a.initial) nn(k, w0, kw);
+        nt(qk, k, pair), nn(qk, sw, seen);
     }
+
+    T error(I i, I c) const { return v[i][c] - (w_init ? kw[i][c] : T(0)) - carry[i] * ks[i][c]; }
 
     // U in place of its right side: every row takes away what the rows before it wrote
     void solve() {
         for (I i = 0; i < C; i++) {
             T* __restrict row = u[i];
-            for (I c = 0; c < E; c++) row[c] = beta[i] * (v[i][c] - (a.initial ? kw[i][c] : T(0)) - carry[i] * ks[i][c]);
+            for (I c = 0; c < E; c++) row[c] = beta[i] * error(i, c);
             for (I j = 0; j < i; j++) {
                 T share = beta[i] * gamma[i][j] * kappa[i][j];
                 const T* __restrict other = u[j];
@@ -112,74 +128,54 @@ template <class T, class S> struct Delta : Operations<T, S> {
         for (I i = 0; i < C; i++)
             for (I c = 0; c < m.cols; c++) to[i][c] = by[i] * m[i][c];
     }
-
-    // S ← G_C S + Kᵀ diag(Γ_C) U
-    void write() {
-        M w = rows(weighed);
-        weigh(u, gamma[C - 1], w);
+    void decay(M m) const {  // over the whole chunk
         for (I r = 0; r < F; r++)
-            for (I c = 0; c < E; c++) s[r][c] *= carry[C - 1];
-        tn(k, w, s, 1, true);
+            for (I c = 0; c < E; c++) m[r][c] *= carry[C - 1];
     }
 
-    M within(M to) const {  // Γ ⊙ Q Kᵀ
+    M within() {  // Γ ⊙ Q Kᵀ, in place of Q Kᵀ
         for (I i = 0; i < C; i++)
-            for (I j = 0; j < C; j++) to[i][j] = j <= i ? gamma[i][j] * scores[i][j] : T(0);
-        return to;
+            for (I j = 0; j < C; j++) scores[i][j] = j <= i ? gamma[i][j] * scores[i][j] : T(0);
+        return scores;
     }
 
     void forward(I g) {
         load_state(s, a.before, g);
-        if (a.initial) load_state(w0, a.initial, g % a.H);
+        if (w_init) load_state(w0, a.initial, g % a.H);
         for (I n = 0; n < chunks; n++) {
             if (a.kept) store_state(a.kept, s, g * chunks + n);
             products(g, n);
             solve();
             if (a.u) give<T>(u, a.u, g, n);
-            if (a.initial) nn(q, w0, y);
             for (I i = 0; i < C; i++)
-                for (I c = 0; c < E; c++) y[i][c] = (a.initial ? y[i][c] : T(0)) + carry[i] * qs[i][c];
-            nn(within(scores), u, y, 1, true);
+                for (I c = 0; c < E; c++) y[i][c] = (w_init ? qw[i][c] : T(0)) + carry[i] * qs[i][c];
+            nn(within(), u, y, 1, true);
             give<T>(y, a.y, g, n);
-            write();
+            weigh(u, gamma[C - 1], w);
+            decay(s);
+            tn(k, w, s, 1, true);
         }
         store_state(a.after, s, g);
     }
-
-    void load_state(M to, const void* from, I index) const { Base::load(to, (const T*)from + index * F * E); }
-    void store_state(void* to, M from, I index) const { Base::store((T*)to + index * F * E, from, E); }
 
     void backward_chunk(I g, I n) {
         load_state(s, a.kept, g * chunks + n);
         products(g, n);
         fetch<T>(u, a.u, g, n), fetch<T>(dy, a.dy, g, n);
-        M w = rows(weighed);
         std::fill(dalpha.begin(), dalpha.end(), T(0)), std::fill(dbeta.begin(), dbeta.end(), T(0));
         zero(dgamma);
-        // S ← G_C S + Kᵀ diag(Γ_C) U, while ds is still that of the chunk's end
+        // S ← G_C S + Kᵀ diag(Γ_C) U; ds is still that of the chunk's end
         nn(k, ds, du);
-        for (I i = 0; i < C; i++) dgamma[C - 1][i] += dot(E, u[i], du[i]), dcarry[i] = 0;
+        for (I i = 0; i < C; i++) dgamma[C - 1][i] += dot(E, u[i], du[i]), dcarry[i] = dot(E, dy[i], qs[i]);
         for (I r = 0; r < F; r++) dcarry[C - 1] += dot(E, s[r], ds[r]);
-        weigh(u, gamma[C - 1], w);
-        nt(w, ds, dk);
         weigh(du, gamma[C - 1], du);
-        for (I r = 0; r < F; r++)
-            for (I c = 0; c < E; c++) ds[r][c] *= carry[C - 1];
         // Y
-        for (I i = 0; i < C; i++) dcarry[i] += dot(E, dy[i], qs[i]);
-        weigh(dy, carry.data(), w);
-        nt(w, s, dq);
-        tn(q, w, ds, 1, true);
-        if (a.initial) nt(dy, w0, dq, 1, true), tn(q, dy, dw0, 1, true);
         nt(dy, u, dp);
-        for (I i = 0; i < C; i++)
-            for (I j = 0; j < C; j++) {
-                T d = j <= i ? dp[i][j] : T(0);
-                if (j <= i) dgamma[i][j] += d * scores[i][j];
-                dp[i][j] = j <= i ? d * gamma[i][j] : T(0);
-            }
-        nn(dp, k, dq, 1, true), tn(dp, q, dk, 1, true);
-        tn(within(scores), dy, du, 1, true);
+        for (I i = 0; i < C; i++) {
+            for (I j = 0; j <= i; j++) dgamma[i][j] += dp[i][j] * scores[i][j], dp[i][j] *= gamma[i][j];
+            for (I j = i + 1; j < C; j++) dp[i][j] = 0;
+        }
+        tn(within(), dy, du, 1, true);
         // (I + A) U = R: rows from the last one back
         for (I i = C - 1; i >= 0; i--) {
             const T* __restrict row = du[i];
@@ -191,29 +187,32 @@ template <class T, class S> struct Delta : Operations<T, S> {
         }
         nt(du, u, dkappa);
         for (I i = 0; i < C; i++) {
-            for (I j = 0; j < C; j++) {
-                T d = j < i ? -dkappa[i][j] : T(0);
-                if (j < i) {
-                    dbeta[i] += d * gamma[i][j] * kappa[i][j];
-                    dgamma[i][j] += d * beta[i] * kappa[i][j];
-                }
-                dkappa[i][j] = j < i ? d * beta[i] * gamma[i][j] : T(0);
+            for (I j = 0; j < i; j++) {
+                T d = -dkappa[i][j];
+                dbeta[i] += d * gamma[i][j] * kappa[i][j];
+                dgamma[i][j] += d * beta[i] * kappa[i][j];
+                dkappa[i][j] = d * beta[i] * gamma[i][j];
             }
+            for (I j = i; j < C; j++) dkappa[i][j] = 0;
             T along = 0;
+            T *__restrict of_q = right[i], *__restrict of_k = right[C + i];
             for (I c = 0; c < E; c++) {
                 T d = du[i][c];
-                dbeta[i] += d * (v[i][c] - (a.initial ? kw[i][c] : T(0)) - carry[i] * ks[i][c]);
-                along += d * ks[i][c];
+                dbeta[i] += d * error(i, c), along += d * ks[i][c];
                 du[i][c] = beta[i] * d;  // of V
-                x[i][c] = -carry[i] * beta[i] * d;  // of K S
+                of_q[c] = carry[i] * dy[i][c], of_k[c] = -carry[i] * beta[i] * d;  // of Q S and K S
             }
+            for (I c = 0; w_init && c < E; c++) of_q[beside + c] = dy[i][c], of_k[beside + c] = -du[i][c];
             dcarry[i] -= beta[i] * along;
         }
         give<S>(du, a.dv, g, n);
-        if (a.initial) nt(du, w0, dk, -1, true), tn(k, du, dw0, -1, true);
-        nt(x, s, dk, 1, true), tn(k, x, ds, 1, true);
-        nn(dkappa, k, dk, 1, true), tn(dkappa, k, dk, 1, true);
-        give<S>(dq, a.dq, g, n), give<S>(dk, a.dk, g, n);
+        nt(right, sw, dqk);
+        weigh(u, gamma[C - 1], w);
+        nt(w, ds, dk, 1, true);
+        decay(ds);
+        tn(qk, right, dsw, 1, true);
+        nn(dpair, k, dqk, 1, true), tn(dpair, qk, dk, 1, true);
+        give<S>(dqk.part(0, C), a.dq, g, n), give<S>(dk, a.dk, g, n);
         // Γ_ij = Γ_{i−1,j} α_i, and G as one more column
         for (I i = C - 1; i >= 0; i--) {
             dalpha[i] += dcarry[i] * (i ? carry[i - 1] : T(1));
@@ -228,11 +227,12 @@ template <class T, class S> struct Delta : Operations<T, S> {
     }
 
     void backward(I g) {
+        zero(dsw);
         load_state(ds, a.dafter, g);
-        if (a.initial) load_state(w0, a.initial, g % a.H), zero(dw0);
+        if (w_init) load_state(w0, a.initial, g % a.H);
         for (I n = chunks - 1; n >= 0; n--) backward_chunk(g, n);
         store_state(a.dbefore, ds, g);
-        if (a.initial) store_state(a.dinitial, dw0, g);
+        if (w_init) store_state(a.dinitial, dw0, g);
     }
 };
 
