@@ -117,7 +117,7 @@ class ModelConfig:
     """block: a training step keeps the inputs of each block alone and computes the block again on the way back: the
     same gradients bit for bit, less memory, about a third more time."""
     reset_at_document: bool = MISSING
-    """Whether the memory restarts where a document begins."""
+    """Whether a document is read as if it stood alone: attention, convolutions and memories begin anew at it."""
     polarisation_cap: float = number(minimum=0)
     """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient
     (M15); its weight comes from `callbacks.loss_weight_schedule`."""

@@ -26,9 +26,9 @@ BATCH_TOKENS = 8192  # of one call, so that memory does not grow with length or 
 Tick = Callable[[int], object]  # called with the number of tokens that were just computed
 
 
-def batches(text: Text) -> Iterator[Text]:
-    """A few sequences at a time."""
-    rows = max(1, BATCH_TOKENS // text.tokens_NT.size(1))
+def batches(text: Text, alone: bool = False) -> Iterator[Text]:
+    """A few sequences at a time, or each `alone`."""
+    rows = 1 if alone else max(1, BATCH_TOKENS // text.tokens_NT.size(1))
     for start in range(0, len(text.tokens_NT), rows):
         yield text.cut(slice(start, start + rows))
 
@@ -39,7 +39,8 @@ def losses(model: AtlasLM, text: Text, tick: Tick, last: int | None = None) -> T
     length = text.tokens_NT.size(1)
     keep = length if last is None else last
     found = []
-    for batch in batches(text):
+    # documents begin at other tokens in every row, and a stream begins anew there
+    for batch in batches(text, model.config.reset_at_document and length > PARALLEL):
         tokens, targets, starts = batch
         if length <= PARALLEL:
             logits = model(tokens, document_start_BT=starts).logits
@@ -63,18 +64,7 @@ def after_changes(model: AtlasLM, text: Text, tail: int, block: int, tick: Tick)
     has left. zeroed: their output is zero (not their state). Attention and convolutions continue undisturbed.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in ("whole", "frozen", "restarted", "another", "zeroed")}
-    rows = max(2, BATCH_TOKENS // text.tokens_NT.size(1))
-    usable = len(text.tokens_NT) // 2 * 2
-    if not usable:
-        raise ValueError("two sequences are needed to give one the state of another: raise sequences")
-    start = 0
-    while start < usable:
-        end = usable if usable - start <= rows + 1 else start + rows
-        batch = text.cut(slice(start, end))
-        first, rest = batch.cut(slice(None), slice(0, -tail)), batch.last(tail)
-        start = end
-        before = model.stream(len(batch.tokens_NT))
-        before.read(first.tokens_NT, document_start_BT=first.document_start_NT)
+    for before, another, rest in _histories(model, text, tail):
 
         def score(session: Session, rest: Text = rest, write: bool = True) -> Tensor:
             logits = session.read(rest.tokens_NT, write=write, document_start_BT=rest.document_start_NT)
@@ -82,10 +72,7 @@ def after_changes(model: AtlasLM, text: Text, tail: int, block: int, tick: Tick)
 
         found["whole"].append(score(before.fork()))
         found["frozen"].append(score(before.fork(), write=False))
-        for name, memory in (
-            ("restarted", model.initial_state(len(batch.tokens_NT))),
-            ("another", rolled(before.state)),
-        ):
+        for name, memory in (("restarted", model.initial_state(len(rest.tokens_NT))), ("another", another)):
             session = before.fork()
             session.state = tuple(
                 ours._replace(memory=theirs.memory) for ours, theirs in zip(before.state, memory, strict=True)
@@ -93,8 +80,36 @@ def after_changes(model: AtlasLM, text: Text, tail: int, block: int, tick: Tick)
             found[name].append(score(session))
         with silent_memory(model):
             found["zeroed"].append(score(before.fork()))
-        tick(batch.tokens_NT.numel())
+        tick(text.tokens_NT.size(1) * len(rest.tokens_NT))
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _histories(model: AtlasLM, text: Text, tail: int) -> Iterator[tuple[Session, State, Text]]:
+    """Streams that have read all but the last `tail` tokens, the state of as many others, and those tokens.
+
+    ValueError: there are no two sequences.
+    """
+    usable = len(text.tokens_NT) // 2 * 2
+    if not usable:
+        raise ValueError("two sequences are needed to give one the state of another: raise sequences")
+    # documents begin at other tokens in every row, and a stream begins anew there
+    rows = 1 if model.config.reset_at_document else max(2, BATCH_TOKENS // text.tokens_NT.size(1))
+    start = 0
+    while start < usable:
+        end = usable if rows > 1 and usable - start <= rows + 1 else start + rows
+        before = _history(model, text.cut(slice(start, end)), tail)
+        another = rolled(before.state)
+        if rows == 1:
+            other = (start - 1) % usable
+            another = _history(model, text.cut(slice(other, other + 1)), tail).state
+        yield before, another, text.cut(slice(start, end)).last(tail)
+        start = end
+
+
+def _history(model: AtlasLM, text: Text, tail: int) -> Session:
+    first, session = text.cut(slice(None), slice(0, -tail)), model.stream(len(text.tokens_NT))
+    session.read(first.tokens_NT, document_start_BT=first.document_start_NT)
+    return session
 
 
 def rolled(state: State) -> State:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,7 @@ from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
 from atlas_lm.memory.network import Network
 from atlas_lm.memory.projection import ProjectionState
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
+from atlas_lm.model import documents
 from atlas_lm.model.attention import AttentionState
 from atlas_lm.model.block import Block, BlockState, MemoryBranch
 from atlas_lm.model.gated_delta import DeltaSpec, spec_of_state
@@ -186,8 +188,7 @@ class AtlasLM(nn.Module):
         """The state of `batch` streams that have seen nothing. Its size does not grow with what they will see."""
         if batch < 0:
             raise ValueError(f"the batch must not be negative, got {batch}")
-        restart = self.config.reset_at_document
-        return tuple(block.initial_state(batch, restart) for block in self.blocks)  # type: ignore[operator]
+        return tuple(block.initial_state(batch) for block in self.blocks)  # type: ignore[operator]
 
     def forward(
         self,
@@ -200,25 +201,50 @@ class AtlasLM(nn.Module):
         """(B, T) token ids → logits (B, T, V) of the next tokens.
 
         Without a state: training and evaluation, local memories restart at each shard. With one: streaming, no
-        resets but at document starts where `reset_at_document` asks for them. `restart_BT` (bool): there every memory
-        restarts, whatever the configuration; attention sees what it always sees. `write` False: the memories answer
-        and neither learn nor forget. ValueError for a state of another model or batch (one of another precision is
-        cast), and for tokens that are no (B, T) ids of the vocabulary.
+        resets but at document starts where `reset_at_document` asks for them: there everything begins anew, and a
+        packed document is the document alone. `restart_BT` (bool): there every memory restarts, whatever the
+        configuration; attention sees what it always sees. `write` False: the memories answer and neither learn nor
+        forget. ValueError for a state of another model or batch (one of another precision is cast), for tokens that
+        are no (B, T) ids of the vocabulary, and in a stream for documents that start in some rows and not in others.
         """
-        restart = document_start_BT if self.config.reset_at_document else None
-        if self.config.reset_at_document and restart is None:
-            restart = torch.zeros_like(tokens_BT, dtype=torch.bool)
-        if restart_BT is not None:
-            restart = restart_BT if restart is None else restart | restart_BT
         self._check_tokens(tokens_BT, document_start_BT)
         layers = len(self.blocks)
         if state is not None and len(state) != layers:
             raise ValueError(f"the state has {len(state)} layers, the model {layers}; start from its initial_state")
+        starts = document_start_BT if self.config.reset_at_document else None
+        if starts is None:
+            return self._read(tokens_BT, state, restart_BT, write)
+        if state is None:
+            return self._documents(tokens_BT, starts, restart_BT, write)
+        outputs = []
+        for start, end, begins in documents.cuts(starts):
+            state = self.initial_state(tokens_BT.size(0)) if begins else state
+            restart = None if restart_BT is None else restart_BT[:, start:end]
+            outputs.append(self._read(tokens_BT[:, start:end], state, restart, write))
+            state = outputs[-1].state
+        logits, *gates = (
+            torch.cat(parts, dim=1) for parts in zip(*((o.logits, *o.gates) for o in outputs), strict=True)
+        )
+        return Output(logits, tuple(gates), state)
+
+    def _documents(self, tokens_BT: Tensor, starts_BT: Tensor, restart_BT: Tensor | None, write: bool) -> Output:
+        """Every document by itself."""
+        rows = documents.apart(starts_BT, any(isinstance(block, FSDPModule) for block in self.blocks))
+        outputs = [
+            self._read(row.take(tokens_BT), None, None if restart_BT is None else row.take(restart_BT), write)
+            for row in rows
+        ]
+        parts = zip(*((output.logits, *output.gates) for output in outputs), strict=True)
+        logits, *gates = (documents.together(rows, part, tokens_BT.shape) for part in parts)
+        return Output(logits, tuple(gates), None)
+
+    def _read(self, tokens_BT: Tensor, state: State | None, restart_BT: Tensor | None, write: bool) -> Output:
+        """As `forward`, of sequences without documents."""
         x = self.embed(tokens_BT) * self.config.dim**0.5
         gates, after = [], []
         for i, block in enumerate(self.blocks):
             run = self._checkpointed(block) if state is None else block
-            x, gate, block_state = run(x, None if state is None else state[i], restart, write)
+            x, gate, block_state = run(x, None if state is None else state[i], restart_BT, write)
             after.append(block_state)
             if gate is not None:
                 gates.append(gate)

@@ -88,9 +88,9 @@ class MemoryBranch(nn.Module):
             return None
         return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
 
-    def initial_state(self, batch: int, restart: bool) -> HierarchyState:
+    def initial_state(self, batch: int) -> HierarchyState:
         """The memories of a stream that has seen nothing."""
-        return self.hierarchy.initial_state(batch, restart)
+        return self.hierarchy.initial_state(batch)
 
     def forward(
         self,
@@ -139,13 +139,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim)
         self.ffn = SwiGLU(dim, hidden)
 
-    def initial_state(self, batch: int, restart: bool) -> BlockState:
-        """The state of a stream (nothing is ever reset)."""
+    def initial_state(self, batch: int) -> BlockState:
+        """The state of a stream that has seen nothing."""
         memory = self.memory
         return BlockState(
             self.attention.initial_state(batch),
             None if memory is None else memory.initial_conv(batch),
-            None if memory is None else memory.initial_state(batch, restart),
+            None if memory is None else memory.initial_state(batch),
         )
 
     def forward(

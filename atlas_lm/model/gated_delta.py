@@ -75,7 +75,7 @@ class GatedDeltaBranch(nn.Module):
     def initial_conv(self, batch: int) -> Tensor:
         return self.qkv.weight.new_zeros(batch, self.conv.width - 1, self.qkv.out_features)
 
-    def initial_state(self, batch: int, restart: bool = False) -> Tensor:
+    def initial_state(self, batch: int) -> Tensor:
         """A stream that has seen nothing: (B, H, D, E)."""
         wide = torch.promote_types(self.qkv.weight.dtype, torch.float32)
         return self.qkv.weight.new_zeros(batch, *self.spec[2:], dtype=wide)

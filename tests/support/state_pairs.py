@@ -57,6 +57,7 @@ def identity(config: ModelConfig, batch: int) -> dict:
     values = asdict(config)
     names = WITHOUT_MEMORY if config.memory == "none" else CHOICES
     kept = {name: values[name] for name in names} | {"batch": batch}
+    kept.pop("reset_at_document", None)  # without document starts it changes nothing
     if config.memory != "none":
         if config.features != "sketch":
             kept.pop("rank")

@@ -80,6 +80,23 @@ def test_batches_are_small_and_every_token_is_counted(monkeypatch: pytest.Monkey
     assert max(ticks) <= 40
 
 
+def test_states_of_documents_that_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that begins anew at documents: where nothing is written after the last of them, all states are one."""
+    model, text = build(reset_at_document=True), text_of(4, 40)
+    starts = torch.zeros(4, 40, dtype=torch.bool)
+    starts[torch.arange(4), torch.tensor([3, 9, 10, 22])] = True
+    found = after_changes(model, text._replace(document_start_NT=starts), 15, 5, ignore)
+    monkeypatch.setattr(module, "PARALLEL", 10)  # through a stream too
+    expected = losses(model, text._replace(document_start_NT=starts), ignore, last=5)
+    assert torch.allclose(found["whole"], expected, atol=1e-5)
+    for name in ("frozen", "restarted", "another", "zeroed"):
+        assert (found[name] - found["whole"]).abs().amax(1).min() > 1e-6, name
+    starts[:, 30] = True
+    found = after_changes(model, text._replace(document_start_NT=starts), 15, 5, ignore)
+    assert torch.equal(found["restarted"], found["whole"])
+    assert torch.equal(found["another"], found["whole"])
+
+
 def test_changed_states_are_what_they_say() -> None:
     model, text, tail, block = build(), text_of(4, 40), 15, 5
     found = after_changes(model, text, tail, block, ignore)

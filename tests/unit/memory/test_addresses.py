@@ -239,7 +239,6 @@ def test_a_state_of_another_batch_or_kind_is_refused(path):
         ({"conv": 3}, "tail of the convolution is"),
         ({"memory": "none"}, "the state has a memory, the model has none"),
         ({"rope_base": 500.0}, "rope_base 10000.0, this model's are by 500.0"),
-        ({"reset_at_document": True}, "made without document starts"),
     ],
 )
 def test_a_state_of_another_model_is_refused(change, message, path):

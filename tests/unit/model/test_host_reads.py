@@ -1,6 +1,7 @@
 """How often a step waits for the device: counted on a CPU, on the way that a GPU takes."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from atlas_lm.memory.kernels import norm as cpu_norm
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.model import attention
 from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.documents import apart
 from tests.support.model_cases import build, make_tokens
 
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
@@ -54,7 +56,7 @@ def test_a_read_is_counted() -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("changes", [{}, {"reset_at_document": True}, {"update": "newton_schulz"}, {"context": 4},
+@pytest.mark.parametrize("changes", [{}, {"update": "newton_schulz"}, {"context": 4},
                                      {"memory": "none"}, {"memory": "gated_delta"}], ids=str)  # fmt: skip
 def test_a_step_of_the_model_reads_nothing(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -64,6 +66,19 @@ def test_a_step_of_the_model_reads_nothing(changes: dict[str, Any]) -> None:
     with HostReads() as mode:
         logits = model(tokens[:, :-1], document_start_BT=starts).logits
         nnf.cross_entropy(logits.mT, tokens[:, 1:]).backward()
+    assert mode.found == []
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_documents_are_read_before_the_model_runs() -> None:
+    """Where each of them begins says how the batch is cut; after that nothing waits."""
+    torch.manual_seed(0)
+    model, tokens = build(reset_at_document=True).train(), make_tokens(60)
+    starts = torch.zeros(2, 60, dtype=torch.bool)
+    starts[:, ::17] = True
+    rows = apart(starts)
+    with patch("atlas_lm.model.documents.apart", lambda *_: rows), HostReads() as mode:
+        model(tokens, document_start_BT=starts).logits.square().mean().backward()
     assert mode.found == []
 
 
