@@ -310,8 +310,8 @@ def test_what_is_not_finite_reaches_no_earlier_token(changes, where, value, path
         monkeypatch.setattr(room, "may_look", lambda _: looks)
     model, tokens = build_model(torch.float32, **changes), make_tokens(100)
     block = model.blocks[0]
-    if where == "memory values" and block.memory is None:
-        pytest.skip("no memory")
+    if where == "memory values" and (block.memory is None or block.memory.qkv is None):
+        pytest.skip("no memory, or none with values of its own")
     t = 40
 
     def spoil(module, inputs, output):
