@@ -18,7 +18,7 @@ FLOAT32 = 3.4e38
 LARGEST = 2**31 - 1  # of whole numbers: the size of a matrix of two of them still fits 64 bits
 
 
-def choice(*names: str, default: str = MISSING) -> Any:
+def choice(*names: str, default: str | None = MISSING) -> Any:
     """A field that takes one of these names."""
     return field(default=default, metadata={"choices": names})
 
@@ -95,6 +95,10 @@ class ModelConfig:
     update: str = choice("gradient", "newton_schulz", "delta")
     """U of ATLAS eq 33. delta: for `network: linear` with `context: 1`, every token's error is corrected at the weights
     that the tokens before it left, chunks solved exactly; no momentum."""
+    local_network: str | None = choice("gated_mlp", "mlp", "linear", default=None)
+    """Memory network of the local memories; null: that of the global one."""
+    local_update: str | None = choice("gradient", "newton_schulz", "delta", default=None)
+    """Update of the local memories; null: that of the global one."""
     newton_schulz_steps: int = number(5, minimum=1)
     """Iterations of Newton–Schulz (M6)."""
     persistent_keys: int = number(64, minimum=0)
@@ -103,6 +107,8 @@ class ModelConfig:
     """Largest write strength, dimensionless: share of the error that one write may correct (M16)."""
     half_life: float = number(minimum=0)
     """Tokens after which the memory has forgotten half, as its gates start out."""
+    half_life_least: float = number(0.0, minimum=0)
+    """The shortest half-life that its gates can come to, tokens; 0: they can forget all at once."""
     radius: float = number(minimum=0)
     """Bound on the root mean square of a fast matrix's entries."""
     conv: int = number(4, minimum=1)
@@ -127,7 +133,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self, "model.")
         hidden, width = self.memory_hidden, self.head_dim
-        if self.network != "linear" and isinstance(hidden, int) and isinstance(width, int) and hidden < width:
+        deep = self.network != "linear" or self.local_network not in (None, "linear")
+        if deep and isinstance(hidden, int) and isinstance(width, int) and hidden < width:
             raise ValueError(
                 f"model.memory_hidden={hidden} must be at least model.head_dim={width}, or what the memory answers "
                 f"lies in a subspace: raise it to {width}, or leave it out"

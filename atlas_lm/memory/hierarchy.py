@@ -56,6 +56,13 @@ class MemorySpec(NamedTuple):
     eta_max: float = 1.0  # write strength at an open gate: the share of an error that is corrected
     half_life: float = 1024.0  # of a memory at first, in tokens
     radius: float = 8.0  # bound on the root mean square of a fast matrix
+    half_life_least: float = 0.0  # tokens; a gate that is shut still forgets no faster. 0: at once
+    local_network: str | None = None  # of the local memories; None: that of the global one
+    local_update: str | None = None
+
+    def of_local(self) -> MemorySpec:
+        """That of the local memories."""
+        return self._replace(network=self.local_network or self.network, update=self.local_update or self.update)
 
 
 class HierarchyState(NamedTuple):
@@ -85,14 +92,16 @@ class FastMemory(nn.Module):
         self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
         self.gates = nn.Linear(spec.dim, (4 if self.rule.has_momentum else 3) * spec.heads)
         self.half_life = spec.half_life
+        self.floor = 2 ** (-1 / spec.half_life_least) if spec.half_life_least > 0 else 0.0
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         initialise_weights(self.rule.network, list(self.initial), self.constant)
         nn.init.normal_(self.gates.weight, std=0.02)
-        # σ(bias) = 2^(−1/half-life): per token even α = 0.99 would empty a memory within one chunk of 512
-        alpha = -math.log(2 ** (1 / self.half_life) - 1)
+        # α = 2^(−1/half-life) at first: per token even 0.99 would empty a memory within one chunk of 512
+        first = 2 ** (-1 / self.half_life)
+        alpha = math.log((first - self.floor) / (1 - first))
         theta = [self.THETA] if self.rule.has_momentum else []
         bias = torch.tensor([alpha, self.ETA, *theta, self.GAMMA], device=self.gates.bias.device)
         self.gates.bias.copy_(bias.repeat_interleave(self.heads))
@@ -102,10 +111,15 @@ class FastMemory(nn.Module):
         return tuple(self.initial)
 
     def open(self, x_BTM: Tensor) -> Gates:
-        """The gates of every token, from the model's hidden states: each (B, H, T)."""
+        """The gates of every token, from the model's hidden states: each (B, H, T).
+
+        α = a + (1 − a) σ(·) with a = 2^(−1/least half-life), the others σ(·).
+        """
         alpha, eta, *theta, gamma = (
             wide_logits(self.gates, x_BTM).to(_wide(x_BTM)).sigmoid().mT.split(self.heads, dim=1)
         )
+        if self.floor:
+            alpha = self.floor + (1 - self.floor) * alpha
         return Gates(alpha, eta * self.eta_max, theta[0] if theta else torch.zeros_like(alpha), gamma)
 
 
@@ -164,11 +178,18 @@ class Hierarchy(nn.Module):
             raise ValueError(f"eta_max must lie in (0, 1], got {spec.eta_max}; above 1 a write overshoots its error")
         if not spec.half_life > 0:
             raise ValueError(f"half_life must be a positive number of tokens, got {spec.half_life}")
+        if not 0 <= spec.half_life_least < spec.half_life:
+            raise ValueError(
+                f"half_life_least must lie in [0, half_life), got {spec.half_life_least} and half_life "
+                f"{spec.half_life}: lower it"
+            )
         self.spec = spec
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
         self.persistent_keys = nn.Parameter(torch.empty(spec.heads, spec.persistent_keys, spec.head_dim))
         self.global_memory = None if chunk is None else FastMemory(spec, chunk, "chunk", self.features)
-        self.local_memories = nn.ModuleList(FastMemory(spec, c, "token", self.features) for c in spec.local_chunks)
+        self.local_memories = nn.ModuleList(
+            FastMemory(spec.of_local(), c, "token", self.features) for c in spec.local_chunks
+        )
         self.reset_parameters()
 
     @torch.no_grad()

@@ -87,6 +87,9 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
         eta_max=config.eta_max,
         half_life=config.half_life,
         radius=config.radius,
+        half_life_least=config.half_life_least,
+        local_network=config.local_network,
+        local_update=config.local_update,
     )
 
 

@@ -238,3 +238,28 @@ def test_document_starts_concern_their_own_sequence():
         one = hierarchy(*inputs, restart_BT=restart)[0]
     torch.testing.assert_close(one[0], plain[0], rtol=0, atol=1e-12)
     assert (one[1] - plain[1])[:, 10:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("least", [0.0, 16.0])
+def test_half_lives_start_where_they_are_said_to_and_end_at_the_least(least: float) -> None:
+    memory = make_hierarchy(SPEC._replace(half_life=512.0, half_life_least=least)).global_memory
+    with torch.no_grad():
+        memory.gates.weight.zero_()
+        alpha = memory.open(torch.zeros(1, 1, SPEC.dim, dtype=torch.float64)).alpha
+        torch.testing.assert_close(alpha, torch.full_like(alpha, 2 ** (-1 / 512)))
+        memory.gates.bias[: SPEC.heads] = -1e6
+        shut = memory.open(torch.zeros(1, 1, SPEC.dim, dtype=torch.float64)).alpha
+        torch.testing.assert_close(shut, torch.full_like(shut, 2 ** (-1 / least) if least else 0.0))
+
+
+def test_a_least_half_life_above_the_first_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"half_life_least must lie in \[0, half_life\), got 128\.0"):
+        Hierarchy(SPEC._replace(half_life=64.0, half_life_least=128.0))
+
+
+def test_local_memories_of_another_kind() -> None:
+    hierarchy = make_hierarchy(
+        SPEC._replace(network="linear", update="delta", local_network="gated_mlp", local_update="gradient")
+    )
+    assert (hierarchy.global_memory.rule.network.kind, hierarchy.global_memory.rule.update) == ("linear", "delta")
+    assert {(m.rule.network.kind, m.rule.update) for m in hierarchy.local_memories} == {("gated_mlp", "gradient")}
