@@ -16,11 +16,12 @@ CHUNKS = (pytest.param(1, marks=pytest.mark.slow), 16, 64)
 
 
 def retrieved(
-    network: str, update: str, chunk: int, correlated: bool = False, pairs: int = 100, eta_max: float = 1.0
-) -> float:
-    """Mean cosine over all places of a pair, of the default sketch; keys that share a direction, if asked."""
+    network: str, update: str, chunk: int, correlated: bool = False, pairs: int = 100, eta_max: float = 1.0,
+    rank: int = 447,
+) -> float:  # fmt: skip
+    """Mean cosine over all places of a pair, of a sketch of `rank`; keys that share a direction, if asked."""
     torch.manual_seed(0)
-    config = model_config(network=network, update=update, head_dim=64, heads=2, rank=447, dim=16, layers=1, context=1,
+    config = model_config(network=network, update=update, head_dim=64, heads=2, rank=rank, dim=16, layers=1, context=1,
                           memory_hidden=64, local_chunks=[chunk], global_chunk=64, shard=128, eta_max=eta_max,
                           )  # fmt: skip
     model = AtlasLM(config, VOCABULARY)
@@ -45,6 +46,12 @@ def test_delta_stores_in_a_chunk_what_it_stores_token_by_token(chunk: int) -> No
     found = retrieved("linear", "delta", chunk)
     assert found >= 0.92
     assert found == pytest.approx(retrieved("linear", "delta", 1), abs=1e-5), "as token by token"
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_what_tiny_delta_stores(chunk: int) -> None:
+    assert retrieved("linear", "delta", chunk, rank=575) >= 0.93
+    assert retrieved("linear", "delta", chunk, True, rank=575) >= 0.55
 
 
 def test_correlated_pairs_come_back_better_than_by_gradients_of_a_chunk() -> None:
