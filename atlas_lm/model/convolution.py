@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from atlas_lm.memory.kernels import convolution as kernel
+
 
 class CausalConv(nn.Module):
     """Depthwise causal convolution over the last `width` tokens, the identity at first."""
@@ -26,6 +28,8 @@ class CausalConv(nn.Module):
 
     def forward(self, x_BTM: Tensor, tail_BWM: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, M) and the last width − 1 inputs before it → (B, T, M) and the new tail."""
+        if x_BTM.size(-1) % 3 == 0 and kernel.can_run(x_BTM):
+            return kernel.convolve(x_BTM, tail_BWM, self.weight), self.next_tail(x_BTM, tail_BWM)
         T = x_BTM.size(1)
         row = torch.cat([tail_BWM.to(x_BTM.dtype), x_BTM], dim=1)
         weight = self.weight.to(row.dtype)  # one precision: mixed products are five times slower

@@ -1,4 +1,6 @@
-"""Short causal convolution, heads and unit norms on a CPU, as compiled code: one pass over memory each way."""
+"""Short causal convolution on a CPU, with heads and unit norms or without, as compiled code: one pass over memory each
+way.
+"""
 
 # B batch, H heads, T tokens, D head dim, W taps
 
@@ -12,23 +14,29 @@ from torch import Tensor
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels.compiled import WIDE, Field, Function, once_differentiable, plain
 
-_OUT = ("B", "H", "T", "D")
-_convolution = Function(
-    "convolution",
-    ("B", "T", "H", "D", "taps", "block"),
-    (),
-    (
-        Field("x", ("B", "T", "3*H*D")),
-        Field("tail", ("B", "before", "3*H*D")),
-        Field("weight", ("taps", "3*H*D"), WIDE),
-        Field("out", _OUT, more=(_OUT, _OUT)),
-        Field("norms", ("B", "H", "2", "T"), WIDE),
-        Field("dout", _OUT, more=(_OUT, _OUT)),
-        Field("dx", ("B", "T", "3*H*D")),
-        Field("dtail", ("B", "before", "3*H*D")),
-        Field("dweight", ("rows", "taps", "3*H*D"), WIDE),
-    ),
-)
+_ALL, _HEADS = ("B", "T", "3*H*D"), ("B", "H", "T", "D")
+
+
+def _function(out: tuple[str, ...]) -> Function:
+    return Function(
+        "convolution",
+        ("B", "T", "H", "D", "taps", "block"),
+        (),
+        (
+            Field("x", _ALL),
+            Field("tail", ("B", "before", "3*H*D")),
+            Field("weight", ("taps", "3*H*D"), WIDE),
+            Field("out", out, more=(out, out)),
+            Field("norms", ("B", "H", "2", "T"), WIDE),
+            Field("dout", out, more=(out, out)),
+            Field("dx", _ALL),
+            Field("dtail", ("B", "before", "3*H*D")),
+            Field("dweight", ("rows", "taps", "3*H*D"), WIDE),
+        ),
+    )
+
+
+_of_heads, _plain = _function(_HEADS), _function(_ALL)
 
 BLOCK = 256  # tokens of a piece of work
 
@@ -46,6 +54,34 @@ def heads(x_BTM: Tensor, tail_BWM: Tensor, weight_WM: Tensor, count: int) -> tup
     ValueError for sizes that do not fit each other.
     """
     return _Heads.apply(x_BTM, tail_BWM.to(x_BTM.dtype), weight_WM, count)
+
+
+@torch.compiler.disable
+def convolve(x_BTM: Tensor, tail_BWM: Tensor, weight_WM: Tensor) -> Tensor:
+    """(B, T, M), M a multiple of 3, with the W − 1 inputs before it → (B, T, M). ValueError as above."""
+    return _Convolution.apply(x_BTM, tail_BWM.to(x_BTM.dtype), weight_WM)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+        x, tail = plain(x), plain(tail)
+        wide = plain(weight.to(torch.promote_types(x.dtype, torch.float32)))
+        y = torch.empty_like(x)
+        _call(1, {"x": x, "tail": tail, "weight": wide, "out": [y, None, None]}, _plain)
+        ctx.save_for_backward(x, tail, wide)
+        ctx.like = weight.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, tail, wide = ctx.saved_tensors
+        dx, dtail = torch.empty_like(x), torch.empty_like(tail)
+        dweight = wide.new_empty(_pieces(x), *wide.shape)
+        tensors = {"x": x, "tail": tail, "weight": wide, "dx": dx, "dtail": dtail, "dweight": dweight}
+        _call(1, {**tensors, "dout": [plain(dy.to(x.dtype)), None, None]}, _plain)
+        return dx, dtail, dweight.sum(0).to(ctx.like)
 
 
 class _Heads(torch.autograd.Function):
@@ -77,9 +113,9 @@ def _pieces(x: Tensor) -> int:
     return x.size(0) * -(-x.size(1) // BLOCK)
 
 
-def _call(count: int, tensors: dict[str, Any]) -> None:
+def _call(count: int, tensors: dict[str, Any], function: Function = _of_heads) -> None:
     x, wide = tensors["x"], tensors["weight"]
     B, T, M = x.shape
     taps = wide.size(0)
     sizes = {"B": B, "T": T, "H": count, "D": M // 3 // count, "taps": taps, "block": BLOCK, "before": taps - 1}
-    _convolution((wide.dtype, x.dtype), sizes | {"rows": _pieces(x)}, tensors, x.numel() * taps)
+    function((wide.dtype, x.dtype), sizes | {"rows": _pieces(x)}, tensors, x.numel() * taps)

@@ -64,8 +64,8 @@ def test_every_function_is_among_those_below():
     """A new one has to be added to the test of second derivatives."""
     ours = {f.__name__ for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("atlas_lm.")}
     assert ours == {
-        "_CompiledLoop", "_FromEnd", "_Heads", "_Loop", "_Norm", "_Scan", "_ToEnd", "_TritonLoop", "DecayProducts",
-        "_Sketch", "_WindowAttention",
+        "_CompiledLoop", "_Convolution", "_FromEnd", "_Heads", "_Loop", "_Norm", "_Scan", "_ToEnd", "_TritonLoop",
+        "DecayProducts", "_Sketch", "_WindowAttention",
     }  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def cases() -> dict[str, tuple]:
         "norm of heads": (lambda: normalised_heads(RMSNorm(4).double(), heads), heads),
         "attention": (lambda: attention(x, None)[0], x),
         "convolution": (lambda: memory_heads(branch.qkv(x), x.new_zeros(2, 3, 24), branch.conv, 2)[0], x),
+        "convolution alone": (lambda: branch.conv(branch.qkv(x), x.new_zeros(2, 3, 24))[0], x),
         "sketch": (lambda: sketch(heads), heads),
         "memory": (lambda: hierarchy(*inputs)[0], inputs.v),
     }

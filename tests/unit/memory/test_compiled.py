@@ -63,6 +63,18 @@ def test_convolution_heads_and_norms(T, width, dtype, monkeypatch):
     compare(lambda: memory_heads(x, tail, conv, 2), leaves, cpu_convolution, dtype, monkeypatch)
 
 
+@DTYPES
+@pytest.mark.parametrize("T", [1, 2, 5, 300, 515])
+@pytest.mark.parametrize("width", [1, 4])
+def test_convolution_alone(T, width, dtype, monkeypatch):
+    torch.manual_seed(0)
+    conv = CausalConv(96, width).to(wide(dtype))
+    x = torch.randn(3, T, 96).to(dtype).requires_grad_()
+    tail = torch.randn(3, width - 1, 96).to(dtype).requires_grad_()
+    leaves = [x, conv.weight] + ([tail] if width > 1 else [])
+    compare(lambda: conv(x, tail)[:1], leaves, cpu_convolution, dtype, monkeypatch)
+
+
 def test_a_vector_of_zeros_has_no_direction():
     x = torch.zeros(1, 5, 96, requires_grad=True)
     q, k, v = memory_heads(x, torch.zeros(1, 3, 96), CausalConv(96, 4), 2)

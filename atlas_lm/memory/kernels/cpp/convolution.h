@@ -1,5 +1,5 @@
-// Short causal convolution of queries, keys and values, cut into heads, queries and keys brought to unit norm: in one
-// pass over memory each way (block.py has it in PyTorch).
+// Short causal convolution of queries, keys and values, in one pass over memory each way (convolution.py and block.py
+// have it in PyTorch): cut into heads, queries and keys brought to unit norm, or as it is.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 extern "C" struct ConvolutionArguments {
     I B, T, H, D, taps, block;  // sequences, tokens, heads, channels of a head, width, tokens of a piece of work
     const void *x, *tail, *weight;  // (B, T, 3·H·D), (B, taps − 1, 3·H·D), (taps, 3·H·D)
-    void *out[3];  // q, k, v (B, H, T, D)
-    void* norms;  // (B, H, 2, T) of q and k
+    void *out[3];  // q, k, v (B, H, T, D); without norms the first alone, (B, T, 3·H·D)
+    void* norms;  // (B, H, 2, T) of q and k; null: neither heads nor norms
     const void* dout[3];
     void *dx, *dtail, *dweight;  // dweight: (pieces, taps, 3·H·D)
     I rounding, next;
@@ -47,6 +47,11 @@ template <class T, class S> struct Convolution {
                 else
                     for (I c = 0; c < width; c++) to[c] += T(from[c]) * weight[c];
             }
+            if (!a.norms) {
+                S* __restrict to = (S*)a.out[0] + (b * a.T + t) * width;
+                for (I c = 0; c < width; c++) to[c] = S(row[c]);
+                continue;
+            }
             for (I p = 0; p < 3; p++)
                 for (I h = 0; h < a.H; h++) {
                     const T* __restrict from = row.data() + (p * a.H + h) * a.D;
@@ -64,6 +69,11 @@ template <class T, class S> struct Convolution {
 
     // the gradient of the convolution's outputs at token t
     void through_norms(I b, I t, T* to_row) const {
+        if (!a.norms) {
+            const S* __restrict dy = (const S*)a.dout[0] + (b * a.T + t) * width;
+            for (I c = 0; c < width; c++) to_row[c] = T(dy[c]);
+            return;
+        }
         for (I p = 0; p < 3; p++)
             for (I h = 0; h < a.H; h++) {
                 const S* __restrict dy = (const S*)a.dout[p] + at(b, h, t);
