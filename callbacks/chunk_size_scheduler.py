@@ -56,7 +56,12 @@ class ChunkSizeScheduler(Callback):
         transition_steps: int = 0,
     ) -> None:
         self.start = (start,) if isinstance(start, int) else tuple(int(size) for size in start)
-        if not self.start or min(self.start) < 1:
+        if not self.start:
+            raise ValueError(
+                "start=[] of chunk_size_scheduler: the model has no local memory whose chunks could shrink; leave the "
+                "scheduler out (~callbacks.chunk_size_scheduler), or give the model one (model.local_chunks=[64])"
+            )
+        if min(self.start) < 1:
             raise ValueError(f"start={start} of chunk_size_scheduler must be chunk sizes of at least 1 token")
         check(
             "chunk_size_scheduler", total_steps=(total_steps, at_least(1)),

@@ -185,7 +185,11 @@ class Hierarchy(nn.Module):
             )
         self.spec = spec
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
-        self.persistent_keys = nn.Parameter(torch.empty(spec.heads, spec.persistent_keys, spec.head_dim))
+        # the projection is the local memories': without them keys would be parameters that nothing learns
+        self.persistent_keys = nn.Parameter(
+            torch.empty(spec.heads, spec.persistent_keys if spec.local_chunks else 0, spec.head_dim),
+            requires_grad=bool(spec.local_chunks),
+        )
         self.global_memory = None if chunk is None else FastMemory(spec, chunk, "chunk", self.features)
         self.local_memories = nn.ModuleList(
             FastMemory(spec.of_local(), c, "token", self.features) for c in spec.local_chunks

@@ -229,6 +229,15 @@ def test_rows_of_the_model_are_independent_and_nothing_is_changed(changes, T):
 
 
 @every_model
+def test_every_parameter_of_the_model_gets_a_gradient(changes):
+    """One without has no optimizer state, which a rollback or a sharded checkpoint would look for in vain."""
+    model, tokens = build_model(**changes), make_tokens(63)
+    output = model(tokens)
+    (output.logits.square().mean() + sum(gate.mean() for gate in output.gates)).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@every_model
 def test_model_evaluates_as_it_trains_bitwise(changes):
     model, tokens = build_model(torch.float32, **changes), make_tokens(63)
 

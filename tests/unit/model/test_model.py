@@ -21,7 +21,7 @@ VOCABULARY = 32_000
 # at a vocabulary of 32,000 tokens
 PARAMETERS = {
     "tiny": 10_433_440,
-    "tiny_delta": 9_871_244,
+    "tiny_delta": 9_854_860,
     "43m": 59_347_008,
     "125m": 191_588_160,
     "340m": 580_328_448,
