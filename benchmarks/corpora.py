@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ def offered(run: str, window: int, sequences: int) -> dict[str, Any]:
     subject = Subject(run)
     length = subject.trained_length
     text = subject.text(length, sequences)
-    reach = window + attention_reach(replace(subject.model.config, window=window))
+    reach = window + attention_reach(subject.model.config, window)
     near, whole = (losses(subject.model, text.last(c), lambda _: None, window) for c in (reach, length))
     return {"reach": reach, "length": length, "loss": interval(whole), "gain": interval(near - whole)}
 

@@ -1,9 +1,10 @@
 """Is the memory worth its time? Ours and its twins at equal steps and at equal time: python -m benchmarks.worth
 
 First the speeds: whole training steps of all models, taken in turn in one process, so that a busier minute meets all;
-this part wants a quiet machine. For each model a learning rate is chosen by the same small sweep, which goes on upwards
-or downwards until the loss rises again, so that no model is held back by where the sweep ends. Then it trains for as
-many steps as the experiment has, and for as many as fill the time of the first model; `--seeds` times. One table, one
+this part wants a quiet machine. For each model a learning rate is chosen by the same small sweep over the whole of the
+equal time (shorter runs prefer rates that are too high for it: --sweep), which goes on upwards or downwards until the
+loss rises again, so that no model is held back by where the sweep ends. Then it trains for as many steps as the
+experiment has, and for as many as fill the time of the first model; `--seeds` times. One table, one
 picture (validation loss against seconds at those speeds). What has finished is not made again, so an interrupted
 benchmark is continued by the same command.
 
@@ -49,8 +50,7 @@ NUMBERS, PAGE, PICTURE = "docs/results/worth.json", "docs/results/worth.md", "do
 BEGIN = "<!-- worth: python -m benchmarks.worth --write -->"
 RATES = (1.0, 2.0)  # times the experiment's learning rates: where a sweep begins
 LOWEST, HIGHEST = 1 / 16, 16.0  # and where it ends at the latest
-SWEEP = 0.25  # of the steps, for each rate
-SWEEP_SEQUENCES = 64  # of validation, to choose a rate by
+SWEEP_SEQUENCES = 64  # of validation, to choose a rate by in less than the whole time
 UNSTABLE = (
     "NonFiniteTraining",
     "LossOutliers",
@@ -91,6 +91,7 @@ class Setting(NamedTuple):
     out: Path
     jobs: int = 1  # trainings at once
     data: tuple[str, ...] = ()  # settings that keep the data what they are when the window is another one
+    sweep: float = 1.0  # below 1: each rate is tried for this share of the experiment's steps, not for the equal time
 
 
 def composed(experiment: str, extra: Sequence[str]) -> Any:
@@ -99,7 +100,7 @@ def composed(experiment: str, extra: Sequence[str]) -> Any:
         return compose("train", overrides=[f"+experiment={experiment}", *extra])
 
 
-def setting(experiment: str, extra: list[str], quick: bool, out: Path, jobs: int = 1) -> Setting:
+def setting(experiment: str, extra: list[str], quick: bool, out: Path, jobs: int = 1, sweep: float = 1.0) -> Setting:
     """From the experiment's composed configuration."""
     cfg = composed(experiment, extra)
     steps = max(20, cfg.optim.total_steps // 10) if quick else cfg.optim.total_steps
@@ -108,7 +109,7 @@ def setting(experiment: str, extra: list[str], quick: bool, out: Path, jobs: int
     tokens = length * int(cfg.data.batch_size) * int(cfg.trainer.get("accumulate_grad_batches") or 1)
     window = int(cfg.model.window)
     data = (f"data.source.window={window}",) if OmegaConf.select(cfg, "data.source.window") is not None else ()
-    return Setting(experiment, extra, steps, window, length, tokens, rates, out, jobs, data)
+    return Setting(experiment, extra, steps, window, length, tokens, rates, out, jobs, data, sweep)
 
 
 def settings_of(s: Setting, name: str) -> list[str]:
@@ -167,8 +168,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower())
 
 
-def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
-    """The report of a run; it is made unless it has finished before. RuntimeError: it did not finish."""
+def train(
+    s: Setting, name: str, steps: int, rate: float, seed: int, what: str, may_fail: bool = False
+) -> dict[str, Any]:
+    """The report of a run; it is made unless it has finished before.
+
+    `may_fail`: a safeguard may end it, for too high a rate. RuntimeError: it did not finish.
+    """
     label = slug(f"{what} {name} x{rate} seed {seed} steps {steps}")
     every = max(1, steps // (1 if what == "sweep" else 4))  # a validation is as long as a hundred steps
     command = [
@@ -180,23 +186,23 @@ def train(s: Setting, name: str, steps: int, rate: float, seed: int, what: str) 
     report = s.out / "runs" / label / "latest" / "report.json"
     known = s.out / "runs" / f"{label}.json"
     same = known.is_file() and json.loads(known.read_text()) == command
-    if not (same and settled(report, what)):
+    if not (same and settled(report, may_fail)):
         print(f"{label}", file=sys.stderr, flush=True)
         write_atomically(known, json.dumps(command))
         resume = ["resume=auto"] if same else []
         whole = [sys.executable, str(ROOT / "train.py"), *command, *resume]
         share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // s.jobs))} if s.jobs > 1 else {}
         done = subprocess.run(whole, capture_output=True, text=True, env=os.environ | share)
-        if done.returncode and not settled(report, what):
+        if done.returncode and not settled(report, may_fail):
             raise RuntimeError(f"{label} did not finish:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return json.loads(report.read_text())
 
 
-def settled(path: Path, what: str) -> bool:
-    """Whether a run needs no more training: it finished, or a sweep's rate was so high that a safeguard ended it."""
+def settled(path: Path, may_fail: bool) -> bool:
+    """Whether a run needs no more training: it finished, or its rate was so high that a safeguard ended it."""
     report = json.loads(path.read_text()) if path.is_file() else {"status": "missing"}
     unstable = report["status"] == "failed" and str(report["error"]).startswith(UNSTABLE)
-    return report["status"] == "finished" or (what == "sweep" and unstable)
+    return report["status"] == "finished" or (may_fail and unstable)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -208,12 +214,16 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, STUDENT.get(n, 2.0) * deviation / math.sqrt(n)
 
 
-def best_rates(s: Setting, names: list[str], pool: Executor) -> dict[str, dict[float, float]]:
-    """By model: the loss that each rate reaches in the sweep, the best first; infinite where training is unstable."""
-    short = max(10, round(SWEEP * s.steps))
+def best_rates(s: Setting, steps: dict[str, int], pool: Executor) -> dict[str, dict[float, float]]:
+    """By model: the loss that each rate reaches in the sweep, the best first; infinite where training is unstable.
+
+    `steps`: of each model at equal time. Over the whole of it the sweep's run is the first seed's.
+    """
+    short = max(10, round(s.sweep * s.steps))
 
     def loss(name: str, rate: float) -> float:
-        report = train(s, name, short, rate, 0, "sweep")
+        length, what = (steps[name], "run") if s.sweep >= 1 else (short, "sweep")
+        report = train(s, name, length, rate, 0, what, may_fail=True)
         return report["val_loss"] if report["status"] == "finished" and report["val_loss"] is not None else math.inf
 
     def sweep(name: str) -> dict[float, float]:
@@ -222,7 +232,7 @@ def best_rates(s: Setting, names: list[str], pool: Executor) -> dict[str, dict[f
             found[rate] = loss(name, rate)
         return {rate: found[rate] for rate in sorted(found, key=lambda rate: found[rate])}
 
-    return dict(zip(names, pool.map(sweep, names), strict=True))
+    return dict(zip(steps, pool.map(sweep, steps), strict=True))
 
 
 def next_rate(found: dict[float, float]) -> float | None:
@@ -237,7 +247,7 @@ def measure(s: Setting, names: list[str], seeds: int) -> dict[str, Any]:
     speed = speeds(s, names)
     as_long = {name: max(1, round(s.steps * speed[name] / speed[names[0]])) for name in names}
     with ThreadPoolExecutor(s.jobs) as pool:
-        sweeps = best_rates(s, names, pool)
+        sweeps = best_rates(s, as_long, pool)
         rates = {name: next(iter(sweep)) for name, sweep in sweeps.items()}
         runs = [(name, steps, seed) for seed in range(seeds) for name in names for steps in {s.steps, as_long[name]}]
         reports = pool.map(lambda x: train(s, x[0], x[1], rates[x[0]], x[2], "run"), runs)
@@ -357,6 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/worth"))
+    parser.add_argument("--sweep", type=float, default=1.0, help="share of the experiment's steps to try a rate for")
     parser.add_argument(
         "--set", nargs="*", default=[], dest="extra", help="settings of all runs, as train.py takes them"
     )
@@ -366,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.worker:
         return worker(options.worker)
-    s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs)
+    s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs, options.sweep)
     (s.out / "runs").mkdir(parents=True, exist_ok=True)
     found = measure(s, options.models, 1 if options.quick else options.seeds)
     text = table(summary(found))
@@ -375,7 +386,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_atomically(s.out / "worth.json", json.dumps(found, indent=1) + "\n")
     draw(found, s.out / "worth.png")
     if options.write:
-        publish(found, s, "--quick" if options.quick else f"--seeds {options.seeds}")
+        shorter = f" --sweep {options.sweep:g}" if options.sweep < 1 else ""
+        publish(found, s, ("--quick" if options.quick else f"--seeds {options.seeds}") + shorter)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def losses(model: AtlasLM, text: Text, tick: Tick, last: int | None = None) -> T
     keep = length if last is None else last
     found = []
     # documents begin at other tokens in every row, and a stream begins anew there
-    for batch in batches(text, model.config.reset_at_document and length > PARALLEL):
+    for batch in batches(text, length > PARALLEL and model.config.reset_at_document):
         tokens, targets, starts = batch
         if length <= PARALLEL:
             logits = model(tokens, document_start_BT=starts).logits

@@ -108,9 +108,12 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return losses.masked_fill(targets_BT == UNSCORED, torch.nan)
 
 
-def attention_reach(config: ModelConfig) -> int:
-    """How many tokens back the attention windows of all layers together reach, with their convolutions."""
-    return config.layers * (config.window - 1 + config.attention_conv - 1)
+def attention_reach(config: ModelConfig, window: int | None = None) -> int:
+    """How many tokens back the attention windows of all layers together reach, with their convolutions.
+
+    `window`: as if it were this.
+    """
+    return config.layers * ((config.window if window is None else window) - 1 + config.attention_conv - 1)
 
 
 def losses_after_restarts(

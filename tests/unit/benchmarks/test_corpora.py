@@ -35,7 +35,7 @@ def test_the_gain_is_what_far_text_gives(
     row = torch.cat([first, first, first[:, :1]] if repeats else [first, again], dim=1)
 
     class Model:
-        config = SimpleNamespace(layers=2)
+        config = SimpleNamespace(layers=2, attention_conv=1)
 
         def __call__(self, tokens: torch.Tensor, **_: Any) -> Any:
             logits = torch.zeros(*tokens.shape, vocabulary)

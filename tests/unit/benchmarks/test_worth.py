@@ -24,7 +24,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The runs that are asked for; a model's loss is lowest at its best rate, and falls with steps."""
     made: list[tuple[Any, ...]] = []
 
-    def train(s: Any, name: str, steps: int, rate: float, seed: int, what: str) -> dict[str, Any]:
+    def train(
+        s: Any, name: str, steps: int, rate: float, seed: int, what: str, may_fail: bool = False
+    ) -> dict[str, Any]:
         made.append((what, name, steps, rate, seed))
         loss = 1 + abs(math.log2(rate / BEST[name])) + 10 / steps + seed / 100
         return {"status": "finished", "val_loss": loss, "val_bits_per_byte": loss, "tokens": steps * s.tokens,
@@ -41,8 +43,17 @@ def test_the_settings_are_the_experiments(s: worth.Setting) -> None:
     assert worth.setting("stage1", [], True, s.out).steps == 100
 
 
+def test_a_rate_is_tried_for_the_whole_of_the_equal_time(s: worth.Setting, runs: list[tuple[Any, ...]]) -> None:
+    """In shorter runs a higher rate wins, which is too high for the whole: decision 52."""
+    worth.measure(s, list(SPEED), seeds=1)
+    steps = {"memory": 400, "no memory": 1000, "full attention": 320}
+    swept = [("run", name, steps[name], rate, 0) for name, rates in SWEPT.items() for rate in rates]
+    assert runs[: len(swept)] == swept
+    assert {run[0] for run in runs} == {"run"}, "the best of them is the first seed's run at equal time"
+
+
 def test_each_model_gets_its_rate_and_the_time_of_the_first(s: worth.Setting, runs: list[tuple[Any, ...]]) -> None:
-    found = worth.measure(s, list(SPEED), seeds=2)
+    found = worth.measure(s._replace(sweep=0.25), list(SPEED), seeds=2)
     assert {name: run["rate"] for name, run in found.items()} == BEST
     sweeps = [run[:4] for run in runs if run[0] == "sweep"]
     assert sweeps == [("sweep", name, 100, rate) for name, rates in SWEPT.items() for rate in rates]
@@ -68,7 +79,7 @@ def test_a_sweep_ends_where_the_loss_rises_again() -> None:
 
 
 def test_a_model_that_diverges_at_a_rate_does_not_get_it(s: worth.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(*arguments: Any) -> dict[str, Any]:
+    def train(*arguments: Any, may_fail: bool = False) -> dict[str, Any]:
         loss = {1.0: 6.0, 2.0: 5.0, 4.0: None}[arguments[3]]
         status = "failed" if loss is None else "finished"
         return {"status": status, "val_loss": loss, "val_bits_per_byte": loss, "tokens": 1, "tokens_per_second": 1.0,
@@ -83,7 +94,7 @@ def test_a_model_that_diverges_at_a_rate_does_not_get_it(s: worth.Setting, monke
 
 def test_what_needs_no_more_training(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    assert not worth.settled(report, "sweep")
+    assert not worth.settled(report, True)
     for status, error, sweep, run in (
         ("finished", None, True, True),
         ("failed", "TrainingUnstable: 5 rollbacks", True, False),
@@ -91,7 +102,7 @@ def test_what_needs_no_more_training(tmp_path: Path) -> None:
         ("interrupted", "KeyboardInterrupt:", False, False),
     ):
         report.write_text(json.dumps({"status": status, "error": error}))
-        assert (worth.settled(report, "sweep"), worth.settled(report, "run")) == (sweep, run), (status, error)
+        assert (worth.settled(report, True), worth.settled(report, False)) == (sweep, run), (status, error)
 
 
 def test_speeds_are_measured_once_for_the_same_models(s: worth.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +180,7 @@ def test_it_runs_and_continues(
     ]
     worth.main(arguments)
     first = capsys.readouterr()
-    assert first.err.count("seed_0") == 5, "2 of the sweep, 2 at equal steps, 1 at equal time"
+    assert first.err.count("seed_0") == 3, "2 at equal time, which are the sweep's, and 1 more at equal steps"
     found = json.loads((tmp_path / "worth" / "worth.json").read_text())
     assert found["no memory"]["time"][0]["steps"] > found["memory"]["time"][0]["steps"] == 40
     assert (tmp_path / "worth" / "worth.png").is_file()
