@@ -92,7 +92,8 @@ class FastMemory(nn.Module):
         self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
         self.gates = nn.Linear(spec.dim, (4 if self.rule.has_momentum else 3) * spec.heads)
         self.half_life = spec.half_life
-        self.floor = 2 ** (-1 / spec.half_life_least) if spec.half_life_least > 0 else 0.0
+        self.least = spec.half_life_least
+        self.floor = 2 ** (-1 / self.least) if self.least > 0 else 0.0
         self.reset_parameters()
 
     @torch.no_grad()
@@ -100,8 +101,9 @@ class FastMemory(nn.Module):
         initialise_weights(self.rule.network, list(self.initial), self.constant)
         nn.init.normal_(self.gates.weight, std=0.02)
         # α = 2^(−1/half-life) at first: per token even 0.99 would empty a memory within one chunk of 512
-        first = 2 ** (-1 / self.half_life)
-        alpha = math.log((first - self.floor) / (1 - first))
+        rate, least = math.log(2) / self.half_life, math.log(2) / self.least if self.least > 0 else math.inf
+        # log (2^(−1/h) − 2^(−1/h₀)) / (1 − 2^(−1/h)), where neither difference loses its digits
+        alpha = -rate + math.log(-math.expm1(rate - least)) - math.log(-math.expm1(-rate))
         theta = [self.THETA] if self.rule.has_momentum else []
         bias = torch.tensor([alpha, self.ETA, *theta, self.GAMMA], device=self.gates.bias.device)
         self.gates.bias.copy_(bias.repeat_interleave(self.heads))
@@ -170,7 +172,8 @@ class Hierarchy(nn.Module):
             )
         if chunk is None and not spec.local_chunks:
             raise ValueError(
-                "global_chunk=null and local_chunks=[] leave no memory; set one of them, or model.memory=none"
+                "global_chunk=null and local_chunks=[] leave no memory: set one of them. The model without a memory is "
+                "model.memory=none, which takes its size from the memory that these describe"
             )
         if spec.persistent_keys < 0:
             raise ValueError(f"persistent_keys must not be negative, got {spec.persistent_keys}")
@@ -178,6 +181,8 @@ class Hierarchy(nn.Module):
             raise ValueError(f"eta_max must lie in (0, 1], got {spec.eta_max}; above 1 a write overshoots its error")
         if not spec.half_life > 0:
             raise ValueError(f"half_life must be a positive number of tokens, got {spec.half_life}")
+        if not 1e-2 <= spec.half_life <= 1e12:
+            raise ValueError(f"half_life must lie between 0.01 and 1e12 tokens, got {spec.half_life}")
         if not 0 <= spec.half_life_least < spec.half_life:
             raise ValueError(
                 f"half_life_least must lie in [0, half_life), got {spec.half_life_least} and half_life "

@@ -55,7 +55,8 @@ def check_rule(rule: Rule) -> Rule:
     if rule.update == "delta" and (rule.network.kind != "linear" or rule.context != 1):
         raise ValueError(
             f"update delta solves the chunk of a linear memory with context 1, got network {rule.network.kind} and "
-            f"context {rule.context}: set network: linear and context: 1, or update: gradient"
+            f"context {rule.context}: set network: linear and context: 1, or update: gradient (for local memories "
+            "local_network and local_update)"
         )
     if rule.read not in ("token", "chunk"):
         raise ValueError(f"unknown memory read {rule.read!r}; choose token or chunk")

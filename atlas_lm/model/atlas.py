@@ -108,7 +108,7 @@ def delta_spec(config: ModelConfig) -> DeltaSpec:
 
 
 def block_spec(config: ModelConfig, held: bool = True) -> MemorySpec | DeltaSpec | None:
-    """What the memory of a block is built from that is to hold one; None without. ValueError: none has that name."""
+    """What the memory of a block is built from; None for a block that holds none. ValueError: an unknown memory."""
     if config.memory == "none" or not held:
         return None
     if config.memory == "atlas":
@@ -205,25 +205,27 @@ class AtlasLM(nn.Module):
 
         Without a state: training and evaluation, local memories restart at each shard. With one: streaming, no
         resets but at document starts where `reset_at_document` asks for them: there everything begins anew, and a
-        packed document is the document alone. `restart_BT` (bool): there every memory restarts, whatever the
-        configuration; attention sees what it always sees. `write` False: the memories answer and neither learn nor
-        forget. ValueError for a state of another model or batch (one of another precision is cast), for tokens that
-        are no (B, T) ids of the vocabulary, and in a stream for documents that start in some rows and not in others.
+        packed document is the document alone. `restart_BT` (bool), without a state: there every memory restarts,
+        whatever the configuration; attention sees what it always sees. `write` False: the memories answer and neither
+        learn nor forget. ValueError for a state of another model or batch (one of another precision is cast), for
+        tokens that are no (B, T) ids of the vocabulary, for restarts in a stream, and for documents that start in some
+        of its rows and not in others.
         """
         self._check_tokens(tokens_BT, document_start_BT)
         layers = len(self.blocks)
         if state is not None and len(state) != layers:
             raise ValueError(f"the state has {len(state)} layers, the model {layers}; start from its initial_state")
+        if state is not None and restart_BT is not None:
+            raise ValueError("restarts are for whole sequences: in a stream take the memories of a new initial_state")
         starts = document_start_BT if self.config.reset_at_document else None
-        if starts is None:
+        if starts is None or not starts.numel():
             return self._read(tokens_BT, state, restart_BT, write)
         if state is None:
             return self._documents(tokens_BT, starts, restart_BT, write)
         outputs = []
         for start, end, begins in documents.cuts(starts):
             state = self.initial_state(tokens_BT.size(0)) if begins else state
-            restart = None if restart_BT is None else restart_BT[:, start:end]
-            outputs.append(self._read(tokens_BT[:, start:end], state, restart, write))
+            outputs.append(self._read(tokens_BT[:, start:end], state, None, write))
             state = outputs[-1].state
         logits, *gates = (
             torch.cat(parts, dim=1) for parts in zip(*((o.logits, *o.gates) for o in outputs), strict=True)

@@ -115,6 +115,14 @@ class MemoryBranch(nn.Module):
         return normalised_heads(self.norm, y_BHTD.to(x_BTM.dtype)), conv, state
 
 
+def _kind_of(state: HierarchyState | Tensor | None) -> str:
+    return "none" if state is None else "a memory" if isinstance(state, HierarchyState) else "a gated delta net"
+
+
+def _kind_of_branch(memory: MemoryBranch | GatedDeltaBranch | None) -> str:
+    return "none" if memory is None else "a memory" if isinstance(memory, MemoryBranch) else "a gated delta net"
+
+
 class Block(nn.Module):
     """One layer; `spec` None: without a memory."""
 
@@ -155,9 +163,11 @@ class Block(nn.Module):
 
         ValueError for a state of another block or batch.
         """
-        if state is not None and (state.memory is None) != (self.memory is None):
-            has, lacks = ("state", "model") if self.memory is None else ("model", "state")
-            raise ValueError(f"the {has} has a memory, the {lacks} has none; start from initial_state of this model")
+        if state is not None and _kind_of(state.memory) != _kind_of_branch(self.memory):
+            raise ValueError(
+                f"the state has {_kind_of(state.memory)}, the model has {_kind_of_branch(self.memory)}; start from "
+                "initial_state of this model"
+            )
         y = self.norm(x_BTM)
         qkv, tail = self.attention.project(y, state.attention if state else None)
         attended, cache = self.attention.attend(qkv, tail, state.attention if state else None)

@@ -59,7 +59,7 @@ def together(rows: Sequence[Rows], parts_NL: Sequence[Tensor], shape: torch.Size
     order = torch.cat([row.source_NL.flatten()[row.kept_M] for row in rows])
     values = torch.cat([part.flatten(0, 1)[row.kept_M] for row, part in zip(rows, parts_NL, strict=True)])
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return values[inverse].unflatten(0, shape)
+    return values[inverse].reshape(*shape, *values.shape[1:])
 
 
 def cuts(starts_BT: Tensor) -> list[tuple[int, int, bool]]:

@@ -41,8 +41,9 @@ class Session:
         document_start_BT: Tensor | None = None,
     ) -> Tensor:
         """The logits (B, T, V) of the tokens after each. `write`: the memories learn; else they answer as they are,
-        while attention and convolution move on. `document_start_BT` (bool): there the memories of a model with
-        `reset_at_document` restart. ValueError: another batch, or tokens outside the vocabulary."""
+        while attention and convolution move on. `document_start_BT` (bool): there a model with `reset_at_document`
+        begins anew. ValueError: another batch, tokens outside the vocabulary, or documents that start in some rows
+        alone."""
         parts = []
         pieces = tokens_BT.split(piece, dim=1)
         starts = [None] * len(pieces) if document_start_BT is None else document_start_BT.split(piece, dim=1)
@@ -129,7 +130,7 @@ def read_together(sessions: Sequence[Session], tokens_NT: Tensor, write: bool = 
 def _phase(state: Any) -> Any:
     """Everything that has to be alike in one batch: shapes, numbers, filled slots; not the position."""
     if isinstance(state, AttentionState):
-        return state.k.shape[1:], tuple(state.valid.tolist()), state.base
+        return state.k.shape[1:], tuple(state.valid.tolist()), state.base, _phase(state.conv)
     if isinstance(state, Tensor):
         return state.shape[1:]
     if isinstance(state, tuple):
@@ -141,7 +142,8 @@ def _join(states: list[Any]) -> Any:
     first = states[0]
     if isinstance(first, AttentionState):  # rotary positions are relative: older keys are turned to the first's place
         k = [rotated(s.k, first.position - s.position, s.base) for s in states]
-        return first._replace(k=torch.cat(k), v=torch.cat([s.v for s in states]))
+        v, conv = torch.cat([s.v for s in states]), _join([s.conv for s in states])
+        return first._replace(k=torch.cat(k), v=v, conv=conv)
     if isinstance(first, Tensor):
         return torch.cat(states)
     if isinstance(first, tuple):
@@ -152,7 +154,7 @@ def _join(states: list[Any]) -> Any:
 
 def _row(state: Any, n: int) -> Any:
     if isinstance(state, AttentionState):
-        return state._replace(k=state.k[n : n + 1].clone(), v=state.v[n : n + 1].clone())
+        return state._replace(k=_row(state.k, n), v=_row(state.v, n), conv=_row(state.conv, n))
     if isinstance(state, Tensor):
         return state[n : n + 1].clone()
     if isinstance(state, tuple):

@@ -1,14 +1,19 @@
 """From a checkpoint to a model: whether it fits, its weights, the module that it describes."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from omegaconf import MISSING
 
 from atlas_lm.checkpoints.content import MODEL, CheckpointError
 from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.config.schema import ModelConfig
 from atlas_lm.data.run_tokenizer import another_tokenizer
 from atlas_lm.training.module import AtlasModule
+
+DEFAULTS = {field.name: field.default for field in fields(ModelConfig) if field.default != MISSING}
 
 
 def build_module(content: dict[str, Any], path: Path, **optim: Any) -> Any:
@@ -75,6 +80,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], without: tuple[st
     What changes neither weights nor outputs does not count, nor what `without` names.
     """
     free = ("name", "checkpoint", *without)
+    saved = {name: DEFAULTS[name] for name in wanted if name in DEFAULTS} | saved  # an older checkpoint knows less
     names = [name for name in [*wanted, *(n for n in saved if n not in wanted)] if name not in free]
     absent = "absent"
     return [

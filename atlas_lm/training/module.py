@@ -147,7 +147,7 @@ class AtlasModule(L.LightningModule):
 
     def memory_shape(self) -> tuple[int, int, int]:
         """Layers whose memory takes pairs (C1), heads, dimension of keys and values."""
-        layers = self.model_config.layers if self.model_config.memory == "atlas" else 0
+        layers = sum(1 for _ in self.model.hierarchies())
         return layers, self.model_config.heads, self.model_config.head_dim
 
     def persistent_memory(self) -> list[Tensor]:
@@ -288,7 +288,7 @@ class AtlasModule(L.LightningModule):
         state = self.model.initial_state(1)
         tokens = batch["input_ids"][:1, :shard]
         after = self.model(tokens, state, None if starts is None else starts[:1, :shard]).state
-        for i, block in enumerate(after):
+        for i, block in enumerate(block for block in after if block.memory is not None):
             norm = sum(change.square().sum() for change in block.fast_weights()) ** 0.5
             self.log(f"memory/norm/layer_{i}", norm, sync_dist=True)
 

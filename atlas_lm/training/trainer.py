@@ -96,8 +96,9 @@ def refuse_sweep_over_ranks(ranks: int) -> None:
 def warn_unusual_settings(config: TrainConfig, dm: TokenDataModule) -> None:
     """Log what is legal and hardly meant."""
     model = config.model
-    if model.memory == "atlas" and model.global_chunk is not None and dm.seq_len < 2 * model.global_chunk:
+    chunk = model.global_chunk if model.memory == "atlas" and model.update != "delta" else None
+    if chunk is not None and dm.seq_len < 2 * chunk:
         log.warning(
             "warning: data.seq_len=%d is shorter than two global chunks of %d: the global memory is never read; "
-            "lower model.global_chunk or raise data.seq_len", dm.seq_len, model.global_chunk,
+            "lower model.global_chunk or raise data.seq_len", dm.seq_len, chunk,
         )  # fmt: skip

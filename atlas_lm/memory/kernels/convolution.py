@@ -14,29 +14,27 @@ from torch import Tensor
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels.compiled import WIDE, Field, Function, once_differentiable, plain
 
-_ALL, _HEADS = ("B", "T", "3*H*D"), ("B", "H", "T", "D")
 
-
-def _function(out: tuple[str, ...]) -> Function:
+def _function(channels: str, out: tuple[str, ...]) -> Function:
     return Function(
         "convolution",
         ("B", "T", "H", "D", "taps", "block"),
         (),
         (
-            Field("x", _ALL),
-            Field("tail", ("B", "before", "3*H*D")),
-            Field("weight", ("taps", "3*H*D"), WIDE),
+            Field("x", ("B", "T", channels)),
+            Field("tail", ("B", "before", channels)),
+            Field("weight", ("taps", channels), WIDE),
             Field("out", out, more=(out, out)),
             Field("norms", ("B", "H", "2", "T"), WIDE),
             Field("dout", out, more=(out, out)),
-            Field("dx", _ALL),
-            Field("dtail", ("B", "before", "3*H*D")),
-            Field("dweight", ("rows", "taps", "3*H*D"), WIDE),
+            Field("dx", ("B", "T", channels)),
+            Field("dtail", ("B", "before", channels)),
+            Field("dweight", ("rows", "taps", channels), WIDE),
         ),
     )
 
 
-_of_heads, _plain = _function(_HEADS), _function(_ALL)
+_of_heads, _plain = _function("3*H*D", ("B", "H", "T", "D")), _function("D", ("B", "T", "D"))
 
 BLOCK = 256  # tokens of a piece of work
 
@@ -58,7 +56,7 @@ def heads(x_BTM: Tensor, tail_BWM: Tensor, weight_WM: Tensor, count: int) -> tup
 
 @torch.compiler.disable
 def convolve(x_BTM: Tensor, tail_BWM: Tensor, weight_WM: Tensor) -> Tensor:
-    """(B, T, M), M a multiple of 3, with the W − 1 inputs before it → (B, T, M). ValueError as above."""
+    """(B, T, M) with the W − 1 inputs before it → (B, T, M). ValueError as above."""
     return _Convolution.apply(x_BTM, tail_BWM.to(x_BTM.dtype), weight_WM)
 
 
@@ -68,7 +66,7 @@ class _Convolution(torch.autograd.Function):
         x, tail = plain(x), plain(tail)
         wide = plain(weight.to(torch.promote_types(x.dtype, torch.float32)))
         y = torch.empty_like(x)
-        _call(1, {"x": x, "tail": tail, "weight": wide, "out": [y, None, None]}, _plain)
+        _call(0, {"x": x, "tail": tail, "weight": wide, "out": [y, None, None]})
         ctx.save_for_backward(x, tail, wide)
         ctx.like = weight.dtype
         return y
@@ -80,7 +78,7 @@ class _Convolution(torch.autograd.Function):
         dx, dtail = torch.empty_like(x), torch.empty_like(tail)
         dweight = wide.new_empty(_pieces(x), *wide.shape)
         tensors = {"x": x, "tail": tail, "weight": wide, "dx": dx, "dtail": dtail, "dweight": dweight}
-        _call(1, {**tensors, "dout": [plain(dy.to(x.dtype)), None, None]}, _plain)
+        _call(0, {**tensors, "dout": [plain(dy.to(x.dtype)), None, None]})
         return dx, dtail, dweight.sum(0).to(ctx.like)
 
 
@@ -113,9 +111,11 @@ def _pieces(x: Tensor) -> int:
     return x.size(0) * -(-x.size(1) // BLOCK)
 
 
-def _call(count: int, tensors: dict[str, Any], function: Function = _of_heads) -> None:
+def _call(count: int, tensors: dict[str, Any]) -> None:
+    """`count` heads; 0: neither heads nor norms."""
     x, wide = tensors["x"], tensors["weight"]
     B, T, M = x.shape
-    taps = wide.size(0)
-    sizes = {"B": B, "T": T, "H": count, "D": M // 3 // count, "taps": taps, "block": BLOCK, "before": taps - 1}
+    taps, D = wide.size(0), M // 3 // count if count else M
+    sizes = {"B": B, "T": T, "H": max(1, count), "D": D, "taps": taps, "block": BLOCK, "before": taps - 1}
+    function = _of_heads if count else _plain
     function((wide.dtype, x.dtype), sizes | {"rows": _pieces(x)}, tensors, x.numel() * taps)

@@ -47,7 +47,7 @@ _GRADIENTS = ("q", "k", "v", "alpha", "beta", "before")
 
 def can_run(v: Tensor, low: torch.dtype) -> bool:
     """Whether the device and the precision are known, and the library could be built."""
-    kind = (torch.promote_types(low, torch.float32), low)
+    kind = (torch.promote_types(v.dtype, torch.float32), low)
     return v.device.type == "cpu" and kind in compiled.KINDS and v.numel() > 0 and compiled.library() is not None
 
 
@@ -64,18 +64,18 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """As `gated_delta.scan`. q, k and v in the precision of the products, all else in at least float32."""
     flat = (x.flatten(0, 1) for x in (q_BHTD, k_BHTD, v_BHTE, alpha_BHT, beta_BHT, state_BHDE))
-    y, after = _Scan.apply(min(chunk, v_BHTE.size(2)), v_BHTE.size(1), initial_HDE, *flat)
+    y, after = _Scan.apply(min(chunk, v_BHTE.size(2)), v_BHTE.size(1), torch.is_grad_enabled(), initial_HDE, *flat)
     return y.unflatten(0, v_BHTE.shape[:2]), after.unflatten(0, v_BHTE.shape[:2])
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chunk: int, heads: int, initial: Tensor | None, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, chunk: int, heads: int, train: bool, initial: Tensor | None, *tensors: Tensor) -> Any:
         q, k, v, alpha, beta, before = (plain(x) for x in tensors)
         initial = None if initial is None else plain(initial)
         y, after = before.new_empty(v.shape), torch.empty_like(before)
         kept = {}
-        if any(ctx.needs_input_grad):
+        if train:
             chunks = -(-v.size(1) // chunk)
             kept = {
                 "kept": before.new_empty(before.size(0), chunks, *before.shape[1:]),
@@ -99,7 +99,7 @@ class _Scan(torch.autograd.Function):
             found["dinitial"] = torch.empty_like(dafter)
         _call(ctx.chunk, ctx.heads, {**given, "dy": plain(dy), "dafter": dafter, **found})
         dinitial = None if initial is None else found["dinitial"].unflatten(0, (-1, ctx.heads)).sum(0)
-        return None, None, dinitial, *(found[f"d{name}"] for name in _GRADIENTS)
+        return None, None, None, dinitial, *(found[f"d{name}"] for name in _GRADIENTS)
 
 
 def _call(chunk: int, heads: int, tensors: dict[str, Any]) -> None:

@@ -172,6 +172,13 @@ def test_what_changes_no_weights_is_no_difference() -> None:
     assert differences({"a": 1, "checkpoint": "block"}, {"a": 1, "checkpoint": "none"}) == []
 
 
+def test_a_field_that_an_older_run_did_not_have_is_at_its_default() -> None:
+    assert differences({"a": 1}, {"a": 1, "share_qkv": False, "memory_layers": None}) == []
+    assert differences({"a": 1}, {"a": 1, "share_qkv": True}) == [
+        "model.share_qkv=True but False in the checkpoint",
+    ]
+
+
 def test_fields_of_other_versions_differ_too() -> None:
     assert differences({"a": 1, "old": 2}, {"a": 1, "new": 3}) == [
         "model.new=3 but absent in the checkpoint",

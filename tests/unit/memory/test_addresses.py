@@ -238,6 +238,10 @@ def test_a_state_of_another_batch_or_kind_is_refused(path):
         ({"window": 6}, "keys of the attention is .*window - 1"),
         ({"conv": 3}, "tail of the convolution is"),
         ({"memory": "none"}, "the state has a memory, the model has none"),
+        ({"memory": "gated_delta"}, "the state has a memory, the model has a gated delta net"),
+        ({"share_qkv": True}, "differ in share_qkv"),
+        ({"attention_conv": 3}, "model's attention has a convolution, the state's has none"),
+        ({"global_chunk": None}, "the state has a global memory, the model has none"),
         ({"rope_base": 500.0}, "rope_base 10000.0, this model's are by 500.0"),
     ],
 )

@@ -65,12 +65,12 @@ def test_convolution_heads_and_norms(T, width, dtype, monkeypatch):
 
 @DTYPES
 @pytest.mark.parametrize("T", [1, 2, 5, 300, 515])
-@pytest.mark.parametrize("width", [1, 4])
-def test_convolution_alone(T, width, dtype, monkeypatch):
+@pytest.mark.parametrize(("width", "channels"), [(1, 96), (4, 96), (4, 83)])
+def test_convolution_alone(T, width, channels, dtype, monkeypatch):
     torch.manual_seed(0)
-    conv = CausalConv(96, width).to(wide(dtype))
-    x = torch.randn(3, T, 96).to(dtype).requires_grad_()
-    tail = torch.randn(3, width - 1, 96).to(dtype).requires_grad_()
+    conv = CausalConv(channels, width).to(wide(dtype))
+    x = torch.randn(3, T, channels).to(dtype).requires_grad_()
+    tail = torch.randn(3, width - 1, channels).to(dtype).requires_grad_()
     leaves = [x, conv.weight] + ([tail] if width > 1 else [])
     compare(lambda: conv(x, tail)[:1], leaves, cpu_convolution, dtype, monkeypatch)
 

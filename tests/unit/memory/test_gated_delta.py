@@ -19,6 +19,10 @@ def path(request, monkeypatch):
         assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
 
 
+def compiled_path() -> bool:
+    return kernel.can_run(torch.ones(1), torch.float32)
+
+
 def make(T: int, groups: int = 1, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(T)
 
@@ -86,6 +90,36 @@ def test_one_long_chunk_stores_what_short_ones_do() -> None:
     empty = torch.zeros(1, 1, D, D, dtype=torch.float64)
     states = [gated_delta.scan(k, k, v, nothing + 1, nothing + 1, empty, chunk)[1] for chunk in (1, 16)]
     assert (states[0] - states[1]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("precision", "least"), [("float", 2e-5), ("bfloat16", 0.03)])
+def test_gradients_in_narrow_precisions(precision: str, least: float) -> None:
+    """Against the rule in float32; with bfloat16 operands a processor's matrix unit computes them."""
+    inputs = make(130, 3, torch.float32)
+    truth = everything(reference.gated_delta, inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        found = everything(gated_delta.scan, inputs)
+    for a, b in zip(truth, found, strict=True):
+        assert (a - b.float()).abs().max() <= least * a.abs().max()
+
+
+def test_states_are_kept_for_a_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled_path():
+        pytest.skip("PyTorch keeps by itself")
+    asked: list[set[str]] = []
+    call = kernel._call
+    monkeypatch.setattr(kernel, "_call", lambda *given: asked.append(set(given[2])) or call(*given))
+    inputs = make(20)
+    with torch.no_grad():
+        gated_delta.scan(*inputs)
+    gated_delta.scan(*inputs)
+    assert [("kept" in names) for names in asked] == [False, True]
+
+
+def test_wide_tensors_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = gated_delta.scan(*make(20))
+    assert y.isfinite().all()
 
 
 def test_autocast_keeps_sums_wide() -> None:

@@ -252,6 +252,18 @@ def test_half_lives_start_where_they_are_said_to_and_end_at_the_least(least: flo
         torch.testing.assert_close(shut, torch.full_like(shut, 2 ** (-1 / least) if least else 0.0))
 
 
+@pytest.mark.parametrize(("first", "least"), [(1e12, 0.0), (1e9, 9.99999999e8), (0.01, 0.0), (0.02, 0.01)])
+def test_extreme_half_lives_start_finite(first: float, least: float) -> None:
+    memory = Hierarchy(SPEC._replace(half_life=first, half_life_least=least)).global_memory
+    assert memory.gates.bias.isfinite().all()
+
+
+@pytest.mark.parametrize("first", [math.inf, 1e17, 1e-4])
+def test_half_lives_beyond_all_use_are_refused(first: float) -> None:
+    with pytest.raises(ValueError, match="half_life must lie between"):
+        Hierarchy(SPEC._replace(half_life=first))
+
+
 def test_a_least_half_life_above_the_first_is_refused() -> None:
     with pytest.raises(ValueError, match=r"half_life_least must lie in \[0, half_life\), got 128\.0"):
         Hierarchy(SPEC._replace(half_life=64.0, half_life_least=128.0))

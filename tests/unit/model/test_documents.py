@@ -40,7 +40,7 @@ def test_a_packed_document_is_the_document_alone(changes) -> None:
 
 @every_model
 def test_no_document_moves_another_by_a_bit(changes) -> None:
-    """Neither outputs nor gradients: exactly 0 in float64."""
+    """Exactly 0 in float64."""
     model, (tokens, starts) = build_model(reset_at_document=True, **changes), packed()
     tokens = tokens[:1]
     truth = model(tokens, document_start_BT=starts[:1]).logits
@@ -102,3 +102,15 @@ def test_rows_are_padded_to_less_than_twice_their_tokens() -> None:
     rows = documents.apart(starts)
     assert sum(row.kept_M.numel() for row in rows) == 8 * 500
     assert sum(row.source_NL.numel() for row in rows) < 2 * 8 * 500
+
+
+def test_restarts_are_not_for_streams() -> None:
+    model, (tokens, starts) = build_model(), packed()
+    with pytest.raises(ValueError, match="restarts are for whole sequences"):
+        model(tokens, model.initial_state(2), restart_BT=starts)
+
+
+def test_no_rows_at_all() -> None:
+    model = build_model(reset_at_document=True)
+    tokens = torch.zeros(0, 5, dtype=torch.long)
+    assert model(tokens, document_start_BT=tokens > 0).logits.shape == (0, 5, VOCABULARY)

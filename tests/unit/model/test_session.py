@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,9 @@ def test_a_state_of_other_weights_is_refused(model: AtlasLM, tmp_path: Path) -> 
         Session.load(model, tmp_path / "state.pt")
 
 
-def test_sessions_of_different_ages_read_together(model: AtlasLM) -> None:
+@pytest.mark.parametrize("changes", [{}, {"attention_conv": 3, "share_qkv": True}], ids=str)
+def test_sessions_of_different_ages_read_together(changes: dict[str, Any]) -> None:
+    model = build(**changes).eval()
     ages = [0, 5, 29, 29, 53, 24 + 29]
     tokens, more = make_tokens(60, batch=6), make_tokens(9, batch=6, seed=3)
     together, alone = [], []

@@ -182,6 +182,20 @@ def test_the_norm_is_of_the_gradients_as_they_are():
     assert "optim/grad_norm" not in trainer.callback_metrics, "a skipped step has none"
 
 
+def test_layers_are_those_that_hold_a_memory(monkeypatch):
+    """The needle's pairs, and the names of metrics."""
+    module = make_module(0.0, 0.1, memory_layers=[1])
+    layers, heads, dim = module.memory_shape()
+    assert layers == 1
+    keys = torch.nn.functional.normalize(torch.randn(layers, heads, 3, 5, dim).double(), dim=-1)
+    assert module.write_and_read(keys, keys, keys[..., 0, :]).shape == (1, 3, heads, 3, dim)
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    module._log_memory(make_batch())
+    assert list(logged) == ["memory/norm/layer_0"]
+    assert logged["memory/norm/layer_0"] > 0
+
+
 def test_the_norm_of_a_validation_is_that_after_one_shard(monkeypatch):
     """A stream goes through its chunks one by one: of a long sequence that took seconds on a GPU."""
     module = make_module(0.0, 0.1, shard=8, global_chunk=8)

@@ -6,9 +6,10 @@
 #include "products.h"
 
 extern "C" struct ConvolutionArguments {
-    I B, T, H, D, taps, block;  // sequences, tokens, heads, channels of a head, width, tokens of a piece of work
+    // sequences, tokens, heads, channels of a head, width, tokens of a piece of work; without norms H·D are all channels
+    I B, T, H, D, taps, block;
     const void *x, *tail, *weight;  // (B, T, 3·H·D), (B, taps − 1, 3·H·D), (taps, 3·H·D)
-    void *out[3];  // q, k, v (B, H, T, D); without norms the first alone, (B, T, 3·H·D)
+    void *out[3];  // q, k, v (B, H, T, D); without norms the first alone, (B, T, H·D)
     void* norms;  // (B, H, 2, T) of q and k; null: neither heads nor norms
     const void* dout[3];
     void *dx, *dtail, *dweight;  // dweight: (pieces, taps, 3·H·D)
@@ -25,7 +26,7 @@ template <class T, class S> struct Convolution {
     std::vector<T> ahead, row;
 
     explicit Convolution(ConvolutionArguments& a_) : a(a_) {
-        width = 3 * a.H * a.D, pieces = (a.T + a.block - 1) / a.block;
+        width = (a.norms ? 3 : 1) * a.H * a.D, pieces = (a.T + a.block - 1) / a.block;
     }
 
     const S* input(I b, I t) const {  // of token t, from the tail where t < 0
