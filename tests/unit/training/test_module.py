@@ -191,7 +191,8 @@ def test_layers_are_those_that_hold_a_memory(monkeypatch):
     assert module.write_and_read(keys, keys, keys[..., 0, :]).shape == (1, 3, heads, 3, dim)
     logged = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
-    module._log_memory(make_batch())
+    with torch.no_grad():
+        module._log_memory(make_batch())
     assert list(logged) == ["memory/norm/layer_0"]
     assert logged["memory/norm/layer_0"] > 0
 
