@@ -167,11 +167,11 @@ every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 MODELS = [{"fusion": fusion} for fusion in FUSIONS] + [
     {"memory": "none"}, {"update": "newton_schulz", "eta_max": 0.05}, {"window": 1, "conv": 1}, {"local_chunks": []},
     {"reset_at_document": True},
-    {"global_chunk": None},
-    {"global_chunk": None, "local_chunks": [5], "network": "linear", "update": "delta", "context": 1},
-    {"half_life": 64.0, "half_life_least": 16.0, "local_network": "linear"},
+    {"global_chunk": None, "share_qkv": True},
+    {"global_chunk": None, "local_chunks": [5], "network": "linear", "update": "delta", "context": 1,
+     "attention_conv": 4, "share_qkv": True},
+    {"memory_layers": [1], "half_life_least": 16.0, "local_network": "linear", "attention_conv": 3},
     {"network": "linear", "update": "delta", "context": 1, "local_network": "gated_mlp", "local_update": "gradient"},
-    {"memory_layers": [1]}, {"attention_conv": 3}, {"attention_conv": 4, "share_qkv": True}, {"share_qkv": True},
 ]  # fmt: skip
 every_model = pytest.mark.parametrize("changes", MODELS, ids=str)
 
