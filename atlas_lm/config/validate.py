@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
-from atlas_lm.config.schema import TrainConfig
+from atlas_lm.config.schema import LARGEST, TrainConfig
 
 # What the configuration of a run folder may name classes of. torch and lightning are none: they have some whose making
 # starts a process (torch's SubprocessHandler).
@@ -42,6 +42,9 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     for where, node in _dicts(cfg, ""):
         if "_target_" in node:
             _check_target(node, where)
+    for name, value in cfg.trainer.items():
+        if isinstance(value, int) and abs(value) > LARGEST:  # torch keeps such numbers in 32 bits
+            raise ValueError(f"trainer.{name}={value} must be at most {LARGEST}: lower it")
     accumulated = cfg.trainer.get("accumulate_grad_batches", 1)
     if accumulated is not None and accumulated < 1:  # Lightning divides by it
         raise ValueError(f"trainer.accumulate_grad_batches={accumulated} must be at least 1: raise it")

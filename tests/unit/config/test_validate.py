@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from atlas_lm.config.validate import check_targets
+import atlas_lm.runs.resolve  # noqa: F401  # registers what conf/ needs
+from atlas_lm.config.validate import check_config, check_targets
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize(
@@ -28,3 +31,12 @@ def test_what_would_be_resolved_again_is_refused(text: str) -> None:
     """`instantiate` resolves once more, after the check: what is text now would then be a class."""
     with pytest.raises(ValueError, match="resolved a second time"):
         check_targets({"_target_": "callbacks.niah_probe.NiahProbe", "needles": [text]}, "x")
+
+
+@pytest.mark.parametrize("name", ["num_nodes", "devices", "max_steps"])
+def test_numbers_of_the_trainer_fit_32_bits(name: str) -> None:
+    """torch's rendezvous takes no others, and said so with a traceback."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=["+experiment=stage1", f"++trainer.{name}=1000000000000"])
+    with pytest.raises(ValueError, match=rf"trainer\.{name}=1000000000000 must be at most 2147483647: lower it"):
+        check_config(cfg)
