@@ -42,7 +42,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     for where, node in _dicts(cfg, ""):
         if "_target_" in node:
             _check_target(node, where)
-    for name, value in cfg.trainer.items():
+    for name, value in dict(cfg.trainer.items_ex(resolve=False)).items():
         if isinstance(value, int) and abs(value) > LARGEST:  # torch keeps such numbers in 32 bits
             raise ValueError(f"trainer.{name}={value} must be at most {LARGEST}: lower it")
     accumulated = cfg.trainer.get("accumulate_grad_batches", 1)

@@ -37,6 +37,6 @@ def test_what_would_be_resolved_again_is_refused(text: str) -> None:
 def test_numbers_of_the_trainer_fit_32_bits(name: str) -> None:
     """torch's rendezvous takes no others, and said so with a traceback."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=["+experiment=stage1", f"++trainer.{name}=1000000000000"])
+        cfg = compose("train", overrides=["paths.run=here", f"++trainer.{name}=1000000000000"])
     with pytest.raises(ValueError, match=rf"trainer\.{name}=1000000000000 must be at most 2147483647: lower it"):
         check_config(cfg)
