@@ -123,7 +123,7 @@ class ModelConfig:
     """block: a training step keeps the inputs of each block alone and computes the block again on the way back: the
     same gradients bit for bit, less memory, about a third more time."""
     reset_at_document: bool = MISSING
-    """Whether a document is read as if it stood alone: attention, convolutions and memories begin anew at it."""
+    """Whether a document is read as if it stood alone: attention, convolutions and memories restart there."""
     polarisation_cap: float = number(minimum=0)
     """Largest norm of the gate polarisation loss's gradient, as a fraction of the language-model gradient
     (M15); its weight comes from `callbacks.loss_weight_schedule`."""

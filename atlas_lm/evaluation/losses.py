@@ -39,7 +39,7 @@ def losses(model: AtlasLM, text: Text, tick: Tick, last: int | None = None) -> T
     length = text.tokens_NT.size(1)
     keep = length if last is None else last
     found = []
-    # documents begin at other tokens in every row, and a stream begins anew there
+    # documents begin at other tokens in every row, and a stream restarts there
     for batch in batches(text, length > PARALLEL and model.config.reset_at_document):
         tokens, targets, starts = batch
         if length <= PARALLEL:
@@ -92,7 +92,7 @@ def _histories(model: AtlasLM, text: Text, tail: int) -> Iterator[tuple[Session,
     usable = len(text.tokens_NT) // 2 * 2
     if not usable:
         raise ValueError("two sequences are needed to give one the state of another: raise sequences")
-    # documents begin at other tokens in every row, and a stream begins anew there
+    # documents begin at other tokens in every row, and a stream restarts there
     rows = 1 if model.config.reset_at_document else max(2, BATCH_TOKENS // text.tokens_NT.size(1))
     start = 0
     while start < usable:

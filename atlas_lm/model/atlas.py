@@ -204,7 +204,7 @@ class AtlasLM(nn.Module):
         """(B, T) token ids → logits (B, T, V) of the next tokens.
 
         Without a state: training and evaluation, local memories restart at each shard. With one: streaming, no
-        resets but at document starts where `reset_at_document` asks for them: there everything begins anew, and a
+        resets but at document starts where `reset_at_document` asks for them: there everything restarts, and a
         packed document is the document alone. `restart_BT` (bool), without a state: there every memory restarts,
         whatever the configuration; attention sees what it always sees. `write` False: the memories answer and neither
         learn nor forget. ValueError for a state of another model or batch (one of another precision is cast), for

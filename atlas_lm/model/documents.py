@@ -1,6 +1,6 @@
 """Packed documents apart from each other: each is computed as a sequence of its own (`reset_at_document`).
 
-Attention, convolutions, projection and memories then begin anew at every document, at its own chunks and shards: a
+Attention, convolutions, projection and memories then restart at every document, at its own chunks and shards: a
 packed document is the document alone.
 """
 

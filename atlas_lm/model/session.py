@@ -42,7 +42,7 @@ class Session:
     ) -> Tensor:
         """The logits (B, T, V) of the tokens after each. `write`: the memories learn; else they answer as they are,
         while attention and convolution move on. `document_start_BT` (bool): there a model with `reset_at_document`
-        begins anew. ValueError: another batch, tokens outside the vocabulary, or documents that start in some rows
+        restarts. ValueError: another batch, tokens outside the vocabulary, or documents that start in some rows
         alone."""
         parts = []
         pieces = tokens_BT.split(piece, dim=1)

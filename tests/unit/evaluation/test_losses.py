@@ -81,7 +81,7 @@ def test_batches_are_small_and_every_token_is_counted(monkeypatch: pytest.Monkey
 
 
 def test_states_of_documents_that_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that begins anew at documents: where nothing is written after the last of them, all states are one."""
+    """A model that restarts at documents: where nothing is written after the last of them, all states are one."""
     model, text = build(reset_at_document=True), text_of(4, 40)
     starts = torch.zeros(4, 40, dtype=torch.bool)
     starts[torch.arange(4), torch.tensor([3, 9, 10, 22])] = True

@@ -19,7 +19,7 @@ def packed() -> tuple[torch.Tensor, torch.Tensor]:
     tokens, starts = make_tokens(61), torch.zeros(2, 61, dtype=torch.bool)
     for row, edges in enumerate(EDGES):
         starts[row, edges[:-1]] = True
-    starts[1, 0] = False  # goes on from another batch: begins all the same
+    starts[1, 0] = False  # continues a document of an earlier batch: it begins here all the same
     return tokens, starts
 
 
