@@ -38,8 +38,8 @@ def scan(
     """Learn every token, then answer its query: outputs (B, H, T, E) and the state after the last token.
 
     Keys have unit norm; G is 1, keys shared by all heads, or H. An α of 0 restarts the state. With `initial_HDE` the
-    weights are that plus the state, which alone is forgotten. Under autocast products take
-    their operands in that precision; sums, the triangular system and the state are kept in at least float32.
+    weights are that plus the state, which alone is forgotten. Under autocast products take their operands in that
+    precision; sums, the triangular system and the state are kept in at least float32.
     """
     wide = torch.promote_types(v_BHTE.dtype, torch.float32)
     device = v_BHTE.device.type

@@ -63,7 +63,7 @@ def together(rows: Sequence[Rows], parts_NL: Sequence[Tensor], shape: torch.Size
 
 
 def cuts(starts_BT: Tensor) -> list[tuple[int, int, bool]]:
-    """A stream's piece between document starts: (start, end, a document starts here).
+    """(B, T) document starts → the pieces between them: (first token, token after the last, a document starts here).
 
     ValueError: documents start in some rows and not in others, which then have no state in common.
     """
