@@ -107,7 +107,8 @@ def correctness_of_kernels(setting: Setting) -> Figures:
 
 def against_float64(setting: Setting, triton: bool) -> Figures:
     """By PyTorch's operations, or by Triton kernels where they pass their trial."""
-    from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+    from atlas_lm.memory.fast_memory import MemorySpec
+    from atlas_lm.memory.hierarchy import Hierarchy
     from atlas_lm.memory.loop import trial
     from atlas_lm.memory.loop import triton as triton_loop
 

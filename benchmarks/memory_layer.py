@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.features import build_features
-from atlas_lm.memory.hierarchy import MemorySpec
 from atlas_lm.memory.network import build_network
 from atlas_lm.model.attention import SlidingWindowAttention
 from atlas_lm.model.block import MemoryBranch

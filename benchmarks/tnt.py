@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_lm.memory.hierarchy import MemorySpec
+from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.model.block import MemoryBranch
 from benchmarks import measuring
 

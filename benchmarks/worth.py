@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as nnf
@@ -44,7 +45,6 @@ from benchmarks import measuring
 from benchmarks.figures import inserted
 
 MODULE = "benchmarks.worth"
-VOCABULARY = 257  # of bytes; a larger one costs all models alike
 SPEED_STEPS = 15
 NUMBERS, PAGE, PICTURE = "docs/results/worth.json", "docs/results/worth.md", "docs/worth.png"
 BEGIN = "<!-- worth: python -m benchmarks.worth --write -->"
@@ -125,9 +125,10 @@ def step_of(s: Setting, name: str) -> Callable[[], None]:
     model_config, optim_config = (OmegaConf.to_object(part) for part in (cfg.model, cfg.optim))
     rows, device = int(cfg.data.batch_size), "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = AtlasLM(model_config, VOCABULARY).to(device)  # type: ignore[arg-type]
+    vocabulary = instantiate(cfg.data).vocab_size
+    model = AtlasLM(model_config, vocabulary).to(device)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, optim_config)  # type: ignore[arg-type]
-    tokens = torch.randint(VOCABULARY, (rows, s.length + 1), device=device)
+    tokens = torch.randint(vocabulary, (rows, s.length + 1), device=device)
     low = resolve_precision(cfg.precision, str(cfg.trainer.accelerator)) == "bf16-mixed"
 
     def step() -> None:

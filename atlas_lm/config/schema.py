@@ -99,6 +99,13 @@ class ModelConfig:
     """Memory network of the local memories; null: that of the global one."""
     local_update: str | None = choice("gradient", "newton_schulz", "delta", default=None)
     """Update of the local memories; null: that of the global one."""
+    local_features: str | None = choice("linear", "quadratic", "sketch", default=None)
+    """A feature map of the local memories' own; null: they share that of the global one."""
+    local_rank: int = number(191, minimum=1)
+    """Features of its low-rank sketch; read by `local_features: sketch` alone."""
+    answers: str = choice("sum", "gated", default="sum")
+    """How the answers of a block's memories meet. gated: each token weighs those of the local memories, which are
+    nearly shut at first; summed as they are they drown the global memory's."""
     newton_schulz_steps: int = number(5, minimum=1)
     """Iterations of Newton–Schulz (M6)."""
     persistent_keys: int = number(64, minimum=0)

@@ -2,7 +2,8 @@
 
 The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights
 of its chunk's start. Each local memory takes short chunks, restarts from its W_init at every shard, and is read with
-the projected query. Shards of one sequence run in parallel, as batch. The outputs are summed.
+the projected query. Shards of one sequence run in parallel, as batch. The outputs are summed, those of local memories
+weighed by a gate where `answers` is gated.
 
 With a state (streaming) nothing is reset: prefill and decode see one endless shard (M14).
 """
@@ -11,7 +12,6 @@ With a state (streaming) nothing is reset: prefill and decode see one endless sh
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,50 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from atlas_lm.memory.chunked import scan, scan_shard
+from atlas_lm.memory.fast_memory import FastMemory, MemorySpec, unchanging
 from atlas_lm.memory.features import Features, build_features
-from atlas_lm.memory.network import Network, Weights, build_network
-from atlas_lm.memory.newton_schulz import STEPS
 from atlas_lm.memory.projection import ProjectionState, persistent_state, project
-from atlas_lm.memory.state import (
-    Gates,
-    MemoryState,
-    Rule,
-    Tokens,
-    check_rule,
-    fit,
-    initial_state,
-    wide_logits,
-)
-
-
-class MemorySpec(NamedTuple):
-    """What a hierarchy is built from. Sizes in tokens unless said otherwise."""
-
-    dim: int  # model width, the input of the gates
-    heads: int
-    head_dim: int  # D
-    local_chunks: tuple[int, ...]  # C_L of each local memory
-    global_chunk: int | None  # C_G; None: no global memory
-    shard: int  # S_L: local memories restart after so many tokens
-    network: str = "gated_mlp"
-    residual: bool = False  # M adds the raw input
-    features: str = "sketch"
-    rank: int = 447  # features of the quadratic sketch
-    hidden: int = 64  # E
-    context: int = 1  # c of the Omega rule
-    update: str = "gradient"
-    newton_schulz_steps: int = STEPS
-    persistent_keys: int = 64  # N_p per head; 0: a shard starts from its own keys alone
-    eta_max: float = 1.0  # write strength at an open gate: the share of an error that is corrected
-    half_life: float = 1024.0  # of a memory at first, in tokens
-    radius: float = 8.0  # bound on the root mean square of a fast matrix
-    half_life_least: float = 0.0  # tokens; a gate that is shut still forgets no faster. 0: at once
-    local_network: str | None = None  # of the local memories; None: that of the global one
-    local_update: str | None = None
-
-    def of_local(self) -> MemorySpec:
-        """That of the local memories."""
-        return self._replace(network=self.local_network or self.network, update=self.local_update or self.update)
+from atlas_lm.memory.state import Gates, MemoryState, Tokens, check_rule, fit, initial_state, wide_logits
 
 
 class HierarchyState(NamedTuple):
@@ -73,93 +33,14 @@ class HierarchyState(NamedTuple):
     projection: ProjectionState
 
 
-class FastMemory(nn.Module):
-    """One memory: its learned initial weights W_init per head, and its gates."""
-
-    # biases of the gates before training: write with 3/4 of full strength, momentum 1/4
-    ETA, THETA, GAMMA = 1.0, -1.0, 1.0
-
-    def __init__(self, spec: MemorySpec, chunk: int, read: str, features: Features) -> None:
-        super().__init__()
-        network = build_network(spec.network, spec.residual)
-        self.rule = check_rule(
-            Rule(network, chunk, spec.context, spec.update, read, spec.radius, spec.newton_schulz_steps)
-        )
-        self.eta_max = spec.eta_max
-        self.heads = spec.heads
-        shapes = network.shapes(spec.head_dim, features.dim_out, spec.hidden)
-        self.constant = features.weights[0] ** 0.5  # of feature 0, for every token
-        self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
-        self.gates = nn.Linear(spec.dim, (4 if self.rule.has_momentum else 3) * spec.heads)
-        self.half_life = spec.half_life
-        self.least = spec.half_life_least
-        self.floor = 2 ** (-1 / self.least) if self.least > 0 else 0.0
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        initialise_weights(self.rule.network, list(self.initial), self.constant)
-        nn.init.normal_(self.gates.weight, std=0.02)
-        # α = 2^(−1/half-life) at first: per token even 0.99 would empty a memory within one chunk of 512
-        rate, least = math.log(2) / self.half_life, math.log(2) / self.least if self.least > 0 else math.inf
-        # log (2^(−1/h) − 2^(−1/h₀)) / (1 − 2^(−1/h)), where neither difference loses its digits
-        alpha = -rate + math.log(-math.expm1(rate - least)) - math.log(-math.expm1(-rate))
-        theta = [self.THETA] if self.rule.has_momentum else []
-        bias = torch.tensor([alpha, self.ETA, *theta, self.GAMMA], device=self.gates.bias.device)
-        self.gates.bias.copy_(bias.repeat_interleave(self.heads))
-
-    def weights(self) -> Weights:
-        """W_init (H, rows, columns) per layer."""
-        return tuple(self.initial)
-
-    def open(self, x_BTM: Tensor) -> Gates:
-        """The gates of every token, from the model's hidden states: each (B, H, T).
-
-        α = a + (1 − a) σ(·) with a = 2^(−1/least half-life), the others σ(·).
-        """
-        alpha, eta, *theta, gamma = (
-            wide_logits(self.gates, x_BTM).to(_wide(x_BTM)).sigmoid().mT.split(self.heads, dim=1)
-        )
-        if self.floor:
-            alpha = self.floor + (1 - self.floor) * alpha
-        return Gates(alpha, eta * self.eta_max, theta[0] if theta else torch.zeros_like(alpha), gamma)
-
-
-def unchanging(x_BTM: Tensor, heads: int) -> Gates:
-    """Gates under which W and S of ATLAS eq 33 stay as they are: nothing is forgotten, nothing is written."""
-    one = x_BTM.new_ones(x_BTM.size(0), heads, x_BTM.size(1), dtype=_wide(x_BTM))
-    return Gates(alpha=one, eta=0 * one, theta=one, gamma=0 * one)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """Gates and fast weights are kept in at least float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def initialise_weights(network: Network, weights: list[nn.Parameter], constant: float) -> None:
-    """W_init such that a memory begins empty and first writes into its input layer.
-
-    There the quadratic features lend their capacity (F numbers per output) whatever the hidden width; a random start
-    would write into the output layer, whose capacity is E. So: gates open and constant, W_up near zero, W_down with
-    orthogonal columns. `constant`: the value of feature 0, which is the same for every input.
-    """
-    if network.kind == "linear":
-        nn.init.zeros_(weights[0])
-        return
-    w_in, w_out = weights
-    scale = 1.5 if network.kind == "gated_mlp" else 3.0  # the slope of SiLU·up at an open gate is 1.76, GELU's at 0: ½
-    # nearly zero: at std 0.02 the read of an empty memory already drowns a needle written into a long chunk
-    nn.init.normal_(w_in, std=0.002)
-    for head in w_out:
-        nn.init.orthogonal_(head, gain=scale)
-    if network.kind == "gated_mlp":
-        gate = w_in.chunk(2, dim=-1)[0]
-        gate.mul_(50.0)
-        gate[:, 0] = 2.0 / constant
+ANSWERS = ("sum", "gated")
 
 
 class Hierarchy(nn.Module):
     """At most one global and N local memories over shared q, k, v, feature map and persistent keys."""
+
+    # bias of the gates on local answers: 1/20 of them at first. Summed as they are they drown the global memory's
+    SHUT = -3.0
 
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
@@ -188,8 +69,13 @@ class Hierarchy(nn.Module):
                 f"half_life_least must lie in [0, half_life), got {spec.half_life_least} and half_life "
                 f"{spec.half_life}: lower it"
             )
+        if spec.answers not in ANSWERS:
+            raise ValueError(f"unknown answers {spec.answers!r}; choose sum or gated")
         self.spec = spec
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
+        self.local_features: Features | None = None
+        if spec.local_features is not None and spec.local_chunks:
+            self.local_features = build_features(spec.local_features, spec.head_dim, spec.local_rank)
         # the projection is the local memories': without them keys would be parameters that nothing learns
         self.persistent_keys = nn.Parameter(
             torch.empty(spec.heads, spec.persistent_keys if spec.local_chunks else 0, spec.head_dim),
@@ -197,17 +83,25 @@ class Hierarchy(nn.Module):
         )
         self.global_memory = None if chunk is None else FastMemory(spec, chunk, "chunk", self.features)
         self.local_memories = nn.ModuleList(
-            FastMemory(spec.of_local(), c, "token", self.features) for c in spec.local_chunks
+            FastMemory(spec.of_local(), c, "token", self.features_of_local()) for c in spec.local_chunks
         )
+        gated = spec.answers == "gated" and len(self.memories()) > 1
+        self.answer_gates = nn.Linear(spec.dim, len(spec.local_chunks) * spec.heads) if gated else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.persistent_keys.normal_(std=self.spec.head_dim**-0.5)
+        if self.answer_gates is not None:
+            nn.init.normal_(self.answer_gates.weight, std=0.02)
+            nn.init.constant_(self.answer_gates.bias, self.SHUT)
 
     @property
     def local_chunks(self) -> tuple[int, ...]:
         return tuple(memory.rule.chunk for memory in self._local())
+
+    def features_of_local(self) -> Features:
+        return self.features if self.local_features is None else self.local_features
 
     def _local(self) -> list[FastMemory]:
         return list(self.local_memories)  # type: ignore[arg-type]
@@ -231,13 +125,12 @@ class Hierarchy(nn.Module):
 
     def initial_state(self, batch: int, restart: bool = False) -> HierarchyState:
         """A stream that has seen nothing. `restart`: its calls will mark document starts."""
-        F = self.features.dim_out
 
-        def start(memory: FastMemory) -> MemoryState:
-            return initial_state(memory.rule, memory.weights(), batch, F, restart)
+        def start(memory: FastMemory, features: Features) -> MemoryState:
+            return initial_state(memory.rule, memory.weights(), batch, features.dim_out, restart)
 
-        whole = None if self.global_memory is None else start(self.global_memory)
-        local = tuple(start(memory) for memory in self._local())
+        whole = None if self.global_memory is None else start(self.global_memory, self.features)
+        local = tuple(start(memory, self.features_of_local()) for memory in self._local())
         return HierarchyState(whole, local, persistent_state(self.persistent_keys, batch))
 
     def _fit(self, given: ProjectionState, k_BHTD: Tensor) -> ProjectionState:
@@ -282,12 +175,12 @@ class Hierarchy(nn.Module):
         if state is not None and (state.global_memory is None) != (self.global_memory is None):
             has, lacks = ("state", "model") if self.global_memory is None else ("model", "state")
             raise ValueError(f"the {has} has a global memory, the {lacks} has none; start from this model's own state")
-        phi_k = self.features(k_BHTD)
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
         y_BHTD: Tensor | None = None
         global_state: MemoryState | None = None
+        phi_k: Tensor | None = None
         if (memory := self.global_memory) is not None:
-            phi_q = self.features(q_BHTD)
+            phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
             tokens = Tokens(k_BHTD, phi_k, v_BHTD, memory.open(x_BTM) if write else unchanging(x_BTM, H), restart)
             if state is None or state.global_memory is None:
                 y_BHTD = scan_shard(memory.rule, memory.weights(), q_BHTD, phi_q, tokens)
@@ -296,6 +189,9 @@ class Hierarchy(nn.Module):
             if not self.local_memories:
                 return y_BHTD, None if state is None else state._replace(global_memory=global_state)
 
+        features = self.features_of_local()
+        if phi_k is None or features is not self.features:
+            phi_k = features(k_BHTD)
         shards = _Shards(T, self.spec.shard if state is None else T)
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
         restart = None if restart is None else shards.fold(restart)
@@ -307,7 +203,10 @@ class Hierarchy(nn.Module):
             persistent,
             restart,
         )
-        phi_q = self.features(q)
+        phi_q = features(q)
+        shares = (
+            None if self.answer_gates is None else wide_logits(self.answer_gates, x_BTM).sigmoid().mT.split(H, dim=1)
+        )
         local_states = []
         for n, memory in enumerate(self._local()):
             opened = memory.open(x_BTM) if write else unchanging(x_BTM, H)
@@ -318,7 +217,10 @@ class Hierarchy(nn.Module):
             else:
                 y, after = scan(memory.rule, state.local_memories[n], memory.weights(), q, phi_q, tokens)
                 local_states.append(after)
-            y_BHTD = shards.unfold(y) if y_BHTD is None else y_BHTD + shards.unfold(y)
+            y = shards.unfold(y)
+            if shares is not None:
+                y = y * shares[n].unsqueeze(-1).to(y.dtype)
+            y_BHTD = y if y_BHTD is None else y_BHTD + y
         assert y_BHTD is not None  # there is at least one memory
         return y_BHTD, None if state is None else HierarchyState(global_state, tuple(local_states), projection)
 

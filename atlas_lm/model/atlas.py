@@ -26,7 +26,8 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from atlas_lm.config.schema import ModelConfig
-from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
+from atlas_lm.memory.fast_memory import MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
 from atlas_lm.memory.network import Network
 from atlas_lm.memory.projection import ProjectionState
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
@@ -90,6 +91,9 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
         half_life_least=config.half_life_least,
         local_network=config.local_network,
         local_update=config.local_update,
+        local_features=config.local_features,
+        local_rank=config.local_rank,
+        answers=config.answers,
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.features import unit
-from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState, MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
 from atlas_lm.memory.kernels import convolution as cpu_convolution
 from atlas_lm.memory.state import fit
 from atlas_lm.model.attention import AttentionState, SlidingWindowAttention

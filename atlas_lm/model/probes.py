@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 from atlas_lm.config.schema import ModelConfig
 from atlas_lm.data.interfaces import UNSCORED
 from atlas_lm.memory.chunked import scan
-from atlas_lm.memory.hierarchy import FastMemory
+from atlas_lm.memory.fast_memory import FastMemory
 from atlas_lm.memory.state import Gates, Tokens, initial_state
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.model.block import MemoryBranch
@@ -43,9 +43,11 @@ def write_and_read(
     for block, x_BTM, k, v, q in zip(blocks, inputs, keys, values, query, strict=True):
         with _whole(block):
             hierarchy = block.memory.hierarchy
-            memories = hierarchy.memories()
+            memories = [(hierarchy.features_of_local(), memory) for memory in hierarchy.local_memories]
+            if hierarchy.global_memory is not None:
+                memories = [(hierarchy.features, hierarchy.global_memory), *memories]
             k, v, q = (y.transpose(0, 1) for y in (k, v, q))
-            answers.append(torch.stack([_ask(hierarchy.features, memory, k, v, q, x_BTM) for memory in memories]))
+            answers.append(torch.stack([_ask(*memory, k, v, q, x_BTM) for memory in memories]))
     return torch.stack(answers).transpose(2, 3)
 
 

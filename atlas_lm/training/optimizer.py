@@ -89,7 +89,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> tuple[list[nn.Par
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if ".hierarchy." in name and (".initial." in name or ".features." in name):
+        if ".hierarchy." in name and (".initial." in name or "features." in name):
             memory.append(p)
         elif config.name == "muon" and p.dim() == 2 and id(p) not in embeddings | heads and min(p.shape) >= 32:
             matrices.append(p)

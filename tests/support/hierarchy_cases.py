@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.hierarchy import FastMemory, Hierarchy, HierarchyState, MemorySpec
+from atlas_lm.memory.fast_memory import FastMemory, MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
 
 # chunks that divide neither each other nor the shard; a shard that divides none of the lengths
 SPEC = MemorySpec(

@@ -188,3 +188,19 @@ def test_it_runs_and_continues(
     second = capsys.readouterr()
     assert "seed_0" not in second.err, "nothing is trained again"
     assert second.out == first.out
+
+
+@pytest.mark.parametrize(("tokenizer", "ids"), [("bytes", 257), ("python", 2048)])
+def test_speeds_are_those_of_the_experiments_vocabulary(
+    s: worth.Setting, monkeypatch: pytest.MonkeyPatch, tokenizer: str, ids: int
+) -> None:
+    built = []
+
+    def model(config: Any, vocabulary: int) -> Any:
+        built.append(vocabulary)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worth, "AtlasLM", model)
+    with pytest.raises(KeyboardInterrupt):
+        worth.step_of(s._replace(extra=[f"data.source.tokenizer={tokenizer}"]), "no memory")
+    assert built == [ids]

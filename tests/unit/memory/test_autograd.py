@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from atlas_lm.memory import gated_delta
+from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.features import Sketch
-from atlas_lm.memory.hierarchy import MemorySpec
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution

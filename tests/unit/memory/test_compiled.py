@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.features import Sketch
-from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution
@@ -185,7 +186,8 @@ SCRIPT = """
 import logging, torch
 logging.basicConfig(level="INFO")
 from atlas_lm.memory.kernels import compiled
-from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+from atlas_lm.memory.fast_memory import MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy
 h = Hierarchy(MemorySpec(16, 2, 8, (4,), 8, 8, rank=7, hidden=8))
 q = torch.randn(1, 2, 20, 8)
 y, _ = h(torch.randn(1, 20, 16), q, q, q)

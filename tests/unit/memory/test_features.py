@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as nnf
 
 from atlas_lm.memory.chunked import scan
+from atlas_lm.memory.fast_memory import FastMemory, MemorySpec
 from atlas_lm.memory.features import Monomials, Sketch, build_features, monomial_weights
-from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
 from atlas_lm.memory.state import Gates, Tokens, initial_state
 
 

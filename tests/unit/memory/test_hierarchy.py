@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as nnf
 
 from atlas_lm.memory import chunked
-from atlas_lm.memory.hierarchy import FastMemory, Hierarchy
+from atlas_lm.memory.fast_memory import FastMemory
+from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.memory.network import build_network
 from atlas_lm.memory.projection import persistent_state, project
 from atlas_lm.memory.state import Gates, Rule, Tokens, initial_state
@@ -149,6 +150,8 @@ def test_shard_must_be_a_multiple_of_the_global_chunk(shard, global_chunk):
         ({"network": "deep"}, "unknown memory network 'deep'"),
         ({"update": "adam"}, "unknown memory update 'adam'"),
         ({"features": "cubic"}, "unknown features 'cubic'"),
+        ({"local_features": "cubic"}, "unknown features 'cubic'"),
+        ({"answers": "max"}, "unknown answers 'max'; choose sum or gated"),
         ({"rank": 0}, "rank of a feature sketch must be at least 1, got 0"),
     ],
 )
@@ -275,3 +278,40 @@ def test_local_memories_of_another_kind() -> None:
     )
     assert (hierarchy.global_memory.rule.network.kind, hierarchy.global_memory.rule.update) == ("linear", "delta")
     assert {(m.rule.network.kind, m.rule.update) for m in hierarchy.local_memories} == {("gated_mlp", "gradient")}
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_gates_weigh_what_the_local_memories_answer(chunk) -> None:
+    """y = y_global + Σ σ(W x + b) ⊙ y_local, a gate for every local memory, head and token."""
+    spec = SPEC._replace(answers="gated", global_chunk=chunk)
+    hierarchy, inputs = make_hierarchy(spec), make_inputs(63)
+    gates = hierarchy.answer_gates
+    torch.nn.init.normal_(gates.weight)
+    shares = torch.sigmoid(inputs.x @ gates.weight.mT + gates.bias).mT.unflatten(1, (2, SPEC.heads)).unsqueeze(-1)
+
+    def alone(n: int | None) -> torch.Tensor:
+        """What one memory answers; None: the global one."""
+        part = make_hierarchy(spec)
+        kept = part.local_memories[n] if n is not None else None
+        part.answer_gates, part.local_memories = None, torch.nn.ModuleList([] if kept is None else [kept])
+        part.global_memory = part.global_memory if n is None else None
+        return part(*inputs)[0]
+
+    expected = sum(shares[:, n] * alone(n) for n in range(2)) + (0 if chunk is None else alone(None))
+    torch.testing.assert_close(hierarchy(*inputs)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_local_answers_are_nearly_shut_at_first_and_a_single_memory_has_no_gate() -> None:
+    assert Hierarchy(SPEC._replace(answers="gated")).answer_gates.bias.sigmoid().max() < 0.05
+    assert Hierarchy(SPEC._replace(answers="gated", global_chunk=None, local_chunks=(3,))).answer_gates is None
+    assert Hierarchy(SPEC._replace(answers="gated", local_chunks=())).answer_gates is None
+    assert Hierarchy(SPEC).answer_gates is None
+
+
+def test_local_memories_with_a_feature_map_of_their_own() -> None:
+    hierarchy = make_hierarchy(SPEC._replace(local_features="sketch", local_rank=2))
+    assert (hierarchy.features.dim_out, hierarchy.local_features.dim_out) == (1 + 4 + 6, 1 + 4 + 2)
+    state = hierarchy.initial_state(2)
+    assert {x.initial[0].size(-2) for x in hierarchy.local_memories} != {hierarchy.global_memory.initial[0].size(-2)}
+    assert hierarchy(*make_inputs(20), state)[0].isfinite().all()
+    assert Hierarchy(SPEC._replace(local_features="sketch", local_chunks=())).local_features is None

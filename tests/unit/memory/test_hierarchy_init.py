@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atlas_lm.memory.hierarchy import initialise_weights
+from atlas_lm.memory.fast_memory import initialise_weights
 from atlas_lm.memory.network import build_network
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+from atlas_lm.memory.fast_memory import MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy
 from tests.support.hierarchy_cases import Inputs, make_hierarchy, make_inputs
 from tests.support.memory_cases import relative_errors
 

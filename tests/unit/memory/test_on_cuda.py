@@ -10,8 +10,8 @@ from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas_lm.memory import chunked, gated_delta, network, reference
+from atlas_lm.memory.fast_memory import FastMemory, MemorySpec
 from atlas_lm.memory.features import build_features, unit
-from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
 from atlas_lm.memory.kernels import features as cpu_features
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.network import build_network

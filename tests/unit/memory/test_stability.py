@@ -10,8 +10,8 @@ from torch.func import jacrev
 from torch.nn import functional as nnf
 
 from atlas_lm.memory.chunked import scan
+from atlas_lm.memory.fast_memory import FastMemory, MemorySpec
 from atlas_lm.memory.features import build_features
-from atlas_lm.memory.hierarchy import FastMemory, MemorySpec
 from atlas_lm.memory.loop.forward import learn_and_read
 from atlas_lm.memory.loop.types import LoopConfig, LoopInputs
 from atlas_lm.memory.network import build_network, read, split_matrices

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from atlas_lm.config.schema import OptimConfig
-from atlas_lm.memory.hierarchy import Hierarchy, MemorySpec
+from atlas_lm.memory.fast_memory import MemorySpec
+from atlas_lm.memory.hierarchy import Hierarchy
 from atlas_lm.training.optimizer import (
     MuonAdamW,
     build_optimizer,
@@ -89,21 +90,33 @@ def test_what_muon_takes_and_what_decays():
 @both
 def test_what_a_memory_hangs_on_learns_at_its_own_rate_and_does_not_decay(name):
     """W_init and the feature map: at the rate of the other weights they lose the needle (docs/decisions/0021)."""
-    spec = MemorySpec(dim=32, heads=2, head_dim=32, local_chunks=(4,), global_chunk=8, shard=8, rank=40)
+    spec = MemorySpec(
+        dim=32,
+        heads=2,
+        head_dim=32,
+        local_chunks=(4,),
+        global_chunk=8,
+        shard=8,
+        rank=40,
+        local_features="sketch",
+        local_rank=40,
+    )
     net = nn.ModuleDict({"hierarchy": Hierarchy(spec)})
     net = nn.ModuleDict({"block": net})
     optimizer = build_optimizer(net, optim_config(name, memory_lr=1e-4))
     (group,) = (g for g in optimizer.param_groups if g["lr"] == 1e-4)
     assert group["weight_decay"] == 0
     found = names(net, group["params"])
-    assert {n.split(".")[-2] for n in found} == {"initial", "features"}
-    assert len(found) == 2 + 2 * 2
+    assert {n.split(".")[-2] for n in found} == {"initial", "features", "local_features"}
+    assert len(found) == 2 + 2 + 2 * 2
 
 
 @pytest.mark.parametrize("heads", [2, 8, 16])
 def test_muon_takes_no_gates_however_many_heads_there_are(heads):
     """Their rows are logits of half-lives and write strengths, no map of activations."""
-    spec = MemorySpec(dim=64, heads=heads, head_dim=4, local_chunks=(4,), global_chunk=8, shard=8, rank=40)
+    spec = MemorySpec(
+        dim=64, heads=heads, head_dim=4, local_chunks=(4, 8), global_chunk=8, shard=8, rank=40, answers="gated"
+    )
     net = nn.ModuleDict({"hierarchy": Hierarchy(spec), "other": nn.Linear(64, 64)})
     matrices, rest = parameter_groups(net, optim_config("muon"))
     assert names(net, matrices) == {"other.weight"}
