@@ -28,6 +28,7 @@ from benchmarks import worth
 
 VOCABULARY = 2048  # subwords
 DENSITIES = (2, 8, 24)  # needles in a sequence
+SIZES = ("data.seq_len=1024", "data.batch_size=2")  # the same for all
 
 
 class Corpus(NamedTuple):
@@ -40,15 +41,15 @@ class Corpus(NamedTuple):
 def candidates(texts: dict[str, str]) -> dict[str, Corpus]:
     """By name: what needs no download, then the given texts (name → glob)."""
     found = {
-        "standard library, bytes": Corpus(),
-        "standard library, subwords": Corpus(subwords_of=("source=stdlib",)),
+        "standard library, bytes": Corpus((*SIZES, "data.source.tokenizer=bytes")),
+        "standard library, subwords": Corpus(SIZES, ("source=stdlib",)),
     }
     for n in DENSITIES:
         # short statements of one digit, so that the densest fit
-        needles = ("data=needles", f"data.source.needles={n}", "data.source.digits=1", "data.batch_size=2")
+        needles = ("data=needles", f"data.source.needles={n}", "data.source.digits=1", *SIZES)
         found[f"standard library with {n} needles, bytes"] = Corpus(needles)
     for name, pattern in texts.items():
-        settings = ("data=text", f"data.source.files=['{pattern}']", "data.batch_size=2")
+        settings = ("data=text", f"data.source.files=['{pattern}']", *SIZES)
         found[f"{name}, bytes"] = Corpus((*settings, "data.val_sequences=64"))
         found[f"{name}, subwords"] = Corpus(
             (*settings, "data.val_sequences=64"), ("source=text", f"files=['{pattern}']")

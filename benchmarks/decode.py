@@ -29,7 +29,7 @@ def size_of(state: Any) -> int:
 @torch.inference_mode()
 def main() -> None:
     parser = measuring.arguments("benchmarks.decode", __doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="a file of conf/model")
+    parser.add_argument("--model", default="tiny_deep", help="a file of conf/model")
     parser.add_argument("--positions", type=int, nargs="+", default=[100, 1000, 16000])
     parser.add_argument("--tokens", type=int, default=64, help="decoded at each position, whole chunks among them")
     args = parser.parse_args()

@@ -97,7 +97,7 @@ def figures(found: dict[str, dict[str, Any]], worth: dict[str, Any]) -> list[Fig
         row("the same bytes, xz -9e", stage1["xz_bits_per_byte"], "{:.3f}", "the same"),
         row(f"no memory, same steps, {twin['parameters']:,} parameters instead of {stage1['parameters']:,}",
             twin["val_bits_per_byte"], "{:.3f}", RUNS["stage1_twin"]),
-        minutes(f"training time, {stage1['steps']:,} steps, {stage1['tokens']:,} bytes, validation included", stage1,
+        minutes(f"training time, {stage1['steps']:,} steps, {stage1['tokens']:,} tokens, validation included", stage1,
                 RUNS["stage1"]),
         Figure("tokens per second (no memory)", f"{rates[0]:,.0f} ({rates[1]:,.0f})", rates, "both"),
         row("recall two windows back, 16 pairs", recall["recall_accuracy"], "**{:.3f}**", RUNS["recall"]),

@@ -183,7 +183,7 @@ def training_step(setting: Setting, model: str, length: int, rows: int, changes:
     from atlas_lm.model.atlas import AtlasLM
     from benchmarks.train_step import model_values
 
-    values = model_values("tiny" if setting.toy else model) | changes
+    values = model_values("tiny_deep" if setting.toy else model) | changes
     values["reset_at_document"] = False
     vocabulary = 256 if setting.toy else 32768
     net = AtlasLM(ModelConfig(**values), vocabulary).to(setting.device)
@@ -255,7 +255,7 @@ def a_run(setting: Setting) -> Figures:
         "callbacks.spike_rollback.every_n_steps=10", "callbacks.step_checkpoint.every_n_steps=10",
     ]  # fmt: skip
     if setting.toy:
-        common += ["data.seq_len=128", "data.batch_size=1", "model.layers=1"]
+        common += ["data.seq_len=128", "data.batch_size=1", "model.layers=1", "model.memory_layers=null"]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
 

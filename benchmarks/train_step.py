@@ -155,7 +155,7 @@ def worker(request: str) -> None:
 
 def main() -> None:
     parser = measuring.arguments(MODULE, __doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="a file of conf/model")
+    parser.add_argument("--model", default="tiny_deep", help="a file of conf/model")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--chunks", type=int, nargs="+", default=[64])

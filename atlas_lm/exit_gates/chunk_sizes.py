@@ -37,6 +37,7 @@ CANDIDATES: dict[str, Chunks] = {  # G2-1
 }
 MARGIN = 1.10  # another set must be faster than the configured one by this factor
 VOCABULARY = 256
+SIZES = ("steps", "seq_len", "batch_size")  # of a measurement
 IDENTITY = ("name", "dim", "layers", "heads", "head_dim")  # of a model: a decision holds for no other
 
 
@@ -58,7 +59,7 @@ class Options:
     """File to append to; conf/decisions/chunk_sizes.yaml of the repository if none is given."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "batch_size"):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -159,7 +160,9 @@ def entry(config: ModelConfig, rates: dict[Chunks, float], options: Options) -> 
         f"{rate / rates[configured]:.2f} |{' chosen' if chunks == chosen else ''} |"
         for chunks, rate in rates.items()
     )
-    command = " ".join([f"model={options.model}", *options.overrides])
+    usual = Options()
+    sizes = [f"{name}={getattr(options, name)}" for name in SIZES if getattr(options, name) != getattr(usual, name)]
+    command = " ".join([f"model={options.model}", *sizes, *options.overrides])
     return f"""# Local chunk sizes of {config.name}, dim {config.dim} (G2-1)
 
 {datetime.date.today().isoformat()} · decided

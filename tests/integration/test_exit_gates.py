@@ -40,7 +40,7 @@ def change_config(run: Path, **values: Any) -> None:
 
 
 def test_a_small_run_is_judged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "decisions.yaml").write_text(json.dumps([decided([4], 1000)]))
+    (run / "decisions.yaml").write_text(json.dumps([decided([4], 1000, model="tiny")]))
     for phase in ("phase2", "phase4"):
         with pytest.raises(SystemExit) as ending:
             command.main([phase, f"run={run}", f"decisions={run / 'decisions.yaml'}", "sequences=4"])

@@ -18,7 +18,14 @@ TWO_STEPS = [
     "data.batch_size=2", "data.val_sequences=2", "data.val_batch_size=2",
 ]  # fmt: skip
 # What makes a model small enough for seconds, and leaves what distinguishes the configurations.
-SMALL_SIZES = ["model.dim=32", "model.layers=1", "model.heads=2", "model.head_dim=16", "model.memory_hidden=16"]
+SMALL_SIZES = [
+    "model.dim=32",
+    "model.layers=1",
+    "model.memory_layers=[0]",
+    "model.heads=2",
+    "model.head_dim=16",
+    "model.memory_hidden=16",
+]
 
 
 def names(group: str) -> list[str]:

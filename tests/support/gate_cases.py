@@ -2,7 +2,7 @@
 
 from typing import Any
 
-DECIDED = {"model": "tiny", "dim": 16, "layers": 1, "heads": 2, "head_dim": 8}
+DECIDED = {"model": "tiny_deep", "dim": 16, "layers": 1, "heads": 2, "head_dim": 8}
 
 
 def decided(chunks: Any, rate: Any = 99, **changes: Any) -> dict[str, Any]:

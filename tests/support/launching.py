@@ -19,7 +19,8 @@ from atlas_lm.training import module
 
 SMALL_MODEL = [
     "model.dim=16", "model.layers=1", "model.heads=2", "model.head_dim=8", "model.window=8", "model.local_chunks=[4]",
-    "model.global_chunk=8", "model.shard=16", "model.rank=4", "model.persistent_keys=4",
+    "model.global_chunk=8", "model.shard=16", "model.rank=4", "model.persistent_keys=4", "model.memory_layers=[0]",
+    "model.local_rank=4",
 ]  # fmt: skip
 FEW_STEPS = [
     "optim.total_steps=4", "optim.warmup_steps=1", "trainer.val_check_interval=4", "trainer.log_every_n_steps=1",

@@ -29,8 +29,9 @@ TINY = [
     "callbacks.progress.every_n_seconds=0",
 ]  # fmt: skip
 GROUPS = {
-    "model": ["tiny", "43m"], "optim": ["adamw", "muon"], "data": ["stdlib", "text", "tokens", "recall", "hf"],
-    "trainer": ["cpu", "gpu"], "callbacks": ["default", "stage1", "basic"], "logger": ["default"], "paths": ["default"],
+    "model": ["tiny", "tiny_deep", "43m"], "optim": ["adamw", "muon"],
+    "data": ["stdlib", "text", "tokens", "recall", "hf"], "trainer": ["cpu", "gpu"],
+    "callbacks": ["default", "stage1", "basic"], "logger": ["default"], "paths": ["default"],
     "+experiment": ["stage1", "stage2", "recall"],
 }  # fmt: skip
 # a legal value there takes long, starts processes, or writes elsewhere

@@ -38,7 +38,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_the_settings_are_the_experiments(s: worth.Setting) -> None:
-    assert (s.steps, s.window, s.length, s.tokens) == (400, 64, 1024, 2048)
+    assert (s.steps, s.window, s.length, s.tokens) == (400, 64, 2048, 2048)
     assert s.rates == {"lr": 3e-3, "muon_lr": 0.02, "memory_lr": 1e-4}
     assert worth.setting("stage1", [], True, s.out).steps == 100
 

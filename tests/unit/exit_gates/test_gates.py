@@ -314,7 +314,7 @@ def test_g2_6_judgement(seen: rollback.ForcedSpike, count: int, reached: int, wo
 # G2-1
 
 
-SMALL = chunk_sizes.model_config("tiny", SMALL_MODEL)
+SMALL = chunk_sizes.model_config("tiny_deep", SMALL_MODEL)
 
 
 def test_g2_1_the_newest_decision_counts() -> None:
@@ -342,7 +342,7 @@ def test_g2_1_the_newest_decision_counts() -> None:
     ],
 )
 def test_g2_1_no_decision(known: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match=r"no decision on model=tiny, dim=16|repeat it"):
+    with pytest.raises(ValueError, match=r"no decision on model=tiny_deep, dim=16|repeat it"):
         chunk_sizes.judge(known, SMALL)
 
 
@@ -375,7 +375,15 @@ def test_a_decision_against_the_config_says_so() -> None:
 
 def test_chunk_sizes_are_measured_and_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "conf" / "decisions.yaml"
-    asked = ["steps=2", "seq_len=32", "batch_size=1", f"decisions={path}", *SMALL_MODEL, "model.shard=128"]
+    asked = [
+        "model=tiny_deep",
+        "steps=2",
+        "seq_len=32",
+        "batch_size=1",
+        f"decisions={path}",
+        *SMALL_MODEL,
+        "model.shard=128",
+    ]
     path.parent.mkdir()
     path.write_text("# Decisions\n")
     command.main(["chunk_sizes", *asked])
@@ -383,7 +391,8 @@ def test_chunk_sizes_are_measured_and_decided(tmp_path: Path, capsys: pytest.Cap
     for chunks in ("{8,16,32,64}", "{16,32,64,128}", "{8,32,64}", "{8}", "{4} (configured)"):
         (cells,) = [line.split("|") for line in page.splitlines() if line.startswith("|") and f"{chunks} |" in line]
         assert float(cells[2].replace(",", "")) > 0
-    assert path.read_text().startswith("# Decisions\n- model: tiny\n")
+    assert "gates chunk_sizes model=tiny_deep steps=2 seq_len=32 batch_size=1 model.dim=16" in page
+    assert path.read_text().startswith("# Decisions\n- model: tiny_deep\n")
     (found,) = chunk_sizes.read_decisions(path)
     assert found["local_chunks"] in ([4], [8], [8, 32, 64], [8, 16, 32, 64], [16, 32, 64, 128])
     assert found == {**decided(found["local_chunks"], found["tokens_per_second"]), "date": found["date"],

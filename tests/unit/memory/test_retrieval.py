@@ -49,7 +49,7 @@ def test_delta_stores_in_a_chunk_what_it_stores_token_by_token(chunk: int) -> No
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_what_tiny_delta_stores(chunk: int) -> None:
+def test_what_the_default_stores(chunk: int) -> None:
     assert retrieved("linear", "delta", chunk, rank=575) >= 0.93
     assert retrieved("linear", "delta", chunk, True, rank=575) >= 0.55
 

@@ -27,7 +27,7 @@ def branches(model: AtlasLM) -> list[GatedDeltaBranch]:
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("size", ["tiny", "43m", "125m", "340m", "760m", "1300m"])
+@pytest.mark.parametrize("size", ["tiny", "tiny_deep", "43m", "125m", "340m", "760m", "1300m"])
 def test_baselines_have_the_parameters_of_the_model_with_memory(size: str) -> None:
     counts = {}
     for memory in ("atlas", "gated_delta", "none"):

@@ -20,8 +20,8 @@ VOCABULARY = 32_000
 
 # at a vocabulary of 32,000 tokens
 PARAMETERS = {
-    "tiny": 10_433_440,
-    "tiny_delta": 9_854_860,
+    "tiny": 11_064_528,
+    "tiny_deep": 10_433_440,
     "43m": 59_347_008,
     "125m": 191_588_160,
     "340m": 580_328_448,
@@ -71,19 +71,19 @@ LEVERS = [
 @pytest.mark.parametrize("memory", ["none", "gated_delta"])
 @pytest.mark.parametrize("levers", LEVERS, ids=str)
 def test_twins_are_as_large_with_every_lever(levers, memory):
-    ours, twin = (parameter_count(model_config("tiny", **levers, memory=m)) for m in ("atlas", memory))
+    ours, twin = (parameter_count(model_config("tiny_deep", **levers, memory=m)) for m in ("atlas", memory))
     assert twin == pytest.approx(ours, rel=0.01)
 
 
 def test_memory_lies_in_the_named_blocks_alone():
-    model = AtlasLM(model_config("tiny", layers=3, dim=16, head_dim=4, memory_layers=[0, 2]), 11)
+    model = AtlasLM(model_config("tiny_deep", layers=3, dim=16, head_dim=4, memory_layers=[0, 2]), 11)
     assert [block.memory is None for block in model.blocks] == [False, True, False]
     assert len(model(torch.randint(11, (2, 20))).gates) == 2
 
 
 def test_without_a_global_memory_local_ones_answer():
     changes = {"dim": 16, "head_dim": 4, "local_chunks": [4], "global_chunk": None}
-    model = AtlasLM(model_config("tiny", **changes), 11)
+    model = AtlasLM(model_config("tiny_deep", **changes), 11)
     assert not any("global_memory" in name for name, _ in model.named_parameters())
     memory = model.blocks[0].memory
     seen = []
@@ -93,7 +93,7 @@ def test_without_a_global_memory_local_ones_answer():
 
 
 def test_shared_projections_are_the_attention_s_and_learn_from_the_memory():
-    model = AtlasLM(model_config("tiny", dim=16, head_dim=4, share_qkv=True, attention_conv=4), 11)
+    model = AtlasLM(model_config("tiny_deep", dim=16, head_dim=4, share_qkv=True, attention_conv=4), 11)
     branch = model.blocks[0].memory
     assert branch.qkv is None
     assert branch.conv is None
@@ -127,7 +127,7 @@ def test_attention_with_a_convolution_finds_what_followed_its_token():
 def test_reach_counts_windows_and_convolutions():
     """A change as far back as `attention_reach` moves the last logits, one token further none."""
     for conv in (1, 3):
-        config = model_config("tiny", dim=16, head_dim=4, window=5, memory="none", attention_conv=conv)
+        config = model_config("tiny_deep", dim=16, head_dim=4, window=5, memory="none", attention_conv=conv)
         model, tokens = AtlasLM(config, 11).double(), torch.randint(11, (1, 40))
         reach = attention_reach(config)
         truth = model(tokens).logits[:, -1]
@@ -138,7 +138,7 @@ def test_reach_counts_windows_and_convolutions():
 
 
 def test_twin_has_no_memory():
-    config = model_config("tiny", memory="none", dim=16, head_dim=4, window=8)
+    config = model_config("tiny_deep", memory="none", dim=16, head_dim=4, window=8)
     model = AtlasLM(config, 11)
     output = model(torch.randint(11, (2, 20)))
     assert output.gates == ()
@@ -159,7 +159,7 @@ def test_twin_has_no_memory():
     ],
 )
 def test_sizes_that_no_model_can_have(change, message):
-    config = model_config("tiny")
+    config = model_config("tiny_deep")
     for name, value in change.items():
         setattr(config, name, value)  # past the checks of ModelConfig itself
     with pytest.raises(ValueError, match=message):
@@ -184,7 +184,7 @@ def test_sizes_that_no_model_can_have(change, message):
 )
 def test_values_that_no_model_can_have(change, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
-        AtlasLM(model_config("tiny", **change), 11)
+        AtlasLM(model_config("tiny_deep", **change), 11)
 
 
 def test_parts_refuse_widths_below_one():
@@ -195,7 +195,7 @@ def test_parts_refuse_widths_below_one():
 
 
 def test_chunk_sizes_are_set_in_every_layer():
-    model = AtlasLM(model_config("tiny", layers=2, dim=16, head_dim=4, local_chunks=[2, 3]), 11)
+    model = AtlasLM(model_config("tiny_deep", layers=2, dim=16, head_dim=4, local_chunks=[2, 3]), 11)
     model.set_local_chunks([5, 9])
     assert model.local_chunks == (5, 9)
     assert [block.memory.hierarchy.local_chunks for block in model.blocks] == [(5, 9)] * 2
@@ -280,7 +280,7 @@ def test_convolution_streams_and_is_causal(width):
 
 def test_an_unknown_fusion_is_refused_by_the_config_before_it_is_built():
     with pytest.raises(ValueError, match="did you mean 'convex'"):
-        model_config("tiny", fusion="convexx")
+        model_config("tiny_deep", fusion="convexx")
     assert Fusion("convex", 8).kind == "convex"
 
 
@@ -292,7 +292,7 @@ def test_an_unknown_fusion_is_refused_by_the_config_before_it_is_built():
 )
 def test_a_model_from_device_meta_is_initialised_as_a_new_one(changes):
     sizes = {"layers": 2, "dim": 16, "head_dim": 4, "rank": 6, "memory_hidden": 5, "window": 8, **changes}
-    config = model_config("tiny", **sizes)
+    config = model_config("tiny_deep", **sizes)
     torch.manual_seed(1)
     truth = AtlasLM(config, 11)
     with torch.device("meta"):
@@ -313,7 +313,7 @@ def test_a_model_from_device_meta_is_initialised_as_a_new_one(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"memory": "none"}, {"update": "newton_schulz"}, {"reset_at_document": True}])
 def test_a_forward_pass_on_device_meta_gives_shapes(changes):
-    config = model_config("tiny", layers=2, dim=16, head_dim=4, rank=6, memory_hidden=5, window=8, **changes)
+    config = model_config("tiny_deep", layers=2, dim=16, head_dim=4, rank=6, memory_hidden=5, window=8, **changes)
     with torch.device("meta"):
         model = AtlasLM(config, 11)
         output = model(torch.zeros(2, 70, dtype=torch.long), model.initial_state(2))
