@@ -103,6 +103,9 @@ class ModelConfig:
     """A feature map of the local memories' own; null: they share that of the global one."""
     local_rank: int = number(191, minimum=1)
     """Features of its low-rank sketch; read by `local_features: sketch` alone."""
+    momentum: bool = True
+    """Whether the updates `gradient` and `newton_schulz` have one, with a gate of its own. Without, a memory's state is
+    half as large."""
     answers: str = choice("sum", "gated", default="sum")
     """How the answers of a block's memories meet. gated: each token weighs those of the local memories, which are
     nearly shut at first; summed as they are they drown the global memory's."""

@@ -36,6 +36,7 @@ from atlas_lm.memory.state import (
     map_tokens,
     may_look,
     without_autocast,
+    without_momentum,
 )
 
 
@@ -50,16 +51,17 @@ def scan(
     state = fit_state(rule, state, initial, tokens)
     if rule.update == "delta":
         return _delta(rule, state, initial, q_BHTD, phi_q_BHTF, tokens)
-    row = append(rule, state, tokens)
+    row = append(rule, state, without_momentum(rule, tokens))
     length = row.k.size(2) - rule.halo
     filled = length % rule.chunk
     tail = make_tail(rule, row, filled)
     complete = length // rule.chunk
-    before = [torch.cat(halves, dim=-2).flatten(0, 1) for halves in zip(state.change, state.momentum, strict=True)]
+    momentum = state.momentum if rule.has_momentum else tuple(map(torch.zeros_like, state.change))
+    before = [torch.cat(halves, dim=-2).flatten(0, 1) for halves in zip(state.change, momentum, strict=True)]
     y_BHTD, after = _run(rule, before, initial, q_BHTD, phi_q_BHTF, row, state.filled, complete)
     halves = (z.unflatten(0, q_BHTD.shape[:2]).chunk(2, dim=-2) for z in after)
     change, momentum = zip(*halves, strict=True)
-    return y_BHTD, MemoryState(change, momentum, tail, filled, rule)
+    return y_BHTD, MemoryState(change, momentum if rule.has_momentum else (), tail, filled, rule)
 
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:
@@ -67,9 +69,9 @@ def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor,
     if rule.update == "delta":
         empty = initial_state(rule, initial, q_BHTD.size(0), phi_q_BHTF.size(-1), tokens.restart is not None)
         return _delta(rule, empty, initial, q_BHTD, phi_q_BHTF, tokens)[0]
-    row = tokens
+    row = without_momentum(rule, tokens)
     if rule.halo:
-        row = map_tokens(lambda x: nnf.pad(x, (0, 0, rule.halo, 0) if x.dim() == 4 else (rule.halo, 0)), tokens)
+        row = map_tokens(lambda x: nnf.pad(x, (0, 0, rule.halo, 0) if x.dim() == 4 else (rule.halo, 0)), row)
     last = -(-q_BHTD.size(2) // rule.chunk) - 1
     return _run(rule, None, initial, q_BHTD, phi_q_BHTF, row, 0, last)[0]
 

@@ -42,6 +42,7 @@ class MemorySpec(NamedTuple):
     local_update: str | None = None
     local_features: str | None = None  # a feature map of their own; None: they share that of the global one
     local_rank: int = 191
+    momentum: bool = True  # of updates that can have one
     answers: str = "sum"  # or gated: each token weighs what the local memories answer
 
     def of_local(self) -> MemorySpec:
@@ -59,7 +60,7 @@ class FastMemory(nn.Module):
         super().__init__()
         network = build_network(spec.network, spec.residual)
         self.rule = check_rule(
-            Rule(network, chunk, spec.context, spec.update, read, spec.radius, spec.newton_schulz_steps)
+            Rule(network, chunk, spec.context, spec.update, read, spec.radius, spec.newton_schulz_steps, spec.momentum)
         )
         self.eta_max = spec.eta_max
         self.heads = spec.heads

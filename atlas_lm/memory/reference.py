@@ -13,6 +13,8 @@ whatever θ does; with a constant θ that equals a factor (1 − θ) on η.
 
 Forgetting leads back to W_init, not to zero: a two-layer network at zero has no gradient and never learns again.
 
+Without momentum (`Rule.momentum`) θ is 0, and S_t = g_t is not carried.
+
 For U = Newton–Schulz (M7) D is left out (U has a fixed size) and one update is made at the chunk's end, of
 
     S = θ̄ S_ξ + (1 − θ̄) Σ_t g_t,   W − W_init = Π α (W_ξ − W_init) − η̄ U(S)
@@ -33,7 +35,17 @@ from atlas_lm.memory import network as net
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.newton_schulz import newton_schulz
 from atlas_lm.memory.projection import ProjectionState
-from atlas_lm.memory.state import MemoryState, Rule, Tokens, append, bounded, fit_state, initial_state, make_tail
+from atlas_lm.memory.state import (
+    MemoryState,
+    Rule,
+    Tokens,
+    append,
+    bounded,
+    fit_state,
+    initial_state,
+    make_tail,
+    without_momentum,
+)
 
 
 def scan(
@@ -47,8 +59,9 @@ def scan(
     state = fit_state(rule, state, initial, tokens)
     if rule.update == "delta":
         return delta.scan(rule, state, initial, q_BHTD, phi_q_BHTF, tokens, gated_delta)
-    row = append(rule, state, tokens)
-    change, momentum = state.change, state.momentum
+    row = append(rule, state, without_momentum(rule, tokens))
+    nothing = tuple(map(torch.zeros_like, state.change))
+    change, momentum = state.change, state.momentum if rule.has_momentum else nothing
     restarts = [] if row.restart is None else row.restart[0, 0].nonzero().flatten().tolist()
     floor = max((t for t in restarts if t < rule.halo), default=0)  # windows reach back to the last restart at most
     chunk = _Chunk(rule, change, momentum, initial, row, floor, start=rule.halo)
@@ -67,7 +80,8 @@ def scan(
             change, momentum = chunk.end()
             chunk = _Chunk(rule, change, momentum, initial, row, max(t + 1 - rule.halo, floor), start=t + 1)
     filled = (row.k.size(2) - rule.halo) % rule.chunk
-    return torch.cat(outputs, dim=2), MemoryState(change, momentum, make_tail(rule, row, filled), filled, rule)
+    kept = momentum if rule.has_momentum else ()
+    return torch.cat(outputs, dim=2), MemoryState(change, kept, make_tail(rule, row, filled), filled, rule)
 
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
     )
     radius: float = float("inf")  # bound on the root mean square of the entries of W − W_init, per matrix
     newton_schulz_steps: int = STEPS
+    momentum: bool = True  # False: S_t is the gradient itself, so that none is carried
 
     @property
     def halo(self) -> int:
@@ -36,7 +37,7 @@ class Rule(NamedTuple):
 
     @property
     def has_momentum(self) -> bool:
-        return self.update != "delta"
+        return self.momentum and self.update != "delta"
 
     @property
     def kept(self) -> int:
@@ -115,6 +116,13 @@ def initial_state(rule: Rule, initial: Weights, batch: int, features: int, resta
         per_token.bool() if restart else None,
     )
     return MemoryState(nothing, nothing if rule.has_momentum else (), tail, 0, rule)
+
+
+def without_momentum(rule: Rule, tokens: Tokens) -> Tokens:
+    """θ = 0 where the rule has no momentum, whatever the gates say."""
+    if rule.has_momentum:
+        return tokens
+    return tokens._replace(gates=tokens.gates._replace(theta=torch.zeros_like(tokens.gates.theta)))
 
 
 def map_tokens(f, *tokens: Tokens) -> Tokens:

@@ -93,6 +93,7 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
         local_update=config.local_update,
         local_features=config.local_features,
         local_rank=config.local_rank,
+        momentum=config.momentum,
         answers=config.answers,
     )
 

@@ -172,7 +172,7 @@ MODELS = [{"fusion": fusion} for fusion in FUSIONS] + [
      "attention_conv": 4, "share_qkv": True},
     {"memory_layers": [1], "half_life_least": 16.0, "local_network": "linear", "attention_conv": 3},
     {"network": "linear", "update": "delta", "context": 1, "local_network": "gated_mlp", "local_update": "gradient"},
-    {"answers": "gated", "local_features": "linear"},
+    {"answers": "gated", "local_features": "linear", "momentum": False},
     {"answers": "gated", "local_features": "sketch", "local_rank": 3, "network": "linear", "update": "delta",
      "local_update": "gradient", "context": 1, "attention_conv": 4, "share_qkv": True, "memory_layers": [1]},
 ]  # fmt: skip

@@ -65,6 +65,23 @@ def test_every_network_and_read(kind, chunk, read, path):
     compare(case, rule_of(case, 63, chunk, 4, "gradient", read), 1e-9)
 
 
+@every_pair(chunk=[1, 7, 16], kind=KINDS, context=[1, 4], update=UPDATES, read=READS, path=PATHS)
+def test_without_momentum(chunk, kind, context, update, read, path):
+    """It is θ = 0 at every token, whatever the gates say, and half of the state."""
+    case = make_case(kind, 63, eta_max=ETA[update])
+    rule = rule_of(case, 63, chunk, context, update, read)
+    compare(case, rule._replace(momentum=False), 1e-9)
+    compare(case, rule._replace(momentum=False), 1e-9, cuts=(5, 40))
+    none = case._replace(
+        tokens=case.tokens._replace(gates=case.tokens.gates._replace(theta=0 * case.tokens.gates.theta))
+    )
+    y, state = run(chunked, rule._replace(momentum=False), case)
+    truth, with_it = run(chunked, rule, none)
+    assert torch.equal(y, truth)
+    assert state.momentum == ()
+    assert all(map(torch.equal, state.change, with_it.change))
+
+
 @every_pair(chunk=[1, 7, 16], update=UPDATES, read=READS, path=PATHS)
 def test_on_the_ball(chunk, update, read, path):
     """Where the radius holds W − W_init back, its projection is part of the gradient."""
