@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import faults, gpu, memory_layer, soak, train_step
+from benchmarks import context, faults, gpu, memory_layer, soak, train_step
 from benchmarks.safeguards import PROBES, standard_error
 from tests.support import ROOT
 from tests.support.launching import SMALL_MODEL
@@ -202,3 +202,12 @@ def test_the_page_of_the_gpu_holds_the_figures_of_its_file() -> None:
     root = ROOT / "docs"
     runs = [json.loads(path.read_text()) for path in sorted((root / "results").glob("gpu*.json"))]
     assert (root / "gpu.md").read_text() == gpu.draw(runs)
+
+
+def test_what_far_text_is_worth_to_a_run(guarded_run: Path) -> None:
+    """Two seeds of the same run are the same; a model that sees all that it is near to gains nothing."""
+    found = context.measure([str(guarded_run), str(guarded_run)], 48, 8, 4)
+    assert found.whole_SNT.shape == (2, 4, 48)
+    assert torch.equal(*found.whole_SNT)
+    assert found.gain_SNT.abs().max() < 1e-5
+    assert context.measure([str(guarded_run)], 8, 8, 4).gain_SNT.abs().max() > 1e-4

@@ -1,0 +1,139 @@
+"""What far text is worth to each model of benchmarks.worth: python -m benchmarks.context --worth outputs/worth
+
+Of the runs at equal time, over all seeds, on the same held-out sequences: the context gain (how far the loss of the
+last window falls when a model sees the whole sequence and not only what attention reaches at the experiment's window),
+the share of full attention's gain that it is, and the loss by position against the twin without a memory, sequence by
+sequence. Trains nothing. --write puts both tables and the picture into docs.
+"""
+
+# S seeds, N sequences, T tokens
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from atlas_lm.cli.figures import new_figure, save
+from atlas_lm.evaluation.bootstrap import Interval, interval
+from atlas_lm.evaluation.losses import losses
+from atlas_lm.evaluation.subject import Subject
+from atlas_lm.evaluation.tables import Table
+from atlas_lm.files import ROOT, write_atomically
+from atlas_lm.model.probes import attention_reach
+from benchmarks.figures import inserted
+
+RESULTS = Path("docs") / "results"
+PAGE, NUMBERS, PICTURE = RESULTS / "context.md", RESULTS / "context.json", Path("docs") / "context.png"
+BEGIN = "<!-- context: python -m benchmarks.context --write -->"
+TWIN, FULL = "no memory", "full attention"
+
+
+class Losses(NamedTuple):
+    """Of one model, in nats per token."""
+
+    whole_SNT: Tensor  # of whole sequences
+    gain_SNT: Tensor  # of the last window: what it loses when it sees no further than `near` tokens
+
+
+def edges(near: int, length: int) -> list[int]:
+    """Where bins of positions begin: 0, then from what attention reaches in steps that double."""
+    found = [0, near]
+    while found[-1] < length:
+        found.append(min(2 * found[-1], length))
+    return found
+
+
+@torch.no_grad()
+def measure(runs: list[str], near: int, window: int, sequences: int) -> Losses:
+    """Of a model's runs, one for each seed."""
+    whole, gain = [], []
+    for run in runs:
+        subject = Subject(run)
+        text = subject.text(subject.trained_length, sequences)
+        found = losses(subject.model, text, lambda _: None)
+        seen = losses(subject.model, text.last(near), lambda _: None, window)
+        whole.append(found)
+        gain.append(seen - found[:, -window:])
+    return Losses(torch.stack(whole), torch.stack(gain))
+
+
+def gains(found: dict[str, Losses], near: int) -> Table:
+    """Context gain, and its share of full attention's. Intervals are over sequences, each the mean of its seeds."""
+    length = next(iter(found.values())).whole_SNT.size(2)
+    table = Table("gain", f"Context gain, {near:,} → {length:,} tokens", "nats per token", "", "+.4f")
+    for name, of in found.items():
+        table.add(name, "all seeds", interval(of.gain_SNT.nanmean(0)))
+        for seed, gain_NT in enumerate(of.gain_SNT):
+            table.add(name, f"seed {seed}", interval(gain_NT))
+    offered = table.cells.get(FULL, {}).get("all seeds", Interval(0.0, 0.0, 0.0))
+    if offered.low <= 0:
+        table.notes.append("- Full attention gains nothing on this text: it tests no memory.")
+    else:
+        means = {name: cells["all seeds"].mean for name, cells in table.cells.items() if name != FULL}
+        table.notes += [
+            f"- {name}: {mean / offered.mean:.0%} of what full attention gains" for name, mean in means.items()
+        ]
+    return table
+
+
+def against_twin(found: dict[str, Losses], bins: list[int]) -> Table:
+    """Loss less the twin's, by position, sequence by sequence; below 0 is better than the twin."""
+    table = Table("position", "Loss by position less that of the model without memory", "nats per token", "position",
+                  "+.4f")  # fmt: skip
+    twin = found[TWIN].whole_SNT.nanmean(0)
+    for name, of in found.items():
+        if name == TWIN:
+            continue
+        difference = of.whole_SNT.nanmean(0) - twin
+        for start, end in pairwise(bins):
+            table.add(name, f"{start}–{end - 1}", interval(difference[:, start:end]), (start + end) / 2)
+    return table
+
+
+def draw(table: Table, path: Path) -> None:
+    """The picture of `against_twin`."""
+    figure = new_figure(7, 4.2)
+    axes = figure.subplots()
+    table.draw(axes)
+    axes.axhline(0, color="black", linewidth=0.8)
+    save(figure, path)
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worth", type=Path, default=Path("outputs/worth"), help="--out of benchmarks.worth")
+    parser.add_argument("--sequences", type=int, default=160)
+    parser.add_argument("--write", action="store_true", help="into docs/results")
+    options = parser.parse_args(arguments)
+    path = options.worth / "worth.json"
+    if not path.is_file():
+        raise SystemExit(f"there is no {path}: it comes from python -m benchmarks.worth --out {options.worth}")
+    known: dict[str, Any] = json.loads(path.read_text())
+    if TWIN not in known:
+        raise SystemExit(f"{path} has no model {TWIN!r}, with which the others are compared")
+    config = Subject(known[TWIN]["time"][0]["run"]).model.config
+    near = config.window + attention_reach(config)
+    found = {
+        name: measure([report["run"] for report in of["time"]], near, config.window, options.sequences)
+        for name, of in known.items()
+    }
+    gain, position = gains(found, near), against_twin(found, edges(near, found[TWIN].whole_SNT.size(2)))
+    text = f"{gain.markdown()}\n{position.markdown()}"
+    print(text)
+    if options.write:
+        page = (root / PAGE).read_text(encoding="utf-8")
+        write_atomically(root / PAGE, inserted(page, text.strip(), BEGIN))
+        numbers = {"seeds": len(found[TWIN].whole_SNT), "gain": gain.as_json(), "position": position.as_json()}
+        write_atomically(root / NUMBERS, json.dumps(numbers, indent=1) + "\n")
+        draw(position, root / PICTURE)
+
+
+if __name__ == "__main__":
+    main()
