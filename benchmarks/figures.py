@@ -112,7 +112,8 @@ def figures(found: dict[str, dict[str, Any]], worth: dict[str, Any]) -> list[Fig
         measured("needle after Stage 2, at chunk 1", stage2, "G4-6", "{:.3f}"),
         measured("spread of the perplexity over chunk sizes 1 to 64", stage2, "G4-4", "{:.1%}"),
         measured("gates below 0.1 or above 0.9", stage2, "G4-5", "{:.1%}"),
-        minutes(f"training time of Stage 2, {stage2['steps']} steps, chunk 32 to 1", stage2, RUNS["stage2"]),
+        minutes(f"training time of Stage 2, {stage2['steps']} steps, chunks shrink to one token", stage2,
+                RUNS["stage2"]),
     ]  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 Watches:  mean, standard deviation and the share of polarised gates (< `low` or > `high`), per layer, over all ranks.
 Acts:     fails if gates are not finite, if a layer's deviation falls below `collapse_std` after `baseline_step`, or if
-          its variance at `check_step` is below `growth` times that at `baseline_step`. on_failure: warn (once per kind)
-          or stop (GateFailure), on all ranks together.
+          its variance at `check_step` is below `growth` times that at `baseline_step` while less than a share of
+          `polarised` of all gates are polarised: where most have gone to one side the variance falls again.
+          on_failure: warn (once per kind) or stop (GateFailure), on all ranks together.
 Logs:     gate_monitor/mean, gate_monitor/std, gate_monitor/polarised over all layers, when measured.
 Requires: HasGates. Keeps the baseline in the checkpoint.
 Source:   C6.
@@ -21,7 +22,7 @@ from torch import Tensor
 from callbacks.support.collectives import mean_over_ranks
 from callbacks.support.lightning_internals import accumulates
 from callbacks.support.probing import record
-from callbacks.support.ranges import above, at_least, check, one_of
+from callbacks.support.ranges import above, at_least, check, one_of, share
 
 log = logging.getLogger(__name__)
 REMEDY = "raise the weight of the polarisation loss, lower optim.lr, or remove the memory of that layer"
@@ -58,6 +59,7 @@ class GateMonitor(Callback):
         baseline_step: int = 100,
         check_step: int = 500,
         growth: float = 1.5,
+        polarised: float = 0.2,
         collapse_std: float = 0.01,
         low: float = 0.1,
         high: float = 0.9,
@@ -68,13 +70,13 @@ class GateMonitor(Callback):
             raise ValueError(f"baseline_step={baseline_step} must be at least 1 and before check_step={check_step}")
         check(
             "gate_monitor", growth=(growth, above(0, "1.5 means half as much again")),
-            collapse_std=(collapse_std, at_least(0)), every_n_steps=(every_n_steps, at_least(1)),
-            on_failure=(on_failure, one_of("warn", "stop")),
+            polarised=(polarised, share()), collapse_std=(collapse_std, at_least(0)),
+            every_n_steps=(every_n_steps, at_least(1)), on_failure=(on_failure, one_of("warn", "stop")),
         )  # fmt: skip
         if not 0 <= low <= high <= 1:
             raise ValueError(f"low={low}, high={high} of gate_monitor must be gates: 0 <= low <= high <= 1")
         self.baseline_step, self.check_step, self.growth = baseline_step, check_step, growth
-        self.collapse_std, self.low, self.high = collapse_std, low, high
+        self.polarised, self.collapse_std, self.low, self.high = polarised, collapse_std, low, high
         self.every_n_steps, self.on_failure = every_n_steps, on_failure
         self.reset()
 
@@ -88,8 +90,11 @@ class GateMonitor(Callback):
         """Whether to measure after optimizer step `step`."""
         return step % self.every_n_steps == 0 or step in (self.baseline_step, self.check_step)
 
-    def judge(self, step: int, variances: list[float]) -> Failure | None:
-        """What is wrong with the variance of a layer's gates, NaN standing for gates that are not finite."""
+    def judge(self, step: int, variances: list[float], polarised: float = 0.0) -> Failure | None:
+        """What is wrong with the variance of a layer's gates, NaN standing for gates that are not finite.
+
+        `polarised`: the share of all gates that is.
+        """
         at = f"at step {step}"
         for layer, variance in enumerate(variances):
             if not math.isfinite(variance):  # first: every comparison with NaN is False
@@ -107,10 +112,13 @@ class GateMonitor(Callback):
             return Failure("baseline", f"gates cannot be judged {at}: {missing}")
         # over all layers: in a healthy model one of them may have found its spread before the baseline
         now, before = sum(variances) / len(variances), sum(self.baseline) / len(self.baseline)
-        if now < self.growth * before:
+        if now < self.growth * before and polarised < self.polarised:
             growths = [a / b if b else math.inf for a, b in zip(variances, self.baseline, strict=True)]
             layer = growths.index(min(growths))
-            found = f"{before:.3g} → {now:.3g}, less than {self.growth:g} times, since step {self.taken_at}"
+            found = (
+                f"{before:.3g} → {now:.3g}, less than {self.growth:g} times, since step {self.taken_at}, and "
+                f"{polarised:.0%} polarised, less than {self.polarised:.0%}"
+            )
             return Failure("growth", f"gates do not spread {at}, least in layer {layer}: variance {found}: {REMEDY}")
         return None
 
@@ -140,7 +148,7 @@ class GateMonitor(Callback):
         record(trainer, values)
         if step == self.baseline_step:
             self.baseline, self.taken_at = variances, step
-        self._act(trainer, self.judge(step, variances))
+        self._act(trainer, self.judge(step, variances, float(polarised_L.mean())))
 
     def measure(self, trainer: Trainer, gates: Sequence[Tensor] | Tensor) -> Tensor:
         """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates.

@@ -50,6 +50,9 @@ def test_the_judgement() -> None:
     assert gates.judge(400, [0.0101, 0.02]) is None, "growth is judged at one step"
     assert gates.judge(500, [0.01501, 0.0301]) is None
     assert gates.judge(500, [0.012, 0.0331]) is None, "the layers together have spread"
+    assert gates.judge(500, [0.005, 0.01], 0.2) is None, "most have gone to one side, where their variance falls"
+    assert gates.judge(500, [0.005, 0.01], 0.19) is not None
+    assert gates.judge(500, [0.00009, 0.00009], 1.0).kind == "collapse", "all shut, or all open"
     for step, variances, kind, named in (
         (10, [0.01, math.nan], "nonfinite", "layer 1 are NaN or infinite at step 10"),
         (110, [0.00009, 0.02], "collapse", "layer 0 have collapsed at step 110: deviation 0.00949 is below 0.01"),
@@ -122,7 +125,7 @@ def test_it_is_silent_and_bitwise_inert_on_a_healthy_run(
 
 def test_it_waits_for_the_end_of_an_accumulation_window(fit: Any) -> None:
     gates, measured = monitor(), []
-    gates.judge = lambda step, variances: measured.append(step)  # type: ignore[method-assign]
+    gates.judge = lambda step, *_: measured.append(step)  # type: ignore[method-assign]
     fit(Gated(), gates, accumulate_grad_batches=2, max_steps=3)
     assert measured == [1, 2, 3]
 
