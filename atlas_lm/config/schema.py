@@ -111,6 +111,9 @@ class ModelConfig:
     nearly shut at first; summed as they are they drown the global memory's."""
     newton_schulz_steps: int = number(5, minimum=1)
     """Iterations of Newton–Schulz (M6)."""
+    projection: bool = True
+    """Whether local memories are read with queries that are projected onto the keys of their shard (M9), or as they
+    come."""
     persistent_keys: int = number(64, minimum=0)
     """Learned keys of the Q–K projection, N_p (M10); 0: none, a shard starts from its own keys alone."""
     eta_max: float = number(minimum=0)

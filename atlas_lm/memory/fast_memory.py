@@ -33,6 +33,7 @@ class MemorySpec(NamedTuple):
     context: int = 1  # c of the Omega rule
     update: str = "gradient"
     newton_schulz_steps: int = STEPS
+    projection: bool = True  # of the queries of local memories onto the keys of their shard
     persistent_keys: int = 64  # N_p per head; 0: a shard starts from its own keys alone
     eta_max: float = 1.0  # write strength at an open gate: the share of an error that is corrected
     half_life: float = 1024.0  # of a memory at first, in tokens

@@ -76,10 +76,11 @@ class Hierarchy(nn.Module):
         self.local_features: Features | None = None
         if spec.local_features is not None and spec.local_chunks:
             self.local_features = build_features(spec.local_features, spec.head_dim, spec.local_rank)
-        # the projection is the local memories': without them keys would be parameters that nothing learns
+        self.projects = bool(spec.local_chunks) and spec.projection
+        # without a projection keys would be parameters that nothing learns
         self.persistent_keys = nn.Parameter(
-            torch.empty(spec.heads, spec.persistent_keys if spec.local_chunks else 0, spec.head_dim),
-            requires_grad=bool(spec.local_chunks),
+            torch.empty(spec.heads, spec.persistent_keys if self.projects else 0, spec.head_dim),
+            requires_grad=self.projects,
         )
         self.global_memory = None if chunk is None else FastMemory(spec, chunk, "chunk", self.features)
         self.local_memories = nn.ModuleList(
@@ -196,13 +197,9 @@ class Hierarchy(nn.Module):
         q, k, v, phi = (shards.fold(x) for x in (q_BHTD, k_BHTD, v_BHTD, phi_k))
         restart = None if restart is None else shards.fold(restart)
         persistent = persistent_state(self.persistent_keys, q.size(0))
-        q, projection = project(
-            q,
-            k if write else torch.zeros_like(k),
-            persistent if state is None else self._fit(state.projection, k),
-            persistent,
-            restart,
-        )
+        projection = persistent if state is None else self._fit(state.projection, k)
+        if self.projects:
+            q, projection = project(q, k if write else torch.zeros_like(k), projection, persistent, restart)
         phi_q = features(q)
         shares = (
             None if self.answer_gates is None else wide_logits(self.answer_gates, x_BTM).sigmoid().mT.split(H, dim=1)

@@ -84,6 +84,7 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
         context=config.context,
         update=config.update,
         newton_schulz_steps=config.newton_schulz_steps,
+        projection=config.projection,
         persistent_keys=config.persistent_keys,
         eta_max=config.eta_max,
         half_life=config.half_life,

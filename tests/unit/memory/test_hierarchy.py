@@ -315,3 +315,17 @@ def test_local_memories_with_a_feature_map_of_their_own() -> None:
     assert {x.initial[0].size(-2) for x in hierarchy.local_memories} != {hierarchy.global_memory.initial[0].size(-2)}
     assert hierarchy(*make_inputs(20), state)[0].isfinite().all()
     assert Hierarchy(SPEC._replace(local_features="sketch", local_chunks=())).local_features is None
+
+
+def test_without_the_projection_local_memories_are_asked_as_the_query_comes() -> None:
+    """And there are no persistent keys, which nothing would learn."""
+    hierarchy, inputs = make_hierarchy(SPEC._replace(projection=False)), make_inputs(SHARD)
+    assert hierarchy.persistent_keys.numel() == 0
+    assert not hierarchy.persistent_keys.requires_grad
+    only = make_hierarchy(SPEC._replace(projection=False, global_chunk=None, local_chunks=(3,)))
+    memory = only.local_memories[0]
+    tokens = Tokens(inputs.k, only.features(inputs.k), inputs.v, memory.open(inputs.x))
+    expected = chunked.scan_shard(memory.rule, memory.weights(), inputs.q, only.features(inputs.q), tokens)
+    torch.testing.assert_close(only(*inputs)[0], expected, rtol=0, atol=1e-12)
+    projected = make_hierarchy(SPEC._replace(global_chunk=None, local_chunks=(3,)))
+    assert (projected(*inputs)[0] - expected).abs().max() > 1e-3
