@@ -90,7 +90,7 @@ METRICS = {
     "val/ppl": Metric("", "its perplexity", "module", VALIDATION),
     "val/bits_per_byte": Metric("bits", "the same per byte of text", "module", "validations on text"),
     "recall/accuracy": Metric("share", "right answers", "module", "validations on data=recall"),
-    "memory/norm/layer_<i>": Metric("", "norm of W − W_init after a shard of validation text", "module",
+    "memory/norm/layer_<i>": Metric("", "norm of W − W_init of block i after a shard of validation text", "module",
                                     "validations"),
     "gate_monitor/mean": Metric("", "mean of the gates of the last training step", "gate_monitor", CHECK),
     "gate_monitor/std": Metric("", "their standard deviation", "gate_monitor", CHECK),
@@ -109,7 +109,7 @@ METRICS = {
     "niah_probe/accuracy": Metric("cosine", "of the needle and what is retrieved for its "
         "key, mean over layers, memories, "
                             "heads and needles", "niah_probe", PROBE),
-    "niah_probe/accuracy/layer_<i>": Metric("cosine", "the same for one layer", "niah_probe", PROBE),
+    "niah_probe/accuracy/layer_<i>": Metric("cosine", "the same for block i", "niah_probe", PROBE),
     "niah_probe/control": Metric("cosine", "the same with the needle not written: about 0", "niah_probe", PROBE),
     "niah_probe/retained": Metric("cosine", "with the gates that the model opens for text", "niah_probe", PROBE),
     "niah_probe/overhead_percent": Metric("%", "share of the training time that probes took", "niah_probe", PROBE),

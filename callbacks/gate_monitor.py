@@ -21,7 +21,7 @@ from torch import Tensor
 
 from callbacks.support.collectives import mean_over_ranks
 from callbacks.support.lightning_internals import accumulates
-from callbacks.support.probing import record
+from callbacks.support.probing import layer_numbers, record
 from callbacks.support.ranges import above, at_least, check, one_of, share
 
 log = logging.getLogger(__name__)
@@ -90,18 +90,21 @@ class GateMonitor(Callback):
         """Whether to measure after optimizer step `step`."""
         return step % self.every_n_steps == 0 or step in (self.baseline_step, self.check_step)
 
-    def judge(self, step: int, variances: list[float], polarised: float = 0.0) -> Failure | None:
+    def judge(
+        self, step: int, variances: list[float], polarised: float = 0.0, numbers: list[int] | None = None
+    ) -> Failure | None:
         """What is wrong with the variance of a layer's gates, NaN standing for gates that are not finite.
 
-        `polarised`: the share of all gates that is.
+        `polarised`: the share of all gates that is. `numbers`: which blocks the layers are.
         """
+        numbers = numbers or list(range(len(variances)))
         at = f"at step {step}"
-        for layer, variance in enumerate(variances):
+        for layer, variance in zip(numbers, variances, strict=True):
             if not math.isfinite(variance):  # first: every comparison with NaN is False
                 return Failure(
                     "nonfinite", f"gates of layer {layer} are NaN or infinite {at}: lower optim.lr or optim.clip"
                 )
-        for layer, variance in enumerate(variances):
+        for layer, variance in zip(numbers, variances, strict=True):
             if step > self.baseline_step and math.sqrt(variance) < self.collapse_std:
                 found = f"deviation {math.sqrt(variance):.3g} is below {self.collapse_std:g}"
                 return Failure("collapse", f"gates of layer {layer} have collapsed {at}: {found}: {REMEDY}")
@@ -114,7 +117,7 @@ class GateMonitor(Callback):
         now, before = sum(variances) / len(variances), sum(self.baseline) / len(self.baseline)
         if now < self.growth * before and polarised < self.polarised:
             growths = [a / b if b else math.inf for a, b in zip(variances, self.baseline, strict=True)]
-            layer = growths.index(min(growths))
+            layer = numbers[growths.index(min(growths))]
             found = (
                 f"{before:.3g} → {now:.3g}, less than {self.growth:g} times, since step {self.taken_at}, and "
                 f"{polarised:.0%} polarised, less than {self.polarised:.0%}"
@@ -139,7 +142,7 @@ class GateMonitor(Callback):
         assert isinstance(pl_module, HasGates)
         mean_L, square_L, polarised_L = self.measure(trainer, pl_module.gate_values())
         variances = (square_L - mean_L.square()).clamp_min(0).tolist()
-        mean = float(mean_L.mean())
+        mean, numbers = float(mean_L.mean()), layer_numbers(pl_module, len(variances))
         values = {
             "gate_monitor/mean": mean,
             "gate_monitor/std": math.sqrt(max(float(square_L.mean()) - mean * mean, 0.0)),
@@ -148,7 +151,7 @@ class GateMonitor(Callback):
         record(trainer, values)
         if step == self.baseline_step:
             self.baseline, self.taken_at = variances, step
-        self._act(trainer, self.judge(step, variances, float(polarised_L.mean())))
+        self._act(trainer, self.judge(step, variances, float(polarised_L.mean()), numbers))
 
     def measure(self, trainer: Trainer, gates: Sequence[Tensor] | Tensor) -> Tensor:
         """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates.

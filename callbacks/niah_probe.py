@@ -27,7 +27,7 @@ from torch.nn import functional as nnf
 
 from callbacks.support.collectives import mean_over_ranks
 from callbacks.support.lightning_internals import accumulates, logging_step
-from callbacks.support.probing import begins, held_out_batch, record, undisturbed
+from callbacks.support.probing import begins, held_out_batch, layer_numbers, record, undisturbed
 from callbacks.support.ranges import at_least, between, check, one_of
 
 log = logging.getLogger(__name__)
@@ -149,10 +149,10 @@ class NiahProbe(Callback):
         start = time.perf_counter()
         accuracy_LD, control, retained = self.measure(trainer, pl_module)
         buried = accuracy_LD[:, -1]
-        mean = float(buried.mean())
+        mean, numbers = float(buried.mean()), layer_numbers(pl_module, len(buried))
         values = {"niah_probe/accuracy": mean, "niah_probe/control": control, "niah_probe/retained": retained}
-        values |= {f"niah_probe/accuracy/layer_{i}": float(value) for i, value in enumerate(buried)}
-        self._draw(trainer, accuracy_LD)
+        values |= {f"niah_probe/accuracy/layer_{i}": float(value) for i, value in zip(numbers, buried, strict=True)}
+        self._draw(trainer, accuracy_LD, numbers)
         self.probes, self.seconds = self.probes + 1, self.seconds + time.perf_counter() - start
         if trainer.global_step:  # before that there is no training to compare with
             values["niah_probe/overhead_percent"] = self.overhead_percent()
@@ -205,7 +205,7 @@ class NiahProbe(Callback):
         keys, values = nnf.normalize(torch.randn(shape, generator=generator), dim=-1)
         return keys, values
 
-    def _draw(self, trainer: Trainer, accuracy_LD: Tensor) -> None:
+    def _draw(self, trainer: Trainer, accuracy_LD: Tensor, numbers: list[int]) -> None:
         """A heat map: from which layers and depths the needle comes back."""
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not boards or not trainer.is_global_zero or not bool(accuracy_LD.isfinite().all()):
@@ -216,7 +216,7 @@ class NiahProbe(Callback):
         axes = figure.add_subplot()
         image = axes.imshow(accuracy_LD.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(self.depths)), [f"{round(depth * self.haystack)}" for depth in self.depths])
-        axes.set_yticks(range(len(accuracy_LD)), [f"layer {i}" for i in range(len(accuracy_LD))])
+        axes.set_yticks(range(len(accuracy_LD)), [f"layer {i}" for i in numbers])
         axes.set_xlabel("pairs written after the needle")
         for i, row in enumerate(accuracy_LD.tolist()):
             for j, value in enumerate(row):

@@ -145,6 +145,10 @@ class AtlasModule(L.LightningModule):
         """
         return write_and_read(self.model, keys, values, query, None if batch is None else batch["input_ids"])
 
+    def memory_layers(self) -> list[int]:
+        """The blocks that hold a memory, counted from 0."""
+        return [i for i, block in enumerate(self.model.blocks) if block.memory is not None]
+
     def memory_shape(self) -> tuple[int, int, int]:
         """Layers whose memory takes pairs (C1), heads, dimension of keys and values."""
         layers = sum(1 for _ in self.model.hierarchies())
@@ -274,7 +278,7 @@ class AtlasModule(L.LightningModule):
 
     def _draw_gates(self, gates: tuple[Tensor, ...]) -> None:
         for board in self._boards():
-            for i, gate in enumerate(gates):
+            for i, gate in zip(self.memory_layers(), gates, strict=True):
                 finite = gate.float()[gate.isfinite()]  # a histogram of nothing is an error of TensorBoard's
                 if finite.numel():
                     board.add_histogram(f"memory/gate/layer_{i}", finite, self._logging_step())
@@ -288,7 +292,9 @@ class AtlasModule(L.LightningModule):
         state = self.model.initial_state(1)
         tokens = batch["input_ids"][:1, :shard]
         after = self.model(tokens, state, None if starts is None else starts[:1, :shard]).state
-        for i, block in enumerate(block for block in after if block.memory is not None):
+        for i, block in enumerate(after):
+            if block.memory is None:
+                continue
             norm = sum(change.square().sum() for change in block.fast_weights()) ** 0.5
             self.log(f"memory/norm/layer_{i}", norm, sync_dist=True)
 

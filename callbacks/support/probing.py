@@ -45,6 +45,13 @@ def reshard(pl_module: LightningModule) -> None:
             module.reshard()
 
 
+def layer_numbers(pl_module: LightningModule, count: int) -> list[int]:
+    """Which blocks the `count` layers of a measurement are: what `memory_layers()` of the module says, or 0, 1, …"""
+    says = getattr(pl_module, "memory_layers", None)
+    found = list(says()) if callable(says) else []
+    return found if len(found) == count else list(range(count))
+
+
 def held_out_batch(trainer: Trainer, rows: int | None, asker: str) -> Any:
     """The first `rows` rows of this rank's validation data as one batch, on its device; the same at every call.
 

@@ -65,6 +65,14 @@ def test_the_judgement() -> None:
         assert named in failure.message
 
 
+def test_layers_are_named_by_their_blocks(fit: Any) -> None:
+    """Where only some of them hold a memory, and the module says which."""
+    module = Gated({3: spread(0.005)})
+    module.memory_layers = lambda: [1, 4]  # type: ignore[method-assign]
+    with pytest.raises(GateFailure, match="gates of layer 1 have collapsed"):
+        fit(module, monitor())
+
+
 def test_it_measures_when_it_is_due() -> None:
     gates = GateMonitor(baseline_step=105, check_step=507)
     assert [step for step in range(1, 510) if gates.is_due(step)] == sorted({*range(10, 510, 10), 105, 507})

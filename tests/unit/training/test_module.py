@@ -193,8 +193,8 @@ def test_layers_are_those_that_hold_a_memory(monkeypatch):
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
     with torch.no_grad():
         module._log_memory(make_batch())
-    assert list(logged) == ["memory/norm/layer_0"]
-    assert logged["memory/norm/layer_0"] > 0
+    assert list(logged) == ["memory/norm/layer_1"]
+    assert logged["memory/norm/layer_1"] > 0
 
 
 def test_the_norm_of_a_validation_is_that_after_one_shard(monkeypatch):
