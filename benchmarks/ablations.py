@@ -1,8 +1,9 @@
 """What each part of the memory is worth, before and after Stage 2 (TNT's ablations): python -m benchmarks.ablations
 
 Trains Stage 1 of every variant of the default, and Stage 2 from each, at the experiments' own rates, `--seeds` times.
-A variant without local memories has no chunks to shrink: its Stage 2 is the same steps without the schedule, which
-shows what the steps alone are worth. What has finished is not made again. --write puts the table into docs.
+A variant without local memories has no chunks to shrink: its Stage 2 has the same steps without the schedule, and so
+without the clipping that follows it; beside it stands the default trained so. What has finished is not made again.
+--write puts the table into docs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "as it is": Variant(),
+    "as it is, Stage 2 at Stage 1's chunks": Variant((), NO_SCHEDULE),
     "no global memory": Variant(("model.global_chunk=null",)),
     "no local memory": Variant(("model.local_chunks=[]",), NO_SCHEDULE),
     "two local memories": Variant(("model.local_chunks=[64,16]",)),
@@ -47,7 +49,7 @@ class Row(NamedTuple):
     variant: str
     before: tuple[float, float | None]
     after: tuple[float, float | None]
-    gain: float  # nats per token that Stage 1's memory brings from beyond attention's reach, mean over seeds
+    gain: float | None  # nats per token of Stage 1 from beyond attention's reach, mean over seeds; None: not measured
 
 
 def train(out: Path, variant: str, seed: int, extra: list[str], quick: bool, jobs: int) -> tuple[Any, Any]:
@@ -66,8 +68,8 @@ def summary(found: dict[str, list[tuple[Any, Any]]]) -> list[Row]:
     for variant, pairs in found.items():
         means = [worth.interval([worth.figure_of(report) for report in stage]) for stage in zip(*pairs, strict=True)]
         before, after = ((mean, half if len(pairs) > 1 else None) for mean, half in means)
-        gains = [float(first["context_gain"]) for first, _ in pairs]
-        rows.append(Row(variant, before, after, sum(gains) / len(gains)))
+        gains = [first["context_gain"] for first, _ in pairs]
+        rows.append(Row(variant, before, after, None if None in gains else sum(gains) / len(gains)))
     return rows
 
 
@@ -75,7 +77,9 @@ def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = ["| variant | after Stage 1: bits per byte | after Stage 2 | context gain after Stage 1, nats |",
              "|---|---|---|---|"]  # fmt: skip
-    lines += [f"| {r.variant} | {worth.shown(r.before)} | {worth.shown(r.after)} | {r.gain:+.3f} |" for r in rows]
+    for r in rows:
+        gain = "–" if r.gain is None else f"{r.gain:+.3f}"
+        lines.append(f"| {r.variant} | {worth.shown(r.before)} | {worth.shown(r.after)} | {gain} |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atlas_lm.cli.figures import new_figure, save
-from atlas_lm.evaluation.bootstrap import Interval, interval
+from atlas_lm.evaluation.bootstrap import interval
 from atlas_lm.evaluation.losses import losses
 from atlas_lm.evaluation.subject import Subject
 from atlas_lm.evaluation.tables import Table
@@ -71,7 +71,10 @@ def gains(found: dict[str, Losses], near: int) -> Table:
         table.add(name, "all seeds", interval(of.gain_SNT.nanmean(0)))
         for seed, gain_NT in enumerate(of.gain_SNT):
             table.add(name, f"seed {seed}", interval(gain_NT))
-    offered = table.cells.get(FULL, {}).get("all seeds", Interval(0.0, 0.0, 0.0))
+    if FULL not in found:
+        table.notes.append("- Full attention was not trained: what this text offers is not known.")
+        return table
+    offered = table.cells[FULL]["all seeds"]
     if offered.low <= 0:
         table.notes.append("- Full attention gains nothing on this text: it tests no memory.")
     else:
@@ -120,6 +123,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
         raise SystemExit(f"{path} has no model {TWIN!r}, with which the others are compared")
     config = Subject(known[TWIN]["time"][0]["run"]).model.config
     near = config.window + attention_reach(config)
+    length = Subject(known[TWIN]["time"][0]["run"]).trained_length
+    if near >= length:
+        raise SystemExit(f"attention reaches {near} tokens, all of a sequence of {length}: nothing lies beyond it")
     found = {
         name: measure([report["run"] for report in of["time"]], near, config.window, options.sequences)
         for name, of in known.items()

@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -94,9 +95,12 @@ class Setting(NamedTuple):
     sweep: float = 1.0  # below 1: each rate is tried for this share of the experiment's steps, not for the equal time
 
 
+COMPOSING = threading.Lock()  # Hydra's state is one for the process
+
+
 def composed(experiment: str, extra: Sequence[str]) -> Any:
-    """The configuration of a run."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+    """The configuration of a run; from any thread."""
+    with COMPOSING, initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         return compose("train", overrides=[f"+experiment={experiment}", *extra])
 
 

@@ -3,7 +3,7 @@
 Watches:  mean, standard deviation and the share of polarised gates (< `low` or > `high`), per layer, over all ranks.
 Acts:     fails if gates are not finite, if a layer's deviation falls below `collapse_std` after `baseline_step`, or if
           its variance at `check_step` is below `growth` times that at `baseline_step` while less than a share of
-          `polarised` of all gates are polarised: where most have gone to one side the variance falls again.
+          `opened` of all gates are above `high`: where most have opened the variance falls again.
           on_failure: warn (once per kind) or stop (GateFailure), on all ranks together.
 Logs:     gate_monitor/mean, gate_monitor/std, gate_monitor/polarised over all layers, when measured.
 Requires: HasGates. Keeps the baseline in the checkpoint.
@@ -59,7 +59,7 @@ class GateMonitor(Callback):
         baseline_step: int = 100,
         check_step: int = 500,
         growth: float = 1.5,
-        polarised: float = 0.2,
+        opened: float = 0.2,
         collapse_std: float = 0.01,
         low: float = 0.1,
         high: float = 0.9,
@@ -70,13 +70,13 @@ class GateMonitor(Callback):
             raise ValueError(f"baseline_step={baseline_step} must be at least 1 and before check_step={check_step}")
         check(
             "gate_monitor", growth=(growth, above(0, "1.5 means half as much again")),
-            polarised=(polarised, share()), collapse_std=(collapse_std, at_least(0)),
+            opened=(opened, share()), collapse_std=(collapse_std, at_least(0)),
             every_n_steps=(every_n_steps, at_least(1)), on_failure=(on_failure, one_of("warn", "stop")),
         )  # fmt: skip
         if not 0 <= low <= high <= 1:
             raise ValueError(f"low={low}, high={high} of gate_monitor must be gates: 0 <= low <= high <= 1")
         self.baseline_step, self.check_step, self.growth = baseline_step, check_step, growth
-        self.polarised, self.collapse_std, self.low, self.high = polarised, collapse_std, low, high
+        self.opened, self.collapse_std, self.low, self.high = opened, collapse_std, low, high
         self.every_n_steps, self.on_failure = every_n_steps, on_failure
         self.reset()
 
@@ -91,11 +91,11 @@ class GateMonitor(Callback):
         return step % self.every_n_steps == 0 or step in (self.baseline_step, self.check_step)
 
     def judge(
-        self, step: int, variances: list[float], polarised: float = 0.0, numbers: list[int] | None = None
+        self, step: int, variances: list[float], opened: float = 0.0, numbers: list[int] | None = None
     ) -> Failure | None:
         """What is wrong with the variance of a layer's gates, NaN standing for gates that are not finite.
 
-        `polarised`: the share of all gates that is. `numbers`: which blocks the layers are.
+        `opened`: the share of all gates above `high`. `numbers`: which blocks the layers are.
         """
         numbers = numbers or list(range(len(variances)))
         at = f"at step {step}"
@@ -115,12 +115,12 @@ class GateMonitor(Callback):
             return Failure("baseline", f"gates cannot be judged {at}: {missing}")
         # over all layers: in a healthy model one of them may have found its spread before the baseline
         now, before = sum(variances) / len(variances), sum(self.baseline) / len(self.baseline)
-        if now < self.growth * before and polarised < self.polarised:
+        if now < self.growth * before and opened < self.opened:
             growths = [a / b if b else math.inf for a, b in zip(variances, self.baseline, strict=True)]
             layer = numbers[growths.index(min(growths))]
             found = (
                 f"{before:.3g} → {now:.3g}, less than {self.growth:g} times, since step {self.taken_at}, and "
-                f"{polarised:.0%} polarised, less than {self.polarised:.0%}"
+                f"{opened:.0%} are above {self.high:g}, less than {self.opened:.0%}"
             )
             return Failure("growth", f"gates do not spread {at}, least in layer {layer}: variance {found}: {REMEDY}")
         return None
@@ -140,7 +140,7 @@ class GateMonitor(Callback):
         if accumulates(trainer) or not self.is_due(step):
             return
         assert isinstance(pl_module, HasGates)
-        mean_L, square_L, polarised_L = self.measure(trainer, pl_module.gate_values())
+        mean_L, square_L, polarised_L, opened_L = self.measure(trainer, pl_module.gate_values())
         variances = (square_L - mean_L.square()).clamp_min(0).tolist()
         mean, numbers = float(mean_L.mean()), layer_numbers(pl_module, len(variances))
         values = {
@@ -151,11 +151,12 @@ class GateMonitor(Callback):
         record(trainer, values)
         if step == self.baseline_step:
             self.baseline, self.taken_at = variances, step
-        self._act(trainer, self.judge(step, variances, float(polarised_L.mean()), numbers))
+        self._act(trainer, self.judge(step, variances, float(opened_L.mean()), numbers))
 
     def measure(self, trainer: Trainer, gates: Sequence[Tensor] | Tensor) -> Tensor:
-        """(3, layers): mean, mean square, share polarised, over all ranks. ValueError: there are no gates.
+        """(4, layers): mean, mean square, share polarised and share above `high`, over all ranks.
 
+        ValueError: there are no gates.
         A layer at a time: in float32 all of them would be as large as the activations of a step.
         """
         if not len(gates) or not gates[0].numel():
@@ -164,13 +165,14 @@ class GateMonitor(Callback):
         return mean_over_ranks(trainer, moments).cpu()
 
     def _moments(self, gates: Tensor) -> Tensor:
-        """(3,) of one layer."""
+        """(4,) of one layer."""
         gates = gates.float()
         mean = gates.mean()
         variance = (gates - mean).square_().mean().double()  # about the mean: in float32 it keeps its digits
         mean = mean.double()
-        polarised = ((gates < self.low) | (gates > self.high)).count_nonzero().double() / gates.numel()
-        return torch.stack([mean, variance + mean.square(), polarised])
+        opened = (gates > self.high).count_nonzero().double() / gates.numel()
+        polarised = opened + (gates < self.low).count_nonzero().double() / gates.numel()
+        return torch.stack([mean, variance + mean.square(), polarised, opened])
 
     def _act(self, trainer: Trainer, failure: Failure | None) -> None:
         """All ranks have the same numbers and so do the same."""

@@ -75,7 +75,11 @@ class Hierarchy(nn.Module):
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
         self.local_features: Features | None = None
         if spec.local_features is not None and spec.local_chunks:
-            self.local_features = build_features(spec.local_features, spec.head_dim, spec.local_rank)
+            own = build_features(spec.local_features, spec.head_dim, spec.local_rank)
+            if chunk is None:  # the only map: another would be parameters that nothing learns
+                self.features = own
+            else:
+                self.local_features = own
         self.projects = bool(spec.local_chunks) and spec.projection
         # without a projection keys would be parameters that nothing learns
         self.persistent_keys = nn.Parameter(

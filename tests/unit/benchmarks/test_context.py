@@ -37,6 +37,11 @@ def test_a_text_from_which_full_attention_gains_nothing_tests_no_memory() -> Non
     assert context.gains(found, NEAR).notes == ["- Full attention gains nothing on this text: it tests no memory."]
 
 
+def test_without_full_attention_nothing_is_said_of_the_text() -> None:
+    notes = context.gains({"memory": made(0.15, 0), "no memory": made(0, 0)}, NEAR).notes
+    assert notes == ["- Full attention was not trained: what this text offers is not known."]
+
+
 def test_a_model_is_ahead_where_its_loss_is_below_the_twins_on_the_same_text() -> None:
     found = {"memory": made(0, 0.05), "worse": made(0, -0.05), "no memory": made(0, 0)}
     bins = context.edges(NEAR, LENGTH)

@@ -315,6 +315,8 @@ def test_local_memories_with_a_feature_map_of_their_own() -> None:
     assert {x.initial[0].size(-2) for x in hierarchy.local_memories} != {hierarchy.global_memory.initial[0].size(-2)}
     assert hierarchy(*make_inputs(20), state)[0].isfinite().all()
     assert Hierarchy(SPEC._replace(local_features="sketch", local_chunks=())).local_features is None
+    alone = Hierarchy(SPEC._replace(local_features="sketch", local_rank=2, global_chunk=None))
+    assert (alone.local_features, alone.features.dim_out) == (None, 1 + 4 + 2)
 
 
 def test_without_the_projection_local_memories_are_asked_as_the_query_comes() -> None:
