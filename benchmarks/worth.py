@@ -15,6 +15,7 @@ benchmark is continued by the same command.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -104,6 +105,13 @@ def composed(experiment: str, extra: Sequence[str]) -> Any:
         return compose("train", overrides=[f"+experiment={experiment}", *extra])
 
 
+def meaning(experiment: str, extra: Sequence[str]) -> str:
+    """A digest of what is trained: model, data, optimizer and precision, as composed."""
+    cfg = composed(experiment, extra)
+    parts = [OmegaConf.to_container(cfg[name], resolve=False) for name in ("model", "data", "optim")]
+    return hashlib.sha256(json.dumps([*parts, cfg.precision], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def setting(experiment: str, extra: list[str], quick: bool, out: Path, jobs: int = 1, sweep: float = 1.0) -> Setting:
     """From the experiment's composed configuration."""
     cfg = composed(experiment, extra)
@@ -151,7 +159,7 @@ def step_of(s: Setting, name: str) -> Callable[[], None]:
 def speeds(s: Setting, names: list[str]) -> dict[str, float]:
     """Tokens per second of each model; measured once."""
     path = s.out / "speeds.json"
-    key = {name: settings_of(s, name) for name in names}
+    key = {name: [*settings_of(s, name), meaning(s.experiment, settings_of(s, name))] for name in names}
     known = json.loads(path.read_text()) if path.is_file() else {}
     if any(known.get("models", {}).get(name) != settings for name, settings in key.items()):
         print("speeds", file=sys.stderr, flush=True)
@@ -190,10 +198,12 @@ def train(
     ]  # fmt: skip
     report = s.out / "runs" / label / "latest" / "report.json"
     known = s.out / "runs" / f"{label}.json"
-    same = known.is_file() and json.loads(known.read_text()) == command
+    # a command alone does not say what the files of conf/ make of it
+    wanted = {"command": command, "settings": meaning(s.experiment, command[1:])}
+    same = known.is_file() and json.loads(known.read_text()) == wanted
     if not (same and settled(report, may_fail)):
         print(f"{label}", file=sys.stderr, flush=True)
-        write_atomically(known, json.dumps(command))
+        write_atomically(known, json.dumps(wanted))
         resume = ["resume=auto"] if same else []
         whole = [sys.executable, str(ROOT / "train.py"), *command, *resume]
         share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // s.jobs))} if s.jobs > 1 else {}

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,3 +205,31 @@ def test_speeds_are_those_of_the_experiments_vocabulary(
     with pytest.raises(KeyboardInterrupt):
         worth.step_of(s._replace(extra=[f"data.source.tokenizer={tokenizer}"]), "no memory")
     assert built == [ids]
+
+
+def test_a_run_of_other_settings_behind_the_same_command_is_made_again(
+    s: worth.Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of conf/ may have changed since: the command alone does not say so."""
+    made = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        made.append("resume=auto" in command)
+        folder = s.out / "runs" / label / "latest"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps({"status": "finished", "val_loss": 1.0}))
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    label = "run_no_memory_x1_seed_0_steps_400"
+    (s.out / "runs").mkdir(parents=True)
+    monkeypatch.setattr(worth.subprocess, "run", run)
+    for settings in ("a", "a", "b"):
+        monkeypatch.setattr(worth, "meaning", lambda *_, settings=settings: settings)
+        worth.train(s, "no memory", 400, 1, 0, "run")
+    assert made == [False, False], "twice: not at the second call, which finds the first one's"
+
+
+def test_settings_are_what_is_composed() -> None:
+    same, wider = (worth.meaning("stage1", [f"model.dim={dim}"]) for dim in (256, 320))
+    assert same == worth.meaning("stage1", [])
+    assert same != wider
