@@ -41,7 +41,9 @@ from benchmarks.injection import STRUCK
 ROOT = Path(__file__).parents[1]
 STEPS = 120
 SHORT = [
-    "+experiment=stage1", f"optim.total_steps={STEPS}", "data.seq_len=512", "data.batch_size=2",
+    # whose W_init holds something that a fault can destroy
+    "+experiment=stage1", "model=tiny_deep", "data.source.tokenizer=bytes",
+    f"optim.total_steps={STEPS}", "data.seq_len=512", "data.batch_size=2",
     "data.val_sequences=64", f"trainer.val_check_interval={STEPS}", "trainer.log_every_n_steps=1",
     "callbacks.progress.every_n_seconds=1000",
 ]  # fmt: skip
