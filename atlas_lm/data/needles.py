@@ -69,8 +69,8 @@ class NeedlesSource:
     """Sequences of `text` with `needles` statements in their first part and as many questions in their last one.
 
     `text`: any other source. `gap`: tokens between the statements and the questions that are scored, at least; null:
-    what all attention windows together reach, `layers` · `window`. `answer_weight`: of an answer's token in the
-    training loss, where others have 1: answers are one token in fifty, and from their mean alone a model learns the
+    more than all attention windows together reach, `layers` · (`window` + `attention_conv` − 1). `answer_weight`: of an
+    answer's token in the training loss, where others have 1: answers are one token in fifty, and from their mean alone a model learns the
     text and no answers. Keys, values and places of a sequence are drawn from (seed, split, index). ValueError: a size
     out of range, a `seq_len` in which gap and statements do not fit.
     """
@@ -82,17 +82,23 @@ class NeedlesSource:
         digits: int = 3,
         window: int = 64,
         layers: int = 2,
+        attention_conv: int = 1,
         gap: int | None = None,
         answer_weight: float = 20.0,
         seed: int = 0,
     ) -> None:
         if not 1 <= answer_weight < float("inf"):
             raise ValueError(f"answer_weight={answer_weight} must be at least 1, the weight of the other tokens")
-        for name, size in {"needles": needles, "digits": digits, "window": window, "layers": layers}.items():
+        sizes = {"needles": needles, "digits": digits, "window": window, "layers": layers}
+        for name, size in (sizes | {"attention_conv": attention_conv}).items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
-        if gap is not None and gap < layers * window:
-            raise ValueError(f"gap={gap} lies within {layers} windows of {window}: raise it to {layers * window}")
+        least = layers * (window + attention_conv - 1)
+        if gap is not None and gap < least:
+            raise ValueError(
+                f"gap={gap} lies within {layers} windows of {window} with a convolution of {attention_conv}: raise it "
+                f"to {least}"
+            )
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
         fewest = min(len(keys_of(split)) for split in SPLITS)
@@ -102,7 +108,7 @@ class NeedlesSource:
             raise ValueError("needles are put into text, and this source has none: give one such as data=stdlib's")
         self.text, self.seed, self.answer_weight = text, seed, answer_weight
         self.needles, self.digits = needles, digits
-        self.gap = layers * window if gap is None else gap
+        self.gap = least if gap is None else gap
 
     @property
     def vocab_size(self) -> int:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from atlas_lm.data.needles import NeedlesSource, keys_of, statement
 from atlas_lm.data.recall import RecallSource
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokenizers import ByteTokenizer
+from atlas_lm.model.probes import attention_reach
 
 LENGTH, GAP = 400, 40
 
@@ -151,3 +153,13 @@ def test_a_statement_and_its_question_are_the_same_tokens() -> None:
 def test_chance_is_that_of_digits(source: NeedlesSource) -> None:
     assert source.chance == 0.1
     assert source.bytes_per_token("train") is None
+
+
+def test_questions_lie_beyond_attention_with_its_convolution(source: NeedlesSource) -> None:
+    """Every layer reaches window − 1 + convolution − 1 tokens back."""
+    config = SimpleNamespace(layers=2, window=20, attention_conv=4)
+    wide = NeedlesSource(source.text, needles=5, digits=4, window=20, layers=2, attention_conv=4)
+    assert wide.gap == attention_reach(config) + 2 == 46
+    assert source.gap == 40
+    with pytest.raises(ValueError, match="gap=45 lies within 2 windows of 20 with a convolution of 4: raise it to 46"):
+        NeedlesSource(source.text, needles=5, digits=4, window=20, layers=2, attention_conv=4, gap=45)
