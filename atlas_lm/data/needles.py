@@ -70,9 +70,9 @@ class NeedlesSource:
 
     `text`: any other source. `gap`: tokens between the statements and the questions that are scored, at least; null:
     more than all attention windows together reach, `layers` · (`window` + `attention_conv` − 1). `answer_weight`: of an
-    answer's token in the training loss, where others have 1: answers are one token in fifty, and from their mean alone a model learns the
-    text and no answers. Keys, values and places of a sequence are drawn from (seed, split, index). ValueError: a size
-    out of range, a `seq_len` in which gap and statements do not fit.
+    answer's token in the training loss, where others have 1: answers are one token in fifty, and from their mean alone
+    a model learns the text and no answers. Keys, values and places of a sequence are drawn from (seed, split, index).
+    ValueError: a size out of range, a `seq_len` in which gap and statements do not fit.
     """
 
     def __init__(
