@@ -142,7 +142,7 @@ def test_stdlib_configuration() -> None:
 
 
 def test_needles_configuration() -> None:
-    dm = configured("needles", window=64, layers=2)
+    dm = configured("needles", window=64, layers=2, attention_conv=1)
     assert next(iter(dm.train_dataloader()))["input_ids"].shape == (8, 1024)
     assert dm.validation_tokens == 64 * 8 * 3
     assert dm.validation_bytes_per_token is None
