@@ -1,4 +1,4 @@
-"""What far text is worth to each model of benchmarks.worth: python -m benchmarks.context --worth outputs/worth
+"""What far text is worth to each model of benchmarks.worth: python -m benchmarks.context
 
 Of the runs at equal time, over all seeds, on the same held-out sequences: the context gain (how far the loss of the
 last window falls when a model sees the whole sequence and not only what attention reaches at the experiment's window),

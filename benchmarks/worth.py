@@ -2,8 +2,8 @@
 
 First the speeds: whole training steps of all models, taken in turn in one process, so that a busier minute meets all;
 this part wants a quiet machine. For each model a learning rate is chosen by the same small sweep over the whole of the
-equal time (shorter runs prefer rates that are too high for it: --sweep), which goes on upwards or downwards until the
-loss rises again, so that no model is held back by where the sweep ends. Then it trains for as many steps as the
+equal time (shorter runs prefer rates that are too high for it: --sweep), extended in either direction until the loss
+rises again, so that no model is held back by where the sweep ends. Then it trains for as many steps as the
 experiment has, and for as many as fill the time of the first model; `--seeds` times. One table, one
 picture (validation loss against seconds at those speeds). What has finished is not made again, so an interrupted
 benchmark is continued by the same command.

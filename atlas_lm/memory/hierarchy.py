@@ -106,6 +106,7 @@ class Hierarchy(nn.Module):
         return tuple(memory.rule.chunk for memory in self._local())
 
     def features_of_local(self) -> Features:
+        """The feature map of the local memories: their own, or the one that all share."""
         return self.features if self.local_features is None else self.local_features
 
     def _local(self) -> list[FastMemory]:

@@ -4,9 +4,9 @@ A probe must leave training bitwise as it was: no gradient, no random number, no
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -45,11 +45,24 @@ def reshard(pl_module: LightningModule) -> None:
             module.reshard()
 
 
+@runtime_checkable
+class HasMemoryLayers(Protocol):
+    """A module that says which of its blocks hold a memory; one that does not has its layers counted from 0."""
+
+    def memory_layers(self) -> Sequence[int]: ...
+
+
 def layer_numbers(pl_module: LightningModule, count: int) -> list[int]:
-    """Which blocks the `count` layers of a measurement are: what `memory_layers()` of the module says, or 0, 1, …"""
-    says = getattr(pl_module, "memory_layers", None)
-    found = list(says()) if callable(says) else []
-    return found if len(found) == count else list(range(count))
+    """Which blocks the `count` layers of a measurement are. ValueError: the module names another number of them."""
+    if not isinstance(pl_module, HasMemoryLayers):
+        return list(range(count))
+    found = list(pl_module.memory_layers())
+    if len(found) != count:
+        raise ValueError(
+            f"memory_layers() of {type(pl_module).__name__} names {len(found)} blocks, {found}, and {count} were "
+            "measured: name each block with a memory once"
+        )
+    return found
 
 
 def held_out_batch(trainer: Trainer, rows: int | None, asker: str) -> Any:

@@ -79,6 +79,9 @@ def test_layers_are_named_by_their_blocks(fit: Any) -> None:
     module.memory_layers = lambda: [1, 4]  # type: ignore[method-assign]
     with pytest.raises(GateFailure, match="gates of layer 1 have collapsed"):
         fit(module, monitor())
+    module.memory_layers = lambda: [1]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"Gated names 1 blocks, \[1\], and 2 were measured"):
+        fit(module, monitor())
 
 
 def test_it_measures_when_it_is_due() -> None:
