@@ -59,9 +59,12 @@ class ModelConfig:
     layers: int = number(minimum=1)
     """Blocks."""
     heads: int = number(minimum=1)
-    """Heads of the attention and of each memory."""
+    """Heads of the attention, and of each memory unless `memory_heads` says otherwise."""
     head_dim: int = number(minimum=1)
     """Query, key and value width of one head."""
+    memory_heads: int | None = number(None, minimum=1)
+    """Heads of each memory, which share the width heads · head_dim: few wide ones hold more, many narrow ones cost
+    less; null: as many as the attention has."""
     window: int = number(minimum=1)
     """Attention window, tokens; what lies further back only the memory knows."""
     ffn_multiple: float = number(minimum=0)
@@ -88,8 +91,8 @@ class ModelConfig:
     rank: int = number(minimum=1)
     """Features of the low-rank sketch; read by `features: sketch` alone."""
     memory_hidden: int = number(minimum=1)
-    """Hidden width of the memory network, at least `head_dim`: the answers of a narrower one lie in a subspace. The
-    linear network has none."""
+    """Hidden width of the memory network, at least that of a memory's head: the answers of a narrower one lie in a
+    subspace. The linear network has none."""
     context: int = number(minimum=1)
     """Omega context c, tokens: each inner gradient sums over the last c (M4); 1 is the delta rule."""
     update: str = choice("gradient", "newton_schulz", "delta")
@@ -122,6 +125,11 @@ class ModelConfig:
     """Tokens after which the memory has forgotten half, as its gates start out."""
     half_life_least: float = number(0.0, minimum=0)
     """The shortest half-life that its gates can come to, tokens; 0: they can forget all at once."""
+    write_gate: str = choice("sigmoid", "sparse", default="sigmoid")
+    """sparse: a gate on writes that can come to exactly 0 and 1, so that a memory selects what it takes."""
+    weight_norm: bool = False
+    """Whether after each chunk every column of a fast matrix is given the length that it has in W_init, as in LaCT:
+    meant for one memory with long chunks. Not for the update `delta`."""
     radius: float = number(minimum=0)
     """Bound on the root mean square of a fast matrix's entries."""
     conv: int = number(4, minimum=1)
@@ -143,14 +151,27 @@ class ModelConfig:
     rope_base: float = number(minimum=1)
     """Base of the rotary position embedding."""
 
+    @property
+    def memory_head_dim(self) -> Any:
+        """Width of a head of a memory; not a whole number where they cannot share the width evenly."""
+        if not all(isinstance(x, int) for x in (self.memory_heads, self.heads, self.head_dim)):
+            return self.head_dim
+        width, heads = self.heads * self.head_dim, self.memory_heads or self.heads
+        return width / heads if width % heads else width // heads
+
     def __post_init__(self) -> None:
         check_values(self, "model.")
-        hidden, width = self.memory_hidden, self.head_dim
+        hidden, width = self.memory_hidden, self.memory_head_dim
+        if isinstance(self.memory_heads, int) and isinstance(width, float):
+            raise ValueError(
+                f"model.memory_heads={self.memory_heads} must divide the width that heads share, model.heads · "
+                f"model.head_dim = {self.heads * self.head_dim}: choose a divisor, or null"
+            )
         deep = self.network != "linear" or self.local_network not in (None, "linear")
         if deep and isinstance(hidden, int) and isinstance(width, int) and hidden < width:
             raise ValueError(
-                f"model.memory_hidden={hidden} must be at least model.head_dim={width}, or what the memory answers "
-                f"lies in a subspace: raise it to {width}, or leave it out"
+                f"model.memory_hidden={hidden} must be at least the width of a memory's head, {width}, or what the "
+                f"memory answers lies in a subspace: raise it to {width}, or leave it out"
             )
         if isinstance(self.memory_layers, list) and isinstance(self.layers, int):
             layers = self.memory_layers

@@ -23,7 +23,7 @@ from atlas_lm.memory import coefficients as fold
 from atlas_lm.memory import delta
 from atlas_lm.memory.coefficients import Steps
 from atlas_lm.memory.loop import autograd as loop
-from atlas_lm.memory.network import Weights
+from atlas_lm.memory.network import Weights, renormalised
 from atlas_lm.memory.state import (
     MemoryState,
     Rule,
@@ -51,6 +51,8 @@ def scan(
     state = fit_state(rule, state, initial, tokens)
     if rule.update == "delta":
         return _delta(rule, state, initial, q_BHTD, phi_q_BHTF, tokens)
+    if rule.weight_norm:
+        return _chunk_by_chunk(rule, state, initial, q_BHTD, phi_q_BHTF, tokens)
     row = append(rule, state, without_momentum(rule, tokens))
     length = row.k.size(2) - rule.halo
     filled = length % rule.chunk
@@ -66,14 +68,31 @@ def scan(
 
 def scan_shard(rule: Rule, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens) -> Tensor:
     """The outputs of `scan` from an empty memory. What no read of these tokens sees is not computed."""
-    if rule.update == "delta":
+    if rule.update == "delta" or rule.weight_norm:
         empty = initial_state(rule, initial, q_BHTD.size(0), phi_q_BHTF.size(-1), tokens.restart is not None)
-        return _delta(rule, empty, initial, q_BHTD, phi_q_BHTF, tokens)[0]
+        return scan(rule, empty, initial, q_BHTD, phi_q_BHTF, tokens)[0]
     row = without_momentum(rule, tokens)
     if rule.halo:
         row = map_tokens(lambda x: nnf.pad(x, (0, 0, rule.halo, 0) if x.dim() == 4 else (rule.halo, 0)), row)
     last = -(-q_BHTD.size(2) // rule.chunk) - 1
     return _run(rule, None, initial, q_BHTD, phi_q_BHTF, row, 0, last)[0]
+
+
+def _chunk_by_chunk(
+    rule: Rule, state: MemoryState, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens
+) -> tuple[Tensor, MemoryState]:
+    """`scan` of a rule with a weight norm, which acts between chunks. Meant for long ones, of which there are few."""
+    plain = rule._replace(weight_norm=False)
+    state, start, outputs = state._replace(rule=plain), 0, []
+    while start < q_BHTD.size(2):
+        part = slice(start, start + rule.chunk - state.filled)  # to the chunk's end
+        of_chunk = map_tokens(lambda x, part=part: x[:, :, part], tokens)
+        y, state = scan(plain, state, initial, q_BHTD[:, :, part], phi_q_BHTF[:, :, part], of_chunk)
+        outputs.append(y)
+        start += y.size(2)
+        if state.filled == 0:
+            state = state._replace(change=renormalised(rule.network, initial, state.change))
+    return torch.cat(outputs, dim=2), state._replace(rule=rule)
 
 
 Outcome = tuple[Tensor, list[Tensor]]  # outputs (B, H, T, D), and fast matrices (B·H, rows, columns)

@@ -44,6 +44,8 @@ class MemorySpec(NamedTuple):
     local_features: str | None = None  # a feature map of their own; None: they share that of the global one
     local_rank: int = 191
     momentum: bool = True  # of updates that can have one
+    weight_norm: bool = False  # of W after each chunk
+    write_gate: str = "sigmoid"  # or sparse: exactly 0 for tokens that a memory does not take
     answers: str = "sum"  # or gated: each token weighs what the local memories answer
 
     def of_local(self) -> MemorySpec:
@@ -51,17 +53,33 @@ class MemorySpec(NamedTuple):
         return self._replace(network=self.local_network or self.network, update=self.local_update or self.update)
 
 
+WRITE_GATES = ("sigmoid", "sparse")
+
+
 class FastMemory(nn.Module):
     """One memory: its learned initial weights W_init per head, and its gates."""
 
     # biases of the gates before training: write with 3/4 of full strength, momentum 1/4
     ETA, THETA, GAMMA = 1.0, -1.0, 1.0
+    # by how much a sparse gate's sigmoid is stretched at either end before it is cut to [0, 1] (hard concrete, arXiv
+    # 1712.01312): it shuts below a logit of −2.4
+    STRETCH = 0.1
 
     def __init__(self, spec: MemorySpec, chunk: int, read: str, features: Features) -> None:
         super().__init__()
         network = build_network(spec.network, spec.residual)
         self.rule = check_rule(
-            Rule(network, chunk, spec.context, spec.update, read, spec.radius, spec.newton_schulz_steps, spec.momentum)
+            Rule(
+                network,
+                chunk,
+                spec.context,
+                spec.update,
+                read,
+                spec.radius,
+                spec.newton_schulz_steps,
+                spec.momentum,
+                spec.weight_norm,
+            )
         )
         self.eta_max = spec.eta_max
         self.heads = spec.heads
@@ -70,13 +88,16 @@ class FastMemory(nn.Module):
         self.initial = nn.ParameterList(nn.Parameter(torch.empty(spec.heads, *shape)) for shape in shapes)
         self.gates = nn.Linear(spec.dim, (4 if self.rule.has_momentum else 3) * spec.heads)
         self.half_life = spec.half_life
+        if spec.write_gate not in WRITE_GATES:
+            raise ValueError(f"unknown write_gate {spec.write_gate!r}; choose sigmoid or sparse")
+        self.sparse = spec.write_gate == "sparse"
         self.least = spec.half_life_least
         self.floor = 2 ** (-1 / self.least) if self.least > 0 else 0.0
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        initialise_weights(self.rule.network, list(self.initial), self.constant)
+        initialise_weights(self.rule.network, list(self.initial), self.constant, self.rule.weight_norm)
         nn.init.normal_(self.gates.weight, std=0.02)
         # α = 2^(−1/half-life) at first: per token even 0.99 would empty a memory within one chunk of 512
         rate, least = math.log(2) / self.half_life, math.log(2) / self.least if self.least > 0 else math.inf
@@ -93,13 +114,16 @@ class FastMemory(nn.Module):
     def open(self, x_BTM: Tensor) -> Gates:
         """The gates of every token, from the model's hidden states: each (B, H, T).
 
-        α = a + (1 − a) σ(·) with a = 2^(−1/least half-life), the others σ(·).
+        α = a + (1 − a) σ(·) with a = 2^(−1/least half-life), the others σ(·). A sparse η is 1.2 σ(·) − 0.1, cut to
+        [0, 1]: exactly 0 for a token that is not written.
         """
         alpha, eta, *theta, gamma = (
             wide_logits(self.gates, x_BTM).to(_wide(x_BTM)).sigmoid().mT.split(self.heads, dim=1)
         )
         if self.floor:
             alpha = self.floor + (1 - self.floor) * alpha
+        if self.sparse:
+            eta = ((1 + 2 * self.STRETCH) * eta - self.STRETCH).clamp(0.0, 1.0)
         return Gates(alpha, eta * self.eta_max, theta[0] if theta else torch.zeros_like(alpha), gamma)
 
 
@@ -114,15 +138,23 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def initialise_weights(network: Network, weights: list[nn.Parameter], constant: float) -> None:
+def initialise_weights(
+    network: Network, weights: list[nn.Parameter], constant: float, weight_norm: bool = False
+) -> None:
     """W_init such that a memory begins empty and first writes into its input layer.
 
     There the quadratic features lend their capacity (F numbers per output) whatever the hidden width; a random start
     would write into the output layer, whose capacity is E. So: gates open and constant, W_up near zero, W_down with
     orthogonal columns. `constant`: the value of feature 0, which is the same for every input.
+
+    With a weight norm these lengths are kept: the input layer's columns start as long as one write makes them.
     """
+    of_one = weights[0].size(1) ** -0.5  # the deviation of entries in columns of length 1
     if network.kind == "linear":
-        nn.init.zeros_(weights[0])
+        if weight_norm:
+            nn.init.normal_(weights[0], std=of_one)
+        else:
+            nn.init.zeros_(weights[0])
         return
     w_in, w_out = weights
     scale = 1.5 if network.kind == "gated_mlp" else 3.0  # the slope of SiLU·up at an open gate is 1.76, GELU's at 0: ½
@@ -130,7 +162,9 @@ def initialise_weights(network: Network, weights: list[nn.Parameter], constant: 
     nn.init.normal_(w_in, std=0.002)
     for head in w_out:
         nn.init.orthogonal_(head, gain=scale)
-    if network.kind == "gated_mlp":
-        gate = w_in.chunk(2, dim=-1)[0]
+    gate, up = w_in.chunk(2, dim=-1) if network.kind == "gated_mlp" else (None, w_in)
+    if weight_norm:
+        up.mul_(of_one / 0.002)
+    if gate is not None:
         gate.mul_(50.0)
         gate[:, 0] = 2.0 / constant

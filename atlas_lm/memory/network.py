@@ -233,6 +233,22 @@ def shrink(network: Network, change: Weights, radius: float) -> Weights:
     return tuple(scaled(w, scale) for w, scale in zip(change, scales(network, change, radius), strict=True))
 
 
+def renormalised(network: Network, initial: Weights, change: Weights) -> Weights:
+    """W − W_init after every column of W was given the length that it has in W_init (LaCT, arXiv 2505.23884).
+
+    `initial` (H, R, Q) and `change` (B, H, R, Q) per layer. A column turns and does not grow.
+    """
+
+    def turned(w0: Tensor, w: Tensor) -> Tensor:
+        column = w0 + w
+        length = column.square().sum(-2, keepdim=True)
+        some = length > 0  # a column of zeros has no direction, and √0 no gradient
+        wanted = torch.linalg.vector_norm(w0, dim=-2, keepdim=True)
+        return torch.where(some, wanted * torch.where(some, length, 1.0).rsqrt(), 1.0) * column - w0
+
+    return tuple(turned(w0.to(w.dtype), w) for w0, w in zip(initial, change, strict=True))
+
+
 def shrink_backward(held: Tensor, scale: Tensor, dheld: Tensor) -> Tensor:
     """The gradient of w from that of what it was scaled to: (B, R, Q), and (B, matrices) numbers.
 

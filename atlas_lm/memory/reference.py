@@ -20,6 +20,8 @@ For U = Newton–Schulz (M7) D is left out (U has a fixed size) and one update i
     S = θ̄ S_ξ + (1 − θ̄) Σ_t g_t,   W − W_init = Π α (W_ξ − W_init) − η̄ U(S)
 
 with the chunk's mean θ̄ and η̄: momentum acts from chunk to chunk. Reads use W_ξ.
+
+With a weight norm (LaCT) the weights of a chunk's end become W_:j ‖W_init,:j‖ / ‖W_:j‖, column by column.
 """
 
 # B batch, H heads, T tokens, D head dim, F feature dim, N tokens of halo and chunk so far
@@ -174,13 +176,14 @@ class _Chunk:
         if self.rule.update == "gradient":
             step = self._sum(self.write_momentum)
             momentum = tuple(self.carry[..., None, None] * s + d for s, d in zip(self.momentum, step, strict=True))
-            return bounded(self.rule, self.change_now()), momentum
+            return bounded(self.rule, self.initial, self.change_now()), momentum
         eta, theta = (torch.stack(gates).mean(0)[..., None, None] for gates in (self.etas, self.thetas))
         step = self._sum(self.windows)
         momentum = tuple(theta * s + (1 - theta) * d for s, d in zip(self.momentum, step, strict=True))
         U = [newton_schulz(s, self.rule.newton_schulz_steps) for s in net.split_matrices(self.rule.network, momentum)]
         write = net.join_matrices(self.rule.network, U)
-        return bounded(self.rule, tuple(w - eta * u for w, u in zip(self._kept(), write, strict=True))), momentum
+        change = tuple(w - eta * u for w, u in zip(self._kept(), write, strict=True))
+        return bounded(self.rule, self.initial, change), momentum
 
 
 def project(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.network import Network, Weights, shrink
+from atlas_lm.memory.network import Network, Weights, renormalised, shrink
 from atlas_lm.memory.newton_schulz import STEPS
 
 
@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     radius: float = float("inf")  # bound on the root mean square of the entries of W − W_init, per matrix
     newton_schulz_steps: int = STEPS
     momentum: bool = True  # False: S_t is the gradient itself, so that none is carried
+    weight_norm: bool = False  # after each chunk every column of W is as long as that of W_init
 
     @property
     def halo(self) -> int:
@@ -58,6 +59,11 @@ def check_rule(rule: Rule) -> Rule:
             f"update delta solves the chunk of a linear memory with context 1, got network {rule.network.kind} and "
             f"context {rule.context}: set network: linear and context: 1, or update: gradient (for local memories "
             "local_network and local_update)"
+        )
+    if rule.update == "delta" and rule.weight_norm:
+        raise ValueError(
+            "update delta corrects what was read at the very weights that it wrote, and weight_norm would turn them: "
+            "set weight_norm: false or update: gradient (for local memories local_update)"
         )
     if rule.read not in ("token", "chunk"):
         raise ValueError(f"unknown memory read {rule.read!r}; choose token or chunk")
@@ -243,9 +249,11 @@ def make_tail(rule: Rule, tokens: Tokens, filled: int) -> Tokens:
     return map_tokens(cut, tokens)
 
 
-def bounded(rule: Rule, change: Weights) -> Weights:
-    """Scale W − W_init back onto the rule's radius wherever its entries' root mean square exceeds it (M16).
+def bounded(rule: Rule, initial: Weights, change: Weights) -> Weights:
+    """Scale W − W_init back onto the rule's radius wherever its entries' root mean square exceeds it (M16), then give
+    W the lengths of W_init where the rule has a weight norm.
 
     A projection onto a ball: whatever the finite inputs, gates, chunk size or precision, fast weights stay bounded.
     """
-    return shrink(rule.network, change, rule.radius)
+    inside = shrink(rule.network, change, rule.radius)
+    return renormalised(rule.network, initial, inside) if rule.weight_norm else inside

@@ -71,8 +71,8 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
     """The memory part of a model config."""
     return MemorySpec(
         dim=config.dim,
-        heads=config.heads,
-        head_dim=config.head_dim,
+        heads=config.memory_heads or config.heads,
+        head_dim=config.memory_head_dim,
         local_chunks=tuple(config.local_chunks),
         global_chunk=config.global_chunk,
         shard=config.shard,
@@ -96,6 +96,8 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
         local_rank=config.local_rank,
         momentum=config.momentum,
         answers=config.answers,
+        write_gate=config.write_gate,
+        weight_norm=config.weight_norm,
     )
 
 

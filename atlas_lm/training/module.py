@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
 from atlas_lm.config.schema import ModelConfig, OptimConfig
-from atlas_lm.model.atlas import AtlasLM, Output
+from atlas_lm.model.atlas import AtlasLM, Output, memory_spec
 from atlas_lm.model.probes import (
     attention_reach,
     losses_after_restarts,
@@ -152,7 +152,8 @@ class AtlasModule(L.LightningModule):
     def memory_shape(self) -> tuple[int, int, int]:
         """Layers whose memory takes pairs (C1), heads, dimension of keys and values."""
         layers = sum(1 for _ in self.model.hierarchies())
-        return layers, self.model_config.heads, self.model_config.head_dim
+        spec = memory_spec(self.model_config)
+        return layers, spec.heads, spec.head_dim
 
     def persistent_memory(self) -> list[Tensor]:
         """The persistent keys of every layer, (heads, keys, dim) each (M10)."""

@@ -267,6 +267,41 @@ def test_half_lives_beyond_all_use_are_refused(first: float) -> None:
         Hierarchy(SPEC._replace(half_life=first))
 
 
+def test_a_sparse_write_gate_can_shut_and_open_wholly() -> None:
+    """And a token that it shuts out leaves the memory as it was, exactly."""
+    memory = make_hierarchy(SPEC._replace(write_gate="sparse")).global_memory
+    x = torch.zeros(1, 3, SPEC.dim, dtype=torch.float64)
+    with torch.no_grad():
+        memory.gates.weight.zero_()
+        for logit, share in ((-3.0, 0.0), (0.0, 0.5), (3.0, 1.0)):
+            memory.gates.bias[SPEC.heads : 2 * SPEC.heads] = logit
+            eta = memory.open(x).eta
+            torch.testing.assert_close(eta, torch.full_like(eta, share), rtol=0, atol=1e-15 if share != 0.5 else 1e-12)
+    ordinary = make_hierarchy(SPEC).global_memory
+    with torch.no_grad():
+        ordinary.gates.weight.zero_()
+        ordinary.gates.bias[SPEC.heads : 2 * SPEC.heads] = -3.0
+    assert (ordinary.open(x).eta > 0.04).all()
+
+
+def test_an_unknown_write_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown write_gate 'hard'; choose sigmoid or sparse"):
+        Hierarchy(SPEC._replace(write_gate="hard"))
+
+
+def test_a_weight_norm_begins_with_columns_that_can_hold_a_write() -> None:
+    for kind in ("gated_mlp", "mlp", "linear"):
+        memory = make_hierarchy(SPEC._replace(network=kind, weight_norm=True, context=1)).global_memory
+        columns = torch.cat([torch.linalg.vector_norm(w, dim=-2).flatten() for w in memory.weights()])
+        assert (columns > 0.2).all(), kind
+
+
+def test_a_weight_norm_does_not_go_with_the_delta_rule() -> None:
+    spec = SPEC._replace(network="linear", update="delta", context=1, weight_norm=True)
+    with pytest.raises(ValueError, match="weight_norm would turn them: set weight_norm: false or update: gradient"):
+        Hierarchy(spec)
+
+
 def test_a_least_half_life_above_the_first_is_refused() -> None:
     with pytest.raises(ValueError, match=r"half_life_least must lie in \[0, half_life\), got 128\.0"):
         Hierarchy(SPEC._replace(half_life=64.0, half_life_least=128.0))

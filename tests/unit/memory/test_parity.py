@@ -93,6 +93,22 @@ def test_on_the_ball(chunk, update, read, path):
     compare(case, rule, 1e-9)
 
 
+@every_pair(chunk=[1, 7, 16, 64], kind=KINDS, context=[1, 4], update=UPDATES, read=READS, path=PATHS)
+def test_weight_norm(chunk, kind, context, update, read, path):
+    """Every column of W is as long as that of W_init after each chunk, wherever calls are cut or documents start."""
+    case = make_case(kind, 63, eta_max=ETA[update], restarts=(3, 5, 40))
+    rule = rule_of(case, 63, chunk, context, update, read)._replace(weight_norm=True)
+    compare(case, rule, 1e-9)
+    compare(case, rule, 1e-9, cuts=(5, 40))
+    state = run(chunked, rule, case)[1]
+    for start, change in zip(case.initial, state.change, strict=True):
+        lengths = torch.linalg.vector_norm(start + change, dim=-2)
+        assert torch.allclose(lengths, torch.linalg.vector_norm(start, dim=-2).expand_as(lengths), rtol=1e-12)
+    if chunk == 7 and update == "gradient":  # and without it is not
+        free = run(chunked, rule._replace(weight_norm=False), case)[1].change[0]
+        assert not torch.allclose(free, state.change[0], rtol=1e-3)
+
+
 @every_pair(chunk=[1, 7, 16, 64], update=UPDATES, read=READS, path=PATHS)
 def test_restarts_inside_chunks(chunk, update, read, path):
     case = make_case("gated_mlp", 63, eta_max=ETA[update], restarts=(3, 5, 40))

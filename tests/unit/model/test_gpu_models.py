@@ -40,7 +40,14 @@ def test_a_needle_is_found_after_100_pairs(size: str) -> None:
 @pytest.mark.parametrize("network", ["gated_mlp", "mlp"])
 def test_a_memory_narrower_than_its_head_is_refused(network: str) -> None:
     """What it answers would lie in a subspace: a needle of 256 channels came back with a cosine of 0.255."""
-    with pytest.raises(ValueError, match=r"model\.memory_hidden=3.*model\.head_dim=4"):
+    with pytest.raises(ValueError, match=r"model\.memory_hidden=3.*a memory's head, 4"):
         model_config(network=network, memory_hidden=3)
     model_config(network=network, memory_hidden=4)
     model_config(network="linear", memory_hidden=3)  # it has none
+    with pytest.raises(ValueError, match=r"model\.memory_hidden=5.*a memory's head, 8"):  # one for both heads
+        model_config(network=network, memory_hidden=5, heads=2, memory_heads=1)
+
+
+def test_heads_of_a_memory_that_do_not_share_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.memory_heads=3 must divide .* = 8: choose a divisor, or null"):
+        model_config(heads=2, memory_heads=3)
