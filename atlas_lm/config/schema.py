@@ -125,6 +125,9 @@ class ModelConfig:
     """Tokens after which the memory has forgotten half, as its gates start out."""
     half_life_least: float = number(0.0, minimum=0)
     """The shortest half-life that its gates can come to, tokens; 0: they can forget all at once."""
+    cached_states: int = number(0, minimum=0)
+    """So many states of the global memory, from the ends of the last shards, are read beside it, weighed by a gate
+    (Memory Caching); a stream keeps them. 0: none."""
     write_gate: str = choice("sigmoid", "sparse", default="sigmoid")
     """sparse: a gate on writes that can come to exactly 0 and 1, so that a memory selects what it takes."""
     weight_norm: bool = False

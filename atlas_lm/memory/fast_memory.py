@@ -46,6 +46,7 @@ class MemorySpec(NamedTuple):
     momentum: bool = True  # of updates that can have one
     weight_norm: bool = False  # of W after each chunk
     write_gate: str = "sigmoid"  # or sparse: exactly 0 for tokens that a memory does not take
+    cached_states: int = 0  # of the global memory, one a shard, that are read beside it
     answers: str = "sum"  # or gated: each token weighs what the local memories answer
 
     def of_local(self) -> MemorySpec:

@@ -3,7 +3,8 @@
 The global memory takes long chunks, is carried across the whole sequence and read with the raw query at the weights
 of its chunk's start. Each local memory takes short chunks, restarts from its W_init at every shard, and is read with
 the projected query. Shards of one sequence run in parallel, as batch. The outputs are summed, those of local memories
-weighed by a gate where `answers` is gated.
+weighed by a gate where `answers` is gated. With `cached_states` the global memory is also read as it was at the ends of
+the last shards (`cache.py`).
 
 With a state (streaming) nothing is reset: prefill and decode see one endless shard (M14).
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.cache import Asked, Cache, empty_cache, fit_cache
+from atlas_lm.memory.cache import scan as scan_with_cache
 from atlas_lm.memory.chunked import scan, scan_shard
 from atlas_lm.memory.fast_memory import FastMemory, MemorySpec, unchanging
 from atlas_lm.memory.features import Features, build_features
@@ -31,6 +34,7 @@ class HierarchyState(NamedTuple):
     global_memory: MemoryState | None
     local_memories: tuple[MemoryState, ...]
     projection: ProjectionState
+    cache: Cache | None = None  # of a model with cached states
 
 
 ANSWERS = ("sum", "gated")
@@ -41,6 +45,7 @@ class Hierarchy(nn.Module):
 
     # bias of the gates on local answers: 1/20 of them at first. Summed as they are they drown the global memory's
     SHUT = -3.0
+    PRESENT = 3.0  # of the logit for the memory as it is, beside cached ones
 
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__()
@@ -71,6 +76,11 @@ class Hierarchy(nn.Module):
             )
         if spec.answers not in ANSWERS:
             raise ValueError(f"unknown answers {spec.answers!r}; choose sum or gated")
+        if spec.cached_states and chunk is None:
+            raise ValueError(
+                f"cached_states={spec.cached_states} are states of the global memory, and global_chunk=null leaves "
+                "none: set cached_states: 0 or a global_chunk"
+            )
         self.spec = spec
         self.features = build_features(spec.features, spec.head_dim, spec.rank)
         self.local_features: Features | None = None
@@ -92,10 +102,16 @@ class Hierarchy(nn.Module):
         )
         gated = spec.answers == "gated" and len(self.memories()) > 1
         self.answer_gates = nn.Linear(spec.dim, len(spec.local_chunks) * spec.heads) if gated else None
+        cached = spec.cached_states > 0
+        self.cache_gates = nn.Linear(spec.dim, spec.heads * (spec.head_dim + 1)) if cached else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.cache_gates is not None:
+            nn.init.normal_(self.cache_gates.weight, std=self.spec.dim**-0.5)
+            nn.init.zeros_(self.cache_gates.bias)
+            self.cache_gates.bias[-self.spec.heads :] = self.PRESENT
         self.persistent_keys.normal_(std=self.spec.head_dim**-0.5)
         if self.answer_gates is not None:
             nn.init.normal_(self.answer_gates.weight, std=0.02)
@@ -137,7 +153,10 @@ class Hierarchy(nn.Module):
 
         whole = None if self.global_memory is None else start(self.global_memory, self.features)
         local = tuple(start(memory, self.features_of_local()) for memory in self._local())
-        return HierarchyState(whole, local, persistent_state(self.persistent_keys, batch))
+        cached = None
+        if self.global_memory is not None and self.cache_gates is not None:
+            cached = empty_cache(self.global_memory.weights(), batch, self.spec.cached_states)
+        return HierarchyState(whole, local, persistent_state(self.persistent_keys, batch), cached)
 
     def _fit(self, given: ProjectionState, k_BHTD: Tensor) -> ProjectionState:
         sizes = dict(zip(("batch", "heads"), k_BHTD.shape[:2], strict=True))
@@ -181,19 +200,24 @@ class Hierarchy(nn.Module):
         if state is not None and (state.global_memory is None) != (self.global_memory is None):
             has, lacks = ("state", "model") if self.global_memory is None else ("model", "state")
             raise ValueError(f"the {has} has a global memory, the {lacks} has none; start from this model's own state")
+        if state is not None and state.cache is not None and self.cache_gates is None:
+            raise ValueError("the state has cached states, the model has none; start from this model's own state")
         restart = None if restart_BT is None else restart_BT.unsqueeze(1).expand(B, H, T)
         y_BHTD: Tensor | None = None
         global_state: MemoryState | None = None
+        cached: Cache | None = None
         phi_k: Tensor | None = None
         if (memory := self.global_memory) is not None:
             phi_k, phi_q = self.features(k_BHTD), self.features(q_BHTD)
             tokens = Tokens(k_BHTD, phi_k, v_BHTD, memory.open(x_BTM) if write else unchanging(x_BTM, H), restart)
-            if state is None or state.global_memory is None:
+            if self.cache_gates is not None:
+                y_BHTD, global_state, cached = self._with_cache(x_BTM, state, q_BHTD, phi_q, tokens, write)
+            elif state is None or state.global_memory is None:
                 y_BHTD = scan_shard(memory.rule, memory.weights(), q_BHTD, phi_q, tokens)
             else:
                 y_BHTD, global_state = scan(memory.rule, state.global_memory, memory.weights(), q_BHTD, phi_q, tokens)
             if not self.local_memories:
-                return y_BHTD, None if state is None else state._replace(global_memory=global_state)
+                return y_BHTD, None if state is None else state._replace(global_memory=global_state, cache=cached)
 
         features = self.features_of_local()
         if phi_k is None or features is not self.features:
@@ -224,7 +248,29 @@ class Hierarchy(nn.Module):
                 y = y * shares[n].unsqueeze(-1).to(y.dtype)
             y_BHTD = y if y_BHTD is None else y_BHTD + y
         assert y_BHTD is not None  # there is at least one memory
-        return y_BHTD, None if state is None else HierarchyState(global_state, tuple(local_states), projection)
+        return y_BHTD, None if state is None else HierarchyState(global_state, tuple(local_states), projection, cached)
+
+    def _with_cache(
+        self, x_BTM: Tensor, given: HierarchyState | None, q_BHTD: Tensor, phi_q: Tensor, tokens: Tokens, write: bool
+    ) -> tuple[Tensor, MemoryState, Cache]:
+        """What the global memory answers beside its cached states."""
+        memory, spec = self.global_memory, self.spec
+        assert memory is not None
+        assert self.cache_gates is not None
+        (B, H, _, D), initial = q_BHTD.shape, memory.weights()
+        if given is None or given.global_memory is None:
+            before = initial_state(memory.rule, initial, B, phi_q.size(-1), tokens.restart is not None)
+            cache = empty_cache(initial, B, spec.cached_states)
+        else:
+            if given.cache is None:
+                raise ValueError("the state has no cached states, the model has; start from this model's own state")
+            before, cache = given.global_memory, given.cache
+        cache = fit_cache(cache, initial, spec.cached_states, spec.shard, q_BHTD)
+        u, present = wide_logits(self.cache_gates, x_BTM).split([H * D, H], dim=-1)
+        asked = Asked(u.unflatten(-1, (H, D)).transpose(1, 2), present.mT)
+        return scan_with_cache(
+            scan, memory.rule, spec.shard, before, cache, initial, q_BHTD, phi_q, tokens, asked, write
+        )
 
 
 class _Shards(NamedTuple):

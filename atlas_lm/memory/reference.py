@@ -34,6 +34,7 @@ from torch.nn import functional as nnf
 
 from atlas_lm.memory import delta
 from atlas_lm.memory import network as net
+from atlas_lm.memory.cache import Asked
 from atlas_lm.memory.network import Weights
 from atlas_lm.memory.newton_schulz import newton_schulz
 from atlas_lm.memory.projection import ProjectionState
@@ -46,6 +47,7 @@ from atlas_lm.memory.state import (
     fit_state,
     initial_state,
     make_tail,
+    map_tokens,
     without_momentum,
 )
 
@@ -207,6 +209,38 @@ def project(
         y = (M @ q.unsqueeze(-1)).squeeze(-1) / n.unsqueeze(-1)
         outputs.append(nnf.normalize(y, dim=-1))  # zero at a shard's padding, whose queries are zero
     return torch.stack(outputs, dim=2), ProjectionState(M, n)
+
+
+def cached(
+    rule: Rule, shard: int, keep: int, initial: Weights, q_BHTD: Tensor, phi_q_BHTF: Tensor, tokens: Tokens,
+    asked: Asked,
+) -> Tensor:  # fmt: skip
+    """A memory and its states at the ends of the last `keep` shards: the equations of `cache.py`, token by token."""
+    state = initial_state(rule, initial, q_BHTD.size(0), phi_q_BHTF.size(-1), tokens.restart is not None)
+    kept: list[tuple[list[Tensor], Tensor]] = []  # the weights at a shard's end, and the mean of its keys
+    keys: list[Tensor] = []
+    outputs = []
+    for t in range(q_BHTD.size(2)):
+        here = slice(t, t + 1)
+        if tokens.restart is not None and tokens.restart[0, 0, t]:
+            kept, keys = [], []
+        now = map_tokens(lambda x, here=here: x[:, :, here], tokens)
+        y, state = scan(rule, state, initial, q_BHTD[:, :, here], phi_q_BHTF[:, :, here], now)
+        answers, logits = [y], [asked.present[:, :, here]]
+        for weights, key in kept:
+
+            def product(layer: int, x: Tensor, weights: list[Tensor] = weights) -> Tensor:
+                return x @ weights[layer]
+
+            answers.append(net.read(rule.network, product, q_BHTD[:, :, here], phi_q_BHTF[:, :, here]))
+            logits.append((asked.key[:, :, here] * key.unsqueeze(-2)).sum(-1))
+        shares = torch.stack(logits).softmax(0)
+        outputs.append(sum(share.unsqueeze(-1) * answer for share, answer in zip(shares, answers, strict=True)))
+        keys.append(tokens.k[:, :, t])
+        if (t + 1) % shard == 0:
+            kept = [*kept, (list(_add(initial, state.change)), torch.stack(keys).mean(0))][-keep:]
+            keys = []
+    return torch.cat(outputs, dim=2)
 
 
 def gated_delta(

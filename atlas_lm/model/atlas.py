@@ -26,6 +26,7 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from atlas_lm.config.schema import ModelConfig
+from atlas_lm.memory.cache import Cache, Snapshot
 from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
 from atlas_lm.memory.network import Network
@@ -41,8 +42,11 @@ from atlas_lm.model.session import Session
 State = tuple[BlockState, ...]
 # torch.save(state) and torch.load(path, weights_only=True): these hold tensors, numbers and names alone
 torch.serialization.add_safe_globals(
-    [AttentionState, BlockState, Gates, HierarchyState, MemoryState, Network, ProjectionState, Rule, Tokens]
-)
+    [
+        AttentionState, BlockState, Cache, Gates, HierarchyState, MemoryState, Network, ProjectionState, Rule, Snapshot,
+        Tokens,
+    ]
+)  # fmt: skip
 
 
 class Output(NamedTuple):
@@ -98,6 +102,7 @@ def memory_spec(config: ModelConfig) -> MemorySpec:
         answers=config.answers,
         write_gate=config.write_gate,
         weight_norm=config.weight_norm,
+        cached_states=config.cached_states,
     )
 
 

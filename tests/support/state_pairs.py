@@ -42,7 +42,7 @@ CHOICES = {
     "context": (1, 4, 5), "update": ("gradient", "newton_schulz", "delta"), "radius": (8.0, 4.0),
     "reset_at_document": (False, False, True), "rope_base": (10000.0, 500.0), "memory_layers": (None, None, [0]),
     "attention_conv": (1, 1, 3), "share_qkv": (False, False, True),
-    "weight_norm": (False, False, True),
+    "weight_norm": (False, False, True), "cached_states": (0, 0, 1, 2),
 }  # fmt: skip
 FIXED = dict(
     name="pair", dim=10, ffn_multiple=2.0, fusion="multiplicative", shard=24, persistent_keys=3, eta_max=0.05,
@@ -92,6 +92,8 @@ def check_pair(rng: random.Random) -> str:
             chosen |= {"network": "linear", "context": 1, "weight_norm": False}
         if chosen["global_chunk"] is None and not chosen["local_chunks"]:
             chosen["global_chunk"] = 8  # no memory at all is refused
+        if chosen["global_chunk"] is None:
+            chosen["cached_states"] = 0
     dtype, other_dtype = (rng.choice(list(TOLERANCE)) for _ in range(2))
     batch, other_batch = rng.choice(((2, 2), (2, 2), (2, 2), (2, 1), (1, 3)))
     source, target = (ModelConfig(**FIXED, **v) for v in (values, others))

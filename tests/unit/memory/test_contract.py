@@ -174,6 +174,8 @@ MODELS = [{"fusion": fusion} for fusion in FUSIONS] + [
     {"network": "linear", "update": "delta", "context": 1, "local_network": "gated_mlp", "local_update": "gradient"},
     {"answers": "gated", "local_features": "linear", "momentum": False},
     {"projection": False, "share_qkv": True},
+    {"cached_states": 2, "answers": "gated"},
+    {"cached_states": 1, "local_chunks": [], "network": "linear", "update": "delta", "context": 1, "share_qkv": True},
     {"write_gate": "sparse", "weight_norm": True, "memory_heads": 1, "memory_hidden": 8, "momentum": False},
     {"global_chunk": None, "local_features": "sketch", "local_rank": 3, "answers": "gated"},
     {"answers": "gated", "local_features": "sketch", "local_rank": 3, "network": "linear", "update": "delta",
