@@ -22,6 +22,7 @@ from atlas_lm.data.interfaces import SPLITS, UNSCORED, Sample, SequenceDataset, 
 from atlas_lm.data.tokenizers import Tokenizer
 
 NEAR = 0.1  # share of the questions in training that come within `gap` tokens
+HEXADECIMAL = "0123456789abcdef"
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 
 
@@ -63,6 +64,14 @@ class NeedleLayout:
     digits: int  # of a value
     gap: int  # tokens between the last statement and the first question, at least
     seq_len: int
+    long_share: float = 0.0  # of the sequences: one statement, of `long_digits` hexadecimal digits
+    long_digits: int = 32
+
+    def of(self, rng: np.random.Generator) -> tuple[int, int, str]:
+        """Statements, digits and what these are drawn from, in the next sequence."""
+        if self.long_share and rng.random() < self.long_share:
+            return 1, self.long_digits, HEXADECIMAL
+        return self.needles, self.digits, HEXADECIMAL[:10]
 
 
 class NeedlesSource:
@@ -71,8 +80,9 @@ class NeedlesSource:
     `text`: any other source. `gap`: tokens between the statements and the questions that are scored, at least; null:
     more than all attention windows together reach, `layers` · (`window` + `attention_conv` − 1). `answer_weight`: of an
     answer's token in the training loss, where others have 1: answers are one token in fifty, and from their mean alone
-    a model learns the text and no answers. Keys, values and places of a sequence are drawn from (seed, split, index).
-    ValueError: a size out of range, a `seq_len` in which gap and statements do not fit.
+    a model learns the text and no answers. `long_share`: of the sequences, which have a single statement of
+    `long_digits` hexadecimal digits, as S-NIAH-3 asks for them. Keys, values and places of a sequence are drawn from
+    (seed, split, index). ValueError: a size out of range, a `seq_len` in which gap and statements do not fit.
     """
 
     def __init__(
@@ -86,10 +96,14 @@ class NeedlesSource:
         gap: int | None = None,
         answer_weight: float = 20.0,
         seed: int = 0,
+        long_share: float = 0.0,
+        long_digits: int = 32,
     ) -> None:
+        if not 0 <= long_share <= 1:
+            raise ValueError(f"long_share={long_share} is a share of the sequences: it must lie between 0 and 1")
         if not 1 <= answer_weight < float("inf"):
             raise ValueError(f"answer_weight={answer_weight} must be at least 1, the weight of the other tokens")
-        sizes = {"needles": needles, "digits": digits, "window": window, "layers": layers}
+        sizes = {"needles": needles, "digits": digits, "window": window, "layers": layers, "long_digits": long_digits}
         for name, size in (sizes | {"attention_conv": attention_conv}).items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
@@ -108,6 +122,7 @@ class NeedlesSource:
             raise ValueError("needles are put into text, and this source has none: give one such as data=stdlib's")
         self.text, self.seed, self.answer_weight = text, seed, answer_weight
         self.needles, self.digits = needles, digits
+        self.long_share, self.long_digits = long_share, long_digits
         self.gap = least if gap is None else gap
 
     @property
@@ -133,7 +148,7 @@ class NeedlesSource:
     def dataset(self, split: Split, seq_len: int | None) -> "NeedlesDataset":
         """Sequences of one split, as many as the text has."""
         base = self.text.dataset(split, seq_len)
-        layout = NeedleLayout(self.needles, self.digits, self.gap, base.seq_len)
+        layout = NeedleLayout(self.needles, self.digits, self.gap, base.seq_len, self.long_share, self.long_digits)
         return NeedlesDataset(base, self.tokenizer, layout, split, self.seed, self.answer_weight)
 
     def bytes_per_token(self, split: Split) -> None:
@@ -157,13 +172,16 @@ class NeedlesDataset(SequenceDataset):
         self.base, self.layout, self.seq_len = base, layout, layout.seq_len
         self._tokenizer, self._split, self._seed, self._weight = tokenizer, split, seed, answer_weight
         self._keys = keys_of(split)
-        longest = max(len(statement(tokenizer, key, "8" * layout.digits)) for key in self._keys)
-        needed = 2 * layout.needles * longest + layout.gap + 2
-        if layout.seq_len < needed:
-            raise ValueError(
-                f"seq_len={layout.seq_len} is too short: {layout.needles} statements, as many questions and a gap of "
-                f"{layout.gap} take up to {needed} tokens: raise data.seq_len or lower needles"
-            )
+        kinds = [(layout.needles, layout.digits)] + [(1, layout.long_digits)] * (layout.long_share > 0)
+        for needles, digits in kinds:
+            longest = max(len(statement(tokenizer, key, "8" * digits)) for key in self._keys)
+            needed = 2 * needles * longest + layout.gap + 2
+            if layout.seq_len < needed:
+                raise ValueError(
+                    f"seq_len={layout.seq_len} is too short: {needles} statements, as many questions and a gap of "
+                    f"{layout.gap} take up to {needed} tokens: raise data.seq_len or lower "
+                    + ("needles" if digits == layout.digits else "long_digits")
+                )
 
     def __len__(self) -> int:
         return len(self.base)
@@ -173,16 +191,17 @@ class NeedlesDataset(SequenceDataset):
             raise IndexError(f"sequence {index} of {len(self)}")
         p, item = self.layout, self.base[index]
         rng = np.random.default_rng([self._seed, SPLITS.index(self._split), index])
-        keys = rng.choice(len(self._keys), p.needles, replace=False)
-        values = ["".join(map(str, rng.integers(0, 10, p.digits))) for _ in keys]
+        count, digits, symbols = p.of(rng)
+        keys = rng.choice(len(self._keys), count, replace=False)
+        values = ["".join(symbols[i] for i in rng.integers(0, len(symbols), digits)) for _ in keys]
         needles = [statement(self._tokenizer, self._keys[k], v) for k, v in zip(keys, values, strict=True)]
         text = np.append(item["input_ids"].numpy(), item["targets"].numpy()[-1:])
         text = text[: p.seq_len + 1 - 2 * sum(map(len, needles))]  # what the statements leave room for
-        early = np.sort(rng.integers(0, (len(text) - p.gap) // 2 + 1, p.needles))
-        late = rng.integers(early[-1] + p.gap, len(text) + 1, p.needles)
+        early = np.sort(rng.integers(0, (len(text) - p.gap) // 2 + 1, count))
+        late = rng.integers(early[-1] + p.gap, len(text) + 1, count)
         if self._split == "train":
-            near = rng.random(p.needles) < NEAR
-            late = np.where(near, early + rng.integers(0, p.gap + 1, p.needles), late)
+            near = rng.random(count) < NEAR
+            late = np.where(near, early + rng.integers(0, p.gap + 1, count), late)
         places = [(place, question, i) for question, row in enumerate((early, late)) for i, place in enumerate(row)]
         ids, asked, last = [], [], 0
         for place, question, i in sorted(places):
@@ -203,7 +222,10 @@ class NeedlesDataset(SequenceDataset):
 
     def fingerprint(self) -> str:
         """Hash of the text, the sizes and the seed."""
-        text = json.dumps([self.base.fingerprint(), asdict(self.layout), self._split, self._seed, self._weight])
+        sizes = asdict(self.layout)
+        if not self.layout.long_share:  # as before there were long values: runs of then go on
+            del sizes["long_share"], sizes["long_digits"]
+        text = json.dumps([self.base.fingerprint(), sizes, self._split, self._seed, self._weight])
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def scored_tokens(self, indices: Sequence[int]) -> int:

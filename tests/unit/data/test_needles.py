@@ -84,6 +84,25 @@ def test_answers_alone_are_scored_where_it_is_measured_and_everything_is_trained
         assert dataset.scored_bytes([0]) is None
 
 
+def test_long_values_stand_alone_in_their_share_of_the_sequences(source: NeedlesSource) -> None:
+    sizes = {"needles": 5, "digits": 4, "window": 20, "layers": 2}
+    mixed = NeedlesSource(source.text, **sizes, long_share=0.4, long_digits=12)
+    dataset, plain = mixed.dataset("train", LENGTH), source.dataset("train", LENGTH)
+    assert dataset.fingerprint() != plain.fingerprint()
+    kinds = []
+    for i in range(40):
+        values = re.findall(r"\n\[\w+=([0-9a-f]+)\]\n", text_of(source, dataset[i % len(dataset)]))
+        kinds.append(sorted(map(len, values)))
+        if len(kinds[-1]) == 2:
+            assert len(set(values)) == 1, "a statement and its question"
+        if len(kinds) == len(dataset):
+            break
+    assert {tuple(kind) for kind in kinds} == {(12, 12), (4,) * 10}
+    assert 0.1 < sum(len(kind) == 2 for kind in kinds) / len(kinds) < 0.8
+    every = NeedlesSource(source.text, **sizes, long_share=1.0).dataset("validation", LENGTH)
+    assert (every[0]["targets"] != UNSCORED).sum() == 32
+
+
 def test_what_is_left_is_the_text_in_its_order(source: NeedlesSource) -> None:
     dataset = source.dataset("validation", LENGTH)
     left = re.sub(r"\n\[\w+=\d+\]\n", "", text_of(source, dataset[1]))
@@ -127,6 +146,7 @@ def test_places_differ(source: NeedlesSource) -> None:
     ("changes", "words"),
     [
         ({"needles": 0}, "needles=0"), ({"digits": 0}, "digits=0"), ({"window": 0}, "window=0"),
+        ({"long_share": 1.5}, "long_share=1.5"), ({"long_digits": 0}, "long_digits=0"),
         ({"gap": 39}, "gap=39 .* raise it to 40"), ({"answer_weight": 0.5}, "answer_weight=0.5"),
         ({"seed": -1}, "seed=-1"), ({"needles": 10_000}, "needles=10000"),
     ],
