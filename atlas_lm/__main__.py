@@ -10,6 +10,7 @@ COMMANDS = {  # each is a module of atlas_lm/cli with a `main(arguments)`; impor
     "compare": "runs side by side, by chunk size",
     "calibrate": "the spike threshold that fits a run",
     "gates": "judge a run by the exit gates of its phase; measure and lock chunk sizes",
+    "doctor": "what training will take of a GPU's memory, before it is queued",
     "evaluate": "what the memories of runs are worth: position, horizon, state, chunks, needles",
     "prepare": "tokenize a corpus once, to shards for data=tokens",
 }

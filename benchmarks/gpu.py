@@ -154,27 +154,33 @@ def output_and_gradients(
     return [x.detach().double().cpu() for x in (y, *grads)]
 
 
-STEPS = [  # name, model, tokens a sequence, sequences, what is changed
-    ("43m, local chunks [64], 8k", "43m", 8192, 1, {"local_chunks": [64]}),
-    ("43m, local chunks [64], rank 191", "43m", 2048, 1, {"local_chunks": [64], "rank": 191}),
-    ("43m, local chunks [64], rank 191, 2 x 8k", "43m", 8192, 2, {"local_chunks": [64], "rank": 191}),
-    (
-        "43m, [64], rank 191, chunks and shards of 512, 2 x 8k",
-        "43m",
-        8192,
-        2,
-        {"local_chunks": [64], "rank": 191, "global_chunk": 512, "shard": 512},
-    ),
-    ("43m, local chunks [32, 64], rank 191, 2 x 8k", "43m", 8192, 2, {"local_chunks": [32, 64], "rank": 191}),
-    ("43m without memory, 8k", "43m", 8192, 1, {"memory": "none"}),
-    ("43m as configured, 8k", "43m", 8192, 1, {}),
-    ("125m, local chunks [64], rank 191, 4 x 8k", "125m", 8192, 4, {"local_chunks": [64], "rank": 191}),
-    ("43m, local chunks [64]", "43m", 2048, 1, {"local_chunks": [64]}),
-    ("43m as configured", "43m", 2048, 1, {}),
-    ("43m, local chunks [1], rank 191, 8k", "43m", 8192, 1, {"local_chunks": [1], "rank": 191}),
-    ("43m as configured, 2 x 8k", "43m", 8192, 2, {}),
-    ("125m, local chunks [64], 8k", "125m", 8192, 1, {"local_chunks": [64]}),
+FOUR_MEMORIES = {  # the settings of the GPU models until 2026-11-27, of which earlier figures are
+    "local_chunks": [8, 16, 32, 64], "rank": 447, "shard": 2048, "global_chunk": 2048, "answers": "sum",
+    "attention_conv": 1, "local_features": None,
+}  # fmt: skip
+DELTA = {
+    "network": "linear", "update": "delta", "global_chunk": 64, "local_network": "gated_mlp",
+    "local_update": "gradient",
+}  # fmt: skip
+LARGE = {  # as in LaCT
+    "local_chunks": [], "memory_heads": 2, "memory_hidden": 256, "features": "linear", "weight_norm": True,
+    "global_chunk": 2048, "shard": 2048,
+}  # fmt: skip
+STEPS: list[tuple[str, str, int, int, dict[str, Any]]] = [  # name, model, tokens a sequence, sequences, what is changed
+    ("43m: 2 x 8k", "43m", 8192, 2, {}),
+    ("43m: 2k", "43m", 2048, 1, {}),
+    ("43m, four memories: 2k", "43m", 2048, 1, FOUR_MEMORIES),
+    ("43m without memory: 2 x 8k", "43m", 8192, 2, {"memory": "none"}),
+    ("43m, chunks and shards of 512: 2 x 8k", "43m", 8192, 2, {"global_chunk": 512, "shard": 512}),
+    ("43m, delta memory across the sequence: 2 x 8k", "43m", 8192, 2, DELTA),
+    ("43m, one large memory: 2 x 8k", "43m", 8192, 2, LARGE),
+    ("125m: 4 x 8k", "125m", 8192, 4, {}),
+    ("43m, local chunks [32, 64]: 2 x 8k", "43m", 8192, 2, {"local_chunks": [32, 64]}),
+    ("43m, a block at a time: 2 x 8k", "43m", 8192, 2, {"checkpoint": "block"}),
+    ("43m, local chunks [1]: 8k", "43m", 8192, 1, {"local_chunks": [1]}),
+    ("43m, four memories: 8k", "43m", 8192, 1, FOUR_MEMORIES),
 ]
+PROFILED = [row for row in STEPS if row[0] in ("43m: 2k", "43m, four memories: 2k")]
 
 
 def training_step(setting: Setting, model: str, length: int, rows: int, changes: dict[str, Any]) -> Callable[[], Any]:
@@ -232,7 +238,7 @@ def launches(setting: Setting) -> Figures:
     from torch.profiler import ProfilerActivity, profile
 
     found: Figures = {}
-    for name, model, length, rows, changes in STEPS[:1] if setting.toy else [STEPS[1], STEPS[9]]:
+    for name, model, length, rows, changes in STEPS[:1] if setting.toy else PROFILED:
         step = training_step(setting, model, 256 if setting.toy else length, rows, {} if setting.toy else changes)
         step()
         setting.wait()

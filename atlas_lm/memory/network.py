@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.looking import may_look
+
 Weights = tuple[Tensor, ...]
 
 SMALLEST_CURVATURE = 1e-6  # of a token that has no features; its gradient is zero as well
@@ -268,7 +270,7 @@ def surely_inside(change: Weights, radius: float) -> bool:
     """
     if change[0].is_meta:  # nothing is known, and nothing is computed
         return True
-    if not change[0].is_cpu:
+    if not may_look(change[0]):
         return False
     limits = [torch.linalg.vector_norm(w, dim=(-2, -1)) ** 2 * 2 <= radius**2 * w.size(-2) * w.size(-1) for w in change]
     return bool(torch.stack([limit.all() for limit in limits]).all())

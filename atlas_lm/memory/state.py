@@ -155,11 +155,6 @@ def wide_logits(linear: nn.Linear, x: Tensor) -> Tensor:
         return nnf.linear(x.to(wide), linear.weight.to(wide), linear.bias.to(wide))
 
 
-def may_look(x: Tensor) -> bool:
-    """Whether a value of this tensor can be asked for: of one on a GPU the answer would wait for all that is queued."""
-    return x.is_cpu
-
-
 @torch.compiler.disable  # it looks at a value
 def all_finite(x: Tensor) -> bool:
     """Whether to trust masked products (B, H, T, D): a mask that is multiplied with leaves 0 · NaN of later tokens.

@@ -29,6 +29,7 @@ from atlas_lm.config.schema import ModelConfig
 from atlas_lm.memory.cache import Cache, Snapshot
 from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
+from atlas_lm.memory.looking import may_look
 from atlas_lm.memory.network import Network
 from atlas_lm.memory.projection import ProjectionState
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens
@@ -288,7 +289,7 @@ class AtlasLM(nn.Module):
                 f"{tuple(starts.shape)} of {starts.dtype}"
             )
         # on another device the look would wait for it, and the look-up raises there itself
-        if tokens_BT.is_cpu and tokens_BT.numel() and not torch.compiler.is_compiling():
+        if may_look(tokens_BT) and tokens_BT.numel() and not torch.compiler.is_compiling():
             least, most = (int(x) for x in tokens_BT.aminmax())
             if least < 0 or most >= self.embed.num_embeddings:
                 wrong = least if least < 0 else most

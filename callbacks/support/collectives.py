@@ -63,6 +63,17 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
+def parts_of_ranks(trainer: Trainer, part: Tensor) -> list[Tensor]:
+    """Each rank's tensor, all of one length, in the order of the ranks, on the device of `part`."""
+    if trainer.world_size == 1:
+        return [part]
+    _entering("parts_of_ranks")
+    mine = part.to(trainer.strategy.root_device)
+    found = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(found, mine)
+    return [other.to(part.device) for other in found]
+
+
 def _entering(name: str) -> None:
     """Note the collective, and which module asked for it.
 

@@ -28,8 +28,10 @@ from torch.utils._pytree import tree_map
 
 from callbacks.support.lightning_internals import forget_last_save, load_checkpoint_hooks
 from callbacks.support.probing import reshard
+from callbacks.support.shares import Share, is_replicated, joined, shared
 
-# Each rank keeps its own shard, in main memory: a ring of snapshots has no place on a GPU.
+# In main memory: a ring of snapshots has no place on a GPU. Each rank keeps its own shard of what is sharded, and its
+# share of what all ranks hold alike.
 OPTIONS = StateDictOptions(cpu_offload=True)
 
 
@@ -46,8 +48,14 @@ class Snapshot(NamedTuple):
 
 
 def copied(tree: Any) -> Any:
-    """A deep copy of nested containers of tensors; sharded tensors stay sharded."""
-    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x), tree)
+    """A deep copy of nested containers of tensors; sharded tensors stay sharded, and a share is as it was."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.detach().clone()
+        return x if isinstance(x, Share) else copy.deepcopy(x)
+
+    return tree_map(leaf, tree)
 
 
 def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
@@ -55,20 +63,25 @@ def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
 
     Callbacks with a true attribute `survives_rollback` are left out: they count what happened, and that stays so.
     """
-    checkpoint = {
-        "state_dict": get_model_state_dict(pl_module, options=OPTIONS),
+    replicated = is_replicated(trainer)
+    checkpoint: dict[str, Any] = {
+        "state_dict": get_model_state_dict(pl_module, options=None if replicated else OPTIONS),
         "callbacks": {c.state_key: c.state_dict() for c in _rewound(trainer)},
         "pytorch-lightning_version": lightning.__version__,
     }
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         callback.on_save_checkpoint(trainer, pl_module, checkpoint)  # averaged weights travel this way
     pl_module.on_save_checkpoint(checkpoint)
+    state = checkpoint.pop("state_dict")
+    parameters = {name for name, _ in pl_module.named_parameters()} if replicated else set()
+    alike = {name: shared(trainer, x) for name, x in state.items() if name in parameters}
+    checkpoint = copied(checkpoint) | {"state_dict": {name: alike.get(name, copied(x)) for name, x in state.items()}}
     loop = trainer.fit_loop.epoch_loop
     return Snapshot(
         trainer.global_step,
-        copied(checkpoint),
+        checkpoint,
         {name: copied(buffer) for name, buffer in pl_module.named_buffers()},
-        [_optimizer_state(pl_module, optimizer) for optimizer in trainer.optimizers],
+        [_optimizer_state(trainer, pl_module, optimizer) for optimizer in trainer.optimizers],
         [copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         copied(trainer.precision_plugin.state_dict()),
         (
@@ -80,7 +93,7 @@ def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
 
 def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> None:
     """Go back to `snapshot`, which stays usable; to be called on every rank, between two optimizer steps."""
-    checkpoint = copied(snapshot.checkpoint)
+    checkpoint = joined(trainer, copied(snapshot.checkpoint))
     load_checkpoint_hooks(trainer, checkpoint)
     pl_module.on_load_checkpoint(checkpoint)
     reshard(pl_module)
@@ -93,7 +106,7 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
         for name, buffer in pl_module.named_buffers():
             buffer.copy_(snapshot.buffers[name])
     for optimizer, state in zip(trainer.optimizers, snapshot.optimizers, strict=True):
-        _load_optimizer_state(pl_module, optimizer, copied(state))
+        _load_optimizer_state(pl_module, optimizer, joined(trainer, copied(state)))
         optimizer.zero_grad(set_to_none=True)
     for config, state in zip(trainer.lr_scheduler_configs, snapshot.schedulers, strict=True):
         config.scheduler.load_state_dict(copied(state))
@@ -112,11 +125,16 @@ def _rewound(trainer: Trainer) -> list[Any]:
     return [c for c in callbacks if not (getattr(c, "survives_rollback", False) or isinstance(c, Timer))]
 
 
-def _optimizer_state(pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+def _optimizer_state(trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     """Moments and groups. Before the first step there are no moments, and asking for them would make some."""
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    moments = get_optimizer_state_dict(pl_module, optimizer, options=OPTIONS) if optimizer.state else None
-    return {"groups": copied(groups), "moments": copied(moments)}
+    if not optimizer.state:
+        moments = None
+    elif is_replicated(trainer):
+        moments = shared(trainer, get_optimizer_state_dict(pl_module, optimizer))
+    else:
+        moments = copied(get_optimizer_state_dict(pl_module, optimizer, options=OPTIONS))
+    return {"groups": copied(groups), "moments": moments}
 
 
 def _load_optimizer_state(pl_module: LightningModule, optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from atlas_lm.training.module import AtlasModule
@@ -23,6 +24,8 @@ from callbacks.loss_weight_schedule import LossWeightSchedule
 from callbacks.proactive_clipping import ProactiveClipping
 from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
+from callbacks.support.shares import Share
+from callbacks.support.snapshots import Snapshot
 
 EVALUATE_EVERY = 2  # optimizer steps between evaluations
 VOCABULARY, LENGTH = 17, 24
@@ -139,8 +142,16 @@ def train(
         facts = {
             "rollbacks": guard.rollbacks, "spikes": guard.spikes, "raised": raised,
             "files": sorted(path.name for path in home.iterdir()),
+            "held": held(guard.snapshots[-1].snapshot) if guard.snapshots else 0,
         }  # fmt: skip
         return {"state": found, "facts": facts}
+
+
+def held(snapshot: Snapshot) -> int:
+    """Bytes of weights and moments that this rank keeps."""
+    leaves = tree_leaves([snapshot.checkpoint["state_dict"], snapshot.optimizers])
+    parts = [x.part if isinstance(x, Share) else x for x in leaves if isinstance(x, (Share, Tensor))]
+    return sum((x.to_local() if hasattr(x, "to_local") else x).nbytes for x in parts)
 
 
 def plain(tree: Any) -> Any:

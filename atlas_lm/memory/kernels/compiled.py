@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from atlas_lm.memory.looking import simulated
+
 log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).with_name("cpp")
@@ -202,7 +204,7 @@ def _parallel() -> Any:
 @torch.compiler.disable  # it runs a compiler of its own, once
 def library() -> ctypes.CDLL | None:
     """The compiled functions, built if this machine has not built them before; None where they cannot be."""
-    return _library()
+    return None if simulated() else _library()
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from torch import Tensor
 from atlas_lm.memory import coefficients
 from atlas_lm.memory.coefficients import Decays
 from atlas_lm.memory.kernels.compiled import once_differentiable
+from atlas_lm.memory.looking import simulated
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.loop import triton as triton_loop
 from atlas_lm.memory.loop.backward import gradients
@@ -41,8 +42,8 @@ def run(
     inputs = _inputs(config, initial, chunks)
     G, wide = chunks.phi.size(0), chunks.decay.dtype
     given = states or [w.new_zeros(G, 2 * w.size(1), w.size(2), dtype=wide) for w in initial]
-    if triton_loop.can_run(config, inputs) and agrees(
-        triton_loop.run, _in_pytorch, config, inputs, triton_loop.variant(config, inputs)
+    if triton_loop.can_run(config, inputs) and (
+        simulated() or agrees(triton_loop.run, _in_pytorch, config, inputs, triton_loop.variant(config, inputs))
     ):
         y, after = triton_loop.run(config, given, inputs)
     else:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from atlas_lm.memory import network as net
 from atlas_lm.memory.kernels.compiled import once_differentiable
+from atlas_lm.memory.looking import simulated
 from atlas_lm.memory.loop.types import LoopConfig, LoopInputs, serve_once
 from atlas_lm.memory.state import without_autocast
 
@@ -35,7 +36,7 @@ COLUMNS = (16, 32, 64, 128)  # what hidden units and outputs may be
 def can_run(config: LoopConfig, x: LoopInputs) -> bool:
     """Whether the kernels know this rule and its sizes, and Triton is there."""
     at_the_start = x.read_coef is None and config.update == "gradient"  # few and long chunks: cuBLAS is right for those
-    if x.phi.device.type not in DEVICES or at_the_start:
+    if not (x.phi.device.type in DEVICES or simulated()) or at_the_start:
         return False
     why = _unknown(config, x)
     if why:
@@ -47,7 +48,7 @@ def _unknown(config: LoopConfig, x: LoopInputs) -> str:
     """What the kernels do not know; empty where they know all."""
     C, F = x.phi.shape[2:]
     sizes = {x.v.size(-1)} | ({x.initial_out.size(1)} if x.initial_out is not None else set())
-    if not _installed():
+    if not (_installed() or simulated()):
         return "triton is not installed"
     for unknown, what in (
         (config.update != "gradient", f"update: {config.update}"),
@@ -241,6 +242,8 @@ class _Segments:
 
     def _launch(self, name: str, grid: tuple[int, ...], tensors: dict[str, Tensor], **numbers: float) -> None:
         """A kernel takes of these what it names; of what `linear` lacks, anything."""
+        if simulated():
+            return
         kernel = getattr(importlib.import_module(f"atlas_lm.memory.kernels.triton.{name}"), name)
         sizes = (self.C, self.F, self.E, self.D, self.width, self._low)
         constants, options = compile_time(name, *sizes)

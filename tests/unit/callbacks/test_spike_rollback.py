@@ -107,6 +107,14 @@ def test_two_ranks(two_ranks: dict[str, list[Any]], scenario: str, rollbacks: in
         assert_bitwise(found, rollbacks)
 
 
+def test_ranks_that_hold_the_same_keep_a_share_each(two_ranks: dict[str, list[Any]]) -> None:
+    """One copy per job, not one per rank: of eight ranks with 82 GB each, a machine has no such memory."""
+    alone = oracle(1)["facts"]["held"]
+    for scenario in ("ddp_once", "fsdp_once"):
+        for found in two_ranks[scenario]:
+            assert 0.45 * alone < found["facts"]["held"] < 0.6 * alone
+
+
 def test_two_ranks_stop_together(two_ranks: dict[str, list[Any]]) -> None:
     first, second = two_ranks["ddp_stops"]
     assert first["raised"] == second["raised"]

@@ -29,7 +29,7 @@ def config_of(size: str) -> ModelConfig:
 def test_a_needle_is_found_after_100_pairs(size: str) -> None:
     """What a memory holds depends on its own sizes; the model's width and depth open gates, which stand open here."""
     torch.manual_seed(0)
-    config = ModelConfig(**{**vars(config_of(size)), "dim": 16, "layers": 1, "heads": 2})
+    config = ModelConfig(**{**vars(config_of(size)), "dim": 16, "layers": 1, "heads": 2, "memory_layers": None})
     model = AtlasLM(config, 11)
     keys, values = NiahProbe(needles=8).pairs(1, 2, config.head_dim)
     found = write_and_read(model, keys, values, keys[..., 0, :])
