@@ -31,6 +31,7 @@ from benchmarks.kernels import table as kernel_table
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "docs" / "results" / "kernels.json"
+PREDICTED = ROOT / "docs" / "results" / "memory_predicted.json"
 RUNS = sorted((ROOT / "docs" / "results").glob("gpu*.json"))
 Figures = dict[str, Any]
 
@@ -154,6 +155,7 @@ def output_and_gradients(
     return [x.detach().double().cpu() for x in (y, *grads)]
 
 
+VOCABULARY = 32768
 FOUR_MEMORIES = {  # the settings of the GPU models until 2026-11-27, of which earlier figures are
     "local_chunks": [8, 16, 32, 64], "rank": 447, "shard": 2048, "global_chunk": 2048, "answers": "sum",
     "attention_conv": 1, "local_features": None,
@@ -191,7 +193,7 @@ def training_step(setting: Setting, model: str, length: int, rows: int, changes:
 
     values = model_values("tiny_deep" if setting.toy else model) | changes
     values["reset_at_document"] = False
-    vocabulary = 256 if setting.toy else 32768
+    vocabulary = 256 if setting.toy else VOCABULARY
     net = AtlasLM(ModelConfig(**values), vocabulary).to(setting.device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
     tokens = torch.randint(vocabulary, (rows, length + 1), device=setting.device)
@@ -367,6 +369,10 @@ SHOWN_ON_A_CPU = {
         ("test_gradients_are_bitwise_the_same", "test_what_chunks_keep_is_let_go")),
     "64 states a shard and head were kept": (
         "tests/unit/memory/test_on_cuda.py", ("test_root_of_the_states_is_kept",)),
+    "a step's memory was found out by running out of it": (
+        "tests/unit/training/test_budget.py", ("test_activations_are_those_of_a_real_step",)),
+    "every rank kept a whole copy of each snapshot: 82 GB a rank": (
+        "tests/unit/callbacks/test_spike_rollback.py", ("test_ranks_that_hold_the_same_keep_a_share_each",)),
     "a filesystem without locks let no run start": (
         "tests/unit/runs/test_lock.py", ("test_a_file_stands_for_a_lock",)),
     "the gates of all layers were copied in float32": (
@@ -390,6 +396,19 @@ SHOWN_ON_A_CPU = {
 }  # fmt: skip
 
 
+def predicted(name: str) -> Figures:
+    """What the budget says of a training step: bytes on the card at most, and for one sequence's activations."""
+    from atlas_lm.config.schema import ModelConfig, OptimConfig
+    from atlas_lm.training.budget import budget
+    from benchmarks.train_step import model_values
+
+    _, model, length, rows, changes = next(row for row in STEPS if row[0] == name)
+    values: Any = {"name": model, **model_values(model), **changes}
+    optim = OptimConfig(name="adamw", betas=[0.9, 0.95], weight_decay=0.1, lr=1e-3, memory_lr=1e-3, muon_lr=1e-3)
+    found = budget(ModelConfig(**values), optim, VOCABULARY, rows, length)
+    return {"peak_gib": found.peak / 2**30, "activations_gib": found.activations / 2**30}
+
+
 def draw(runs: list[Figures]) -> str:
     """docs/gpu.md: a column for each run. A part that a run did not reach is empty there."""
     lines = [
@@ -405,6 +424,11 @@ def draw(runs: list[Figures]) -> str:
         "(`tests/unit/memory/test_triton.py`). Compiled for compute capability 9.0, without a card, by "
         "`python -m benchmarks.kernels` (bytes; products of matrices as wgmma and mma.sync):", "",
         kernel_table(json.loads(KERNELS.read_text())), "",
+        "## Memory, predicted", "", "`python -m benchmarks.gpu --predict`: the most that a training step takes at one "
+        "moment, counted without a card (`python -m atlas_lm doctor` does the same for any settings).", "",
+        "| step | most at one moment, GiB | activations, GiB |", "|---|---|---|",
+        *(f"| {name} | {row['peak_gib']:.1f} | {row['activations_gib']:.1f} |"
+          for name, row in json.loads(PREDICTED.read_text()).items()), "",
     ]  # fmt: skip
     for part in dict.fromkeys(part for figures in runs for part in figures):
         doc = (PARTS[part][0].__doc__ or "").splitlines()[0]
@@ -439,9 +463,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--predict", action="store_true", help="how much memory the steps take, without a card")
     setting = parser.parse_args(namespace=Setting())
     if setting.draw:
         (ROOT / "docs" / "gpu.md").write_text(draw([json.loads(path.read_text()) for path in RUNS]))
+        return
+    if setting.predict:
+        found = {row[0]: predicted(row[0]) for row in STEPS}
+        PREDICTED.write_text(json.dumps(found, indent=1) + "\n")
         return
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: this machine has no CUDA device: --device cpu --toy runs everything small")
