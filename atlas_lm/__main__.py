@@ -7,6 +7,7 @@ from atlas_lm.config.names import nearest
 
 COMMANDS = {  # each is a module of atlas_lm/cli with a `main(arguments)`; imported when it is asked for
     "generate": "continue a text with a trained model",
+    "runs": "every run there is: its state, step, loss and age",
     "compare": "runs side by side, by chunk size",
     "calibrate": "the spike threshold that fits a run",
     "gates": "judge a run by the exit gates of its phase; measure and lock chunk sizes",

@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             raise ValueError(
                 f"{str(run)!r} is being written to by another process: wait until it ends, or stop it, then resume"
@@ -43,6 +44,36 @@ def locked(run: Path) -> Iterator[None]:
                 yield
             return
         yield
+
+
+def _take(file: IO[str]) -> None:
+    """BlockingIOError: another process holds it, and not only for the moment in which `is_held` looks."""
+    for attempt in range(5):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == 4:
+                raise
+            time.sleep(0.05)
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process writes to this run folder; nothing is changed there."""
+    owner = run / OWNER
+    try:
+        with (run / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a filesystem without any
+        pass
+    return owner.exists() and not _has_ended(_read(owner))
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether a process is known to have ended: of another machine that is not known."""
+    pid = owner.get("pid")
+    return isinstance(pid, int) and owner.get("host") == socket.gethostname() and owner.get("birth") != _birth(pid)
 
 
 def _birth(pid: int) -> str:
@@ -66,9 +97,7 @@ def _owned(path: Path) -> Iterator[None]:
         except FileExistsError:
             owner = _read(path)
             where = f"process {owner.get('pid')} on {owner.get('host')}"
-            pid = owner.get("pid")
-            ended = isinstance(pid, int) and owner.get("host") == mine["host"] and owner.get("birth") != _birth(pid)
-            if not ended:
+            if not _has_ended(owner):
                 raise ValueError(
                     f"{str(path.parent)!r} is being written to by {where}: wait until it ends, or stop it, then "
                     f"resume; if it has ended, remove {str(path)!r}"

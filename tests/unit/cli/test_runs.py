@@ -1,0 +1,128 @@
+"""The list of runs: what each folder says, whatever state it is in."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atlas_lm.cli import runs as command
+from atlas_lm.runs import lock
+from atlas_lm.runs.listing import examine
+
+NOW = 1_000_000.0
+
+
+def make_run(outputs: Path, name: str, rows: list[dict[str, Any]] | None = None, **report: Any) -> Path:
+    run = outputs / name / "2026-01-01_00-00-00"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("optim:\n  total_steps: 300\n")
+    if rows is not None:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if report:
+        (run / "report.json").write_text(json.dumps(report))
+    return run
+
+
+ROWS: list[dict[str, Any]] = [
+    {"global_step": 100, "time": NOW - 600, "lm_loss": 3.0, "tokens_per_second": 900.0, "val/loss": 2.9},
+    {"global_step": 110, "time": NOW - 60, "lm_loss": 2.5, "tokens_per_second": 1000.0},
+]
+
+
+def test_a_run_that_ended_is_what_its_report_says(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", ROWS, status="finished", val_loss=2.25, steps=300, tokens_per_second=950.0)
+    found = examine(run, NOW)
+    assert (found.state, found.step, found.steps, found.loss, found.age) == ("finished", 110, 300, 2.25, 60.0)
+    assert found.is_validation
+
+
+def test_a_run_without_a_report_is_running_killed_or_never_began(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", ROWS)
+    assert examine(run, NOW).state == "killed"
+    assert examine(run, NOW).loss == 2.9, "its last validation"
+    assert examine(make_run(tmp_path, "b", [{**ROWS[1]}]), NOW).loss == 2.5, "of training, where none was"
+    assert examine(make_run(tmp_path, "c"), NOW).state == "not begun"
+    with lock.locked(run):
+        assert examine(run, NOW).state == "running"
+    assert examine(run, NOW).state == "killed"
+
+
+def test_a_resumed_run_is_running_whatever_an_old_report_says(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", ROWS, status="interrupted")
+    with lock.locked(run):
+        assert examine(run, NOW).state == "running"
+
+
+def test_looking_does_not_keep_a_run_from_beginning(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a")
+    with lock.locked(run):
+        pass
+    with (run / lock.LOCK).open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        with pytest.raises(ValueError, match="another process"), lock.locked(run):
+            pass  # who holds it for longer than a look is another process
+    with lock.locked(run):
+        assert lock.is_held(run)
+    assert not lock.is_held(run)
+
+
+def test_an_owner_stands_for_a_lock_as_long_as_it_lives(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", ROWS)
+    (run / lock.OWNER).write_text(json.dumps({"host": "elsewhere", "pid": 1, "birth": "?"}))
+    assert examine(run, NOW).state == "running", "of another machine: not known to have ended"
+    (run / lock.OWNER).write_text(json.dumps({"host": lock.socket.gethostname(), "pid": 2**22 - 1, "birth": "?"}))
+    assert examine(run, NOW).state == "killed"
+
+
+@pytest.mark.parametrize("broken", ["report.json", "metrics.jsonl", "config.yaml"])
+def test_what_is_broken_is_left_open(tmp_path: Path, broken: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "a", ROWS, status="finished", val_loss=2.25)
+    (run / broken).write_bytes(b'{"a": [\xff')
+    command.main([f"outputs={tmp_path}"])
+    assert "a/2026-01-01_00-00-00" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", ROWS)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 999, "ti')
+    assert examine(run, NOW).step == 110
+
+
+def test_all_runs_are_listed_with_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "good", ROWS, status="finished", val_loss=2.25)
+    make_run(tmp_path, "bad", ROWS, status="failed", error="the disk is full")
+    make_run(tmp_path, "gone", ROWS)
+    command.main([f"outputs={tmp_path}"])
+    shown = capsys.readouterr().out
+    for words in (
+        "good/",
+        "bad/",
+        "gone/",
+        "finished",
+        "failed",
+        "killed",
+        "110 of 300",
+        "the disk is full",
+        "resume=auto",
+    ):
+        assert words in shown
+    command.main([f"outputs={tmp_path}", "state=failed"])
+    assert "good/" not in capsys.readouterr().out
+
+
+def test_no_runs_and_no_such_state_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no runs: train one"):
+        command.main([f"outputs={tmp_path}"])
+    make_run(tmp_path, "a", ROWS)
+    with pytest.raises(ValueError, match="no run is finished: there are runs killed"):
+        command.main([f"outputs={tmp_path}", "state=finished"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(None, "–"), (3, "3 s"), (119, "119 s"), (121, "2 min"), (7300, "2 h"), (400_000, "5 d")]
+)
+def test_ages_in_words(seconds: float | None, words: str) -> None:
+    assert command.duration(seconds) == words
