@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atlas_lm.config.schema import ModelConfig
+    from atlas_lm.config.model import ModelConfig
     from atlas_lm.model.atlas import AtlasLM
     from atlas_lm.model.sampling import generate
     from atlas_lm.runs.load import load
@@ -23,7 +23,7 @@ __all__ = ["AtlasLM", "AtlasModule", "ModelConfig", "__version__", "generate", "
 _HOME = {
     "AtlasLM": "atlas_lm.model.atlas",
     "AtlasModule": "atlas_lm.training.module",
-    "ModelConfig": "atlas_lm.config.schema",
+    "ModelConfig": "atlas_lm.config.model",
     "generate": "atlas_lm.model.sampling",
     "load": "atlas_lm.runs.load",
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.model.atlas import AtlasLM
 from benchmarks import measuring
 from benchmarks.train_step import VOCABULARY, model_values

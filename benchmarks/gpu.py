@@ -187,7 +187,7 @@ PROFILED = [row for row in STEPS if row[0] in ("43m: 2k", "43m, four memories: 2
 
 def training_step(setting: Setting, model: str, length: int, rows: int, changes: dict[str, Any]) -> Callable[[], Any]:
     """Forward, backward and AdamW on random tokens, in bf16."""
-    from atlas_lm.config.schema import ModelConfig
+    from atlas_lm.config.model import ModelConfig
     from atlas_lm.model.atlas import AtlasLM
     from benchmarks.train_step import model_values
 
@@ -398,7 +398,8 @@ SHOWN_ON_A_CPU = {
 
 def predicted(name: str) -> Figures:
     """What the budget says of a training step: bytes on the card at most, and for one sequence's activations."""
-    from atlas_lm.config.schema import ModelConfig, OptimConfig
+    from atlas_lm.config.model import ModelConfig
+    from atlas_lm.config.schema import OptimConfig
     from atlas_lm.training.budget import budget
     from benchmarks.train_step import model_values
 

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 import callbacks
 from atlas_lm.__main__ import COMMANDS, usage
 from atlas_lm.cli.arguments import help_of
-from atlas_lm.config import schema
+from atlas_lm.config import model, schema
 from atlas_lm.files import ROOT, write_atomically
 
 CONF = ROOT / "conf"
@@ -320,7 +320,7 @@ def config_page() -> str:
         "", "## Top level", "", dataclass_table(schema.TrainConfig, cfg, ""),
         "", "## paths", "", dataclass_table(schema.PathsConfig, cfg["paths"], "paths."),
         "", "## model", "", "Defaults are those of `model=tiny`.", "",
-        dataclass_table(schema.ModelConfig, cfg["model"], "model."), "",
+        dataclass_table(model.ModelConfig, cfg["model"], "model."), "",
         rows_of("model=|dim|layers|heads|window|local chunks|shard", models),
         "", "## optim", "", "Defaults are those of `optim=adamw`.", "",
         dataclass_table(schema.OptimConfig, cfg["optim"], "optim."), "", "## data", "",

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.model.attention import rotate
 from atlas_lm.model.block import SwiGLU

@@ -14,9 +14,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
+from atlas_lm.config.fields import LARGEST
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
-from atlas_lm.config.schema import LARGEST, TrainConfig
+from atlas_lm.config.schema import TrainConfig
 
 # What the configuration of a run folder may name classes of. torch and lightning are none: they have some whose making
 # starts a process (torch's SubprocessHandler).

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from atlas_lm.checkpoints.io import read_checkpoint
 from atlas_lm.checkpoints.listing import intact_checkpoint
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.config.parsing import CONFIG, check_numbers, read_config, read_json
-from atlas_lm.config.schema import ModelConfig
 from atlas_lm.config.validate import check_targets
 from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.load import load_data

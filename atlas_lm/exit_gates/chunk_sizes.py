@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.nn import functional as nnf
 
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.config.parsing import is_number
-from atlas_lm.config.schema import ModelConfig
 from atlas_lm.exit_gates.artifacts import RunArtifacts
 from atlas_lm.exit_gates.result import GateResult
 from atlas_lm.files import ROOT

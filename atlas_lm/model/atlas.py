@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.memory.cache import Cache, Snapshot
 from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as nnf
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.data.interfaces import UNSCORED
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.fast_memory import FastMemory

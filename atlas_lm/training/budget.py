@@ -17,7 +17,8 @@ from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atlas_lm.config.schema import ModelConfig, OptimConfig
+from atlas_lm.config.model import ModelConfig
+from atlas_lm.config.schema import OptimConfig
 from atlas_lm.memory.looking import as_on_a_gpu
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.optimizer import build_optimizer

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from atlas_lm.checkpoints.content import MODEL, CheckpointError
 from atlas_lm.checkpoints.io import read_checkpoint
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.data.run_tokenizer import another_tokenizer
 from atlas_lm.training.module import AtlasModule
 

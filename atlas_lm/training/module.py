@@ -22,7 +22,8 @@ from torch.nn import functional as nnf
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
-from atlas_lm.config.schema import ModelConfig, OptimConfig
+from atlas_lm.config.model import ModelConfig
+from atlas_lm.config.schema import OptimConfig
 from atlas_lm.model.atlas import AtlasLM, Output, memory_spec
 from atlas_lm.model.probes import (
     attention_reach,

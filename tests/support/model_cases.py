@@ -2,7 +2,7 @@
 
 import torch
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.model.atlas import AtlasLM
 
 VOCABULARY = 11

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.memory.kernels import attention as cpu_attention
 from atlas_lm.memory.kernels import compiled
 from atlas_lm.memory.kernels import convolution as cpu_convolution

@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from atlas_lm.cli import gates as command
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.exit_gates import chunk_sizes
 from atlas_lm.exit_gates import measured_gates as measures
 from atlas_lm.exit_gates import recorded_gates as records

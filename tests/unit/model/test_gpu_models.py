@@ -5,7 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.model.probes import write_and_read
 from callbacks.niah_probe import NiahProbe, cosines

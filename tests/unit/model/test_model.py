@@ -7,7 +7,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch.nn import functional as nnf
 
-from atlas_lm.config.schema import ModelConfig
+from atlas_lm.config.model import ModelConfig
 from atlas_lm.model.atlas import AtlasLM, check
 from atlas_lm.model.attention import SlidingWindowAttention, rotate, window_attention
 from atlas_lm.model.block import Fusion

@@ -4,7 +4,8 @@ import lightning
 import pytest
 import torch
 
-from atlas_lm.config.schema import ModelConfig, OptimConfig
+from atlas_lm.config.model import ModelConfig
+from atlas_lm.config.schema import OptimConfig
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.module import UNSCORED, AtlasModule, capped_polarisation_gradient
 
