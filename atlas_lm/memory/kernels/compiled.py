@@ -27,7 +27,7 @@ from atlas_lm.memory.looking import simulated
 
 log = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).with_name("cpp")
+_sources = Path(__file__).with_name("cpp")
 # Elsewhere the compiler knows no preferred width.
 _WIDTH = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
 _FLAGS = [
@@ -232,7 +232,7 @@ def _first_line(error: Exception) -> str:
 
 def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_sources.iterdir()) if path.suffix in (".h", ".cpp")]
     key = "\n".join([*sources, version, *_FLAGS, _processor()])
     name = f"atlas_lm-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
@@ -241,10 +241,25 @@ def _build(compiler: str) -> Path:
     log.info("compiling the memory's inner loops for this processor, once: about 15 seconds")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several ranks may build at once: the last rename wins
         built = Path(scratch) / name
-        command = [compiler, *_FLAGS, str(_SOURCES / "library.cpp"), "-o", str(built)]
+        command = [compiler, *_FLAGS, str(_sources / "library.cpp"), "-o", str(built)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
         built.replace(folder / name)
     return folder / name
+
+
+def use_sources(files: dict[str, str]) -> None:
+    """Compile these instead of the folder beside this file, which an exported model does not have."""
+    global _sources
+    key = hashlib.sha256("\n".join(part for item in sorted(files.items()) for part in item).encode()).hexdigest()
+    folder = _cache_folder() / f"cpp-{key[:16]}"
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:
+            scratch = folder / f"{name}.{os.getpid()}"  # several processes may write it at once
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(folder / name)
+    _sources = folder
+    _library.cache_clear()
 
 
 def _processor() -> str:

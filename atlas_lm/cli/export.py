@@ -1,0 +1,46 @@
+"""A model for other people's tools, and back.
+
+python -m atlas_lm export run=stage1 to=hf out=my-model          # for Hugging Face transformers
+python -m atlas_lm export run=my-model to=run out=outputs/theirs/1   # such a folder as a run folder of ours
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from atlas_lm.cli.arguments import parse
+
+KINDS = ("hf", "run")
+
+
+@dataclass
+class Options:
+    """A trained model for Hugging Face transformers (to=hf), or such a folder as a run folder of ours (to=run)."""
+
+    run: str
+    """Run folder, experiment or checkpoint; for to=run the folder that to=hf wrote."""
+    out: Path
+    """New folder to write to."""
+    to: str = "hf"
+    """hf or run."""
+    outputs: str = "outputs"
+    """Folder of all runs."""
+
+    def __post_init__(self) -> None:
+        if self.to not in KINDS:
+            raise ValueError(f"to={self.to} must be one of {', '.join(KINDS)}")
+
+
+def main(arguments: list[str]) -> None:
+    """Write and say where. ValueError: bad arguments, no such run, or a folder that has files."""
+    options = parse(Options, arguments, "python -m atlas_lm export")
+    from atlas_lm.exchange.export import export, import_back  # torch takes seconds
+
+    if options.to == "run":
+        path = import_back(Path(options.run), options.out)
+        print(f"wrote {path}: init_from={options.out}, or generate and evaluate with run={options.out}")
+        return
+    checkpoint = export(options.run, options.out, options.outputs)
+    print(f"wrote {checkpoint} as {options.out}")
+    print(f'AutoModelForCausalLM.from_pretrained("{options.out}", trust_remote_code=True) reads it')
