@@ -224,6 +224,9 @@ def wrong_arguments(words: list[str]) -> str | None:
         except ValueError as error:
             return str(error) if rest else None
         return None
+    if name == "doctor":
+        named = any(word.startswith("+experiment=") for word in rest)
+        return wrong_overrides(rest if named else ["+experiment=stage1", *rest])
     if name == "gates":
         if rest and rest[0] not in (*gates.PHASES, "chunk_sizes"):
             return f"gates has no {rest[0]}"
@@ -286,6 +289,7 @@ def test_a_right_command_passes(command: str) -> None:
         ("python -m atlas_lm generat run=x", "no command"),
         ("python -m atlas_lm generate runs=x", "has no"),
         ("python -m atlas_lm gates phase3 run=x", "has no"),
+        ("python -m atlas_lm doctor model.windwo=3", "windwo"),
         ("python -m atlas_lm gates chunk_sizes step=1", "has no"),
         ("python -m atlas_lm prepare source=stdlib", "out= is missing"),
         ("python -m benchmarks.nothing", "no module"),
