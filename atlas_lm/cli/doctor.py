@@ -1,30 +1,35 @@
-"""What training will take, before it is queued.
+"""Whether this machine is fit for a run, and what the run will take, before it is queued.
 
+    python -m atlas_lm doctor
     python -m atlas_lm doctor model=125m data.seq_len=8192 data.batch_size=2
     python -m atlas_lm doctor +experiment=stage2 model=43m trainer=fsdp trainer.devices=8
 
-The arguments are those of train.py; without +experiment= it is that of Stage 1. A step is run without contents, the
-way that a GPU takes, and what exists at once is counted: nothing is trained, and no GPU is needed.
+The arguments are those of train.py; without +experiment= it is that of Stage 1. A step is run without contents, the way
+that a GPU takes, and what exists at once is counted: nothing is trained, and no GPU is needed. It prints the bytes of
+weights, gradients, optimizer, activations and the fast weights kept among them, the most at one moment of a step, what
+the snapshots of spike_rollback take in the host's memory, and the largest batch for cards of 80 and 141 GB.
 
-It prints the bytes of weights, gradients, optimizer, activations and the fast weights kept among them, the most at one
-moment of a step, what the snapshots of spike_rollback take in the host's memory, and the largest batch for cards of 80
-and 141 GB. Exit code 1 where this batch fits neither.
+Then it looks at the machine: compiler, device, precision, threads, network, SLURM, memory, disk, locks, clock; what is
+wrong comes with what to change. Exit code 1 where a run would fail, or where this batch fits neither card.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from atlas_lm.cli.arguments import HELP
 from atlas_lm.config.validate import check_config
 from atlas_lm.files import ROOT
+from atlas_lm.runs import checkup
 from atlas_lm.training.budget import USABLE, Budget, budget, largest_batch
 
 CARDS = (80e9, 141e9)
@@ -32,7 +37,7 @@ EXPERIMENT = "+experiment="
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the budget. ValueError: a setting that train.py would refuse, or a batch that fits no card."""
+    """Print both. ValueError: a setting that train.py would refuse, a problem, or a batch that fits no card."""
     if any(word in HELP for word in words):
         print(__doc__)
         return
@@ -52,12 +57,43 @@ def main(words: Sequence[str]) -> None:
     fits = {card: largest_batch(found, rows, card, ranks) for card in CARDS}
     for card, most in fits.items():
         console.print(f"{card / 1e9:.0f} GB: {most} sequences of {length} tokens at most")
+    findings = checkup.examine(wanted(cfg, found, ranks))
+    console.print(report(findings))
+    wrong = [f"{f.what}: {f.remedy}" for f in findings if f.state == checkup.PROBLEM]
     if peak > USABLE * max(CARDS):
-        raise ValueError(
+        wrong.append(
             f"a step of {rows} sequences of {length} tokens needs {gigabytes(peak)} and fits no card of "
             f"{max(CARDS) / 1e9:.0f} GB: lower data.batch_size"
             + (", or set model.checkpoint=block" if config.model.checkpoint == "none" else " or data.seq_len")
         )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def wanted(cfg: DictConfig, found: Budget, ranks: int) -> checkup.Wanted:
+    """What the run needs of the machine."""
+    sizes = [OmegaConf.select(cfg, f"trainer.{name}") for name in ("devices", "num_nodes")]
+    devices = sizes[0] if isinstance(sizes[0], int) and sizes[0] > 0 else None
+    nodes = sizes[1] if isinstance(sizes[1], int) else 1
+    content = found.weights + found.moments
+    files = (
+        snapshots(cfg) + int(OmegaConf.select(cfg, "callbacks.step_checkpoint.keep") or 0) + 1
+    )  # and one half-written
+    on_machine = content * snapshots(cfg) / nodes  # once per job, divided among its ranks
+    return checkup.Wanted(
+        Path(str(cfg.paths.outputs)), str(cfg.trainer.accelerator), devices, nodes, content * files, on_machine
+    )
+
+
+def report(findings: Sequence[checkup.Finding]) -> Table:
+    """What was looked at, and what to change."""
+    shown = Table("this machine", "", "", box=None, pad_edge=False)
+    colours = {checkup.FINE: "green", checkup.MIND: "yellow", checkup.PROBLEM: "red"}
+    for finding in findings:
+        remedy = f"\n→ {escape(finding.remedy)}" if finding.remedy else ""
+        state = f"[{colours[finding.state]}]{finding.state}[/]"
+        shown.add_row(finding.name, state, f"{escape(finding.what)}{remedy}")
+    return shown
 
 
 def composed(words: Sequence[str]) -> DictConfig:
