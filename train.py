@@ -16,7 +16,14 @@ from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.run_tokenizer import keep_tokenizer
 from atlas_lm.files import ROOT
-from atlas_lm.runs.lifecycle import close_run_folder, is_sweep, open_run_folder, result_of_sweep, stats_of
+from atlas_lm.runs.lifecycle import (
+    close_run_folder,
+    is_sweep,
+    open_run_folder,
+    result_so_far,
+    resume_own_run,
+    stats_of,
+)
 from atlas_lm.runs.report import Report, judge
 from atlas_lm.runs.resume import load_starting_weights, rewind_loggers
 from atlas_lm.training.module import AtlasModule
@@ -25,13 +32,18 @@ from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_ex
 
 def train(cfg: DictConfig) -> Report:
     """One run: compose, build, fit, judge. Returns its report."""
-    config, done = check_config(cfg), result_of_sweep(cfg)
+    resume_own_run(cfg)
+    config, done = check_config(cfg), result_so_far(cfg)
     if done is not None:
         return done
-    with preemption.preemptible(requeue_exit_code(cfg)):
-        with open_run_folder(cfg) as resumes:
-            report = fit(cfg, config, resumes)
-        close_run_folder(cfg, report)
+    try:
+        with preemption.preemptible(requeue_exit_code(cfg)):
+            with open_run_folder(cfg) as resumes:
+                report = fit(cfg, config, resumes)
+            close_run_folder(cfg, report)
+    except SystemExit as ending:
+        preemption.requeue(getattr(ending, "signal", None))
+        raise
     return report
 
 

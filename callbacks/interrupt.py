@@ -26,9 +26,9 @@ PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 class Preempted(SystemExit):
     """A scheduler's signal ended the run; everything is saved. `code` is the exit code of the process."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, number: int = 0) -> None:
         super().__init__(code)
-        self.message = message
+        self.message, self.signal = message, number
 
     def __str__(self) -> str:
         return self.message
@@ -89,7 +89,9 @@ class Interrupt(Checkpoint):
             raise KeyboardInterrupt
         name = self._name(received)
         raise Preempted(
-            self.requeue_exit_code, f"{name} at step {trainer.global_step}, all is saved, it can be resumed"
+            self.requeue_exit_code,
+            f"{name} at step {trainer.global_step}, all is saved, it can be resumed",
+            received,
         )
 
     @staticmethod

@@ -19,7 +19,8 @@ from atlas_lm.files import link_atomically, next_free, write_atomically
 
 log = logging.getLogger(__name__)
 
-IDENTITY = "run.json"  # {"number": which run of its experiment it is, "overrides": what it was started with}
+# {"number": which run of its experiment it is, "overrides": what it was started with, "job": of the scheduler}
+IDENTITY = "run.json"
 LATEST = "latest"
 FINISHED = ("finished", "stopped early")  # what a report calls a run that ended well
 
@@ -60,11 +61,25 @@ def overrides_of(run: Path) -> list[str] | None:
     return found if isinstance(found, list) else None
 
 
-def write_identity(run: Path, overrides: Sequence[str]) -> None:
+def job_of(run: Path) -> str | None:
+    """The scheduler's job that trains it, or did last; None where there was none."""
+    found = _read_json(run / IDENTITY).get("job")
+    return found if isinstance(found, str) else None
+
+
+def bind(run: Path, job: str | None) -> None:
+    """The run is trained by this job from now on."""
+    known = _read_json(run / IDENTITY)
+    if known and known.get("job") != job:
+        write_atomically(run / IDENTITY, json.dumps({**known, "job": job}, indent=2) + "\n")
+
+
+def write_identity(run: Path, overrides: Sequence[str], job: str | None = None) -> None:
     """Give a run that begins its number, one above those of all runs beside it, however many begin at once."""
     with _alone_in(run.parent):
         number = 1 + max((number_of(other) for other in run.parent.iterdir()), default=0)
-        write_atomically(run / IDENTITY, json.dumps({"number": number, "overrides": list(overrides)}, indent=2) + "\n")
+        identity = {"number": number, "overrides": list(overrides), "job": job}
+        write_atomically(run / IDENTITY, json.dumps(identity, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -17,16 +17,38 @@ from yaml import YAMLError
 from atlas_lm.config.parsing import CONFIG
 from atlas_lm.files import ROOT, next_free, write_atomically
 from atlas_lm.runs.environment import environment
-from atlas_lm.runs.folder import FINISHED, finished_runs, has_ended_well, mark_latest, write_identity
+from atlas_lm.runs.folder import FINISHED, bind, finished_runs, has_ended_well, job_of, mark_latest, write_identity
+from atlas_lm.runs.job import current_job
 from atlas_lm.runs.lock import locked
 from atlas_lm.runs.report import Report
-from atlas_lm.runs.resolve import AUTO
+from atlas_lm.runs.resolve import AUTO, runs_of_job
 from atlas_lm.runs.stats import RunStats
 
 log = logging.getLogger(__name__)
 
 
 REPORT = "report.json"
+
+
+def task_overrides() -> list[str]:
+    """What the command line says of this run."""
+    return [str(word) for word in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+
+
+def resume_own_run(cfg: DictConfig) -> None:
+    """In a scheduler's job that is started again: `resume` becomes auto, the job's own run. ValueError: it has two."""
+    job = current_job()
+    if job is None or cfg.resume not in (None, AUTO):
+        return
+    mine = [] if is_sweep() else runs_of_job(Path(cfg.paths.outputs) / cfg.name, job, task_overrides())
+    if len(mine) > 1:
+        raise ValueError(
+            f"job {job} has {len(mine)} runs of these settings, {' and '.join(map(str, mine))}: give resume=<one of "
+            "them>"
+        )
+    run = Path(cfg.paths.run)
+    if (run / CONFIG).is_file() and (cfg.resume == AUTO or job_of(run) == job):
+        cfg.resume = AUTO
 
 
 @contextmanager
@@ -47,7 +69,7 @@ def open_run_folder(cfg: DictConfig) -> Iterator[bool]:
             raise ValueError(f"{str(run)!r} already holds a run: start again a second later, or give hydra.run.dir")
         if not resumes:
             write_atomically(run / "environment.json", json.dumps(environment(ROOT), indent=2) + "\n")
-            write_identity(run, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+            write_identity(run, task_overrides(), current_job())
             write_atomically(run / CONFIG, configuration(cfg))
         yield resumes
 
@@ -67,6 +89,7 @@ def configuration(cfg: DictConfig) -> str:
 def write_resumed_metadata(cfg: DictConfig) -> None:
     """Training continues: its configuration and environment are the run's now, and its old report is withdrawn."""
     run = Path(cfg.paths.run)
+    bind(run, current_job())
     now = environment(ROOT)
     try:
         then = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -132,9 +155,10 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def result_of_sweep(cfg: DictConfig) -> Report | None:
-    """The report of a run that a sweep which is resumed has finished before; None: there is something to train."""
-    if not is_sweep() or cfg.resume != AUTO:
+def result_so_far(cfg: DictConfig) -> Report | None:
+    """The report of a run that a sweep which is resumed, or a job that is repeated, has finished before; None: there is
+    something to train."""
+    if cfg.resume != AUTO or not (is_sweep() or current_job() is not None):
         return None
     run = Path(cfg.paths.run)
     if not has_ended_well(run):

@@ -16,9 +16,11 @@ from atlas_lm.checkpoints.listing import (
 )
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
-from atlas_lm.runs.folder import LATEST, has_ended_well, overrides_of, runs_in
+from atlas_lm.runs.folder import LATEST, has_ended_well, job_of, overrides_of, runs_in
+from atlas_lm.runs.job import current_job, folder_of, is_alive
 
-AUTO = "auto"  # resume: the newest run of the experiment if it is not finished, else a new one
+# resume: the newest run of the experiment if it is not finished, else a new one; in a scheduler's job the job's own run
+AUTO = "auto"
 
 
 def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
@@ -43,16 +45,39 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
     raise ValueError(f"no run {str(name_or_path)!r}{nearest(path.name, known)}; {has}")
 
 
-def run_folder(resume: str | None, outputs: str, name: str, new: str) -> str:
+def run_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str] = ()) -> str:
     """Where a run writes: the folder of the run that it resumes, else outputs/name/new.
+
+    In a job of a scheduler, unless `resume` names something: the folder of the job's own run, which all its ranks and
+    every repetition of the job find alike. With `auto` a job that has none yet takes the newest unfinished run, if that
+    is not of a job that may come back.
 
     It continues there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
     one, or under another name, a run of its own begins, and the first one stays as it is.
     """
-    experiment = Path(outputs) / name
+    experiment, job = Path(outputs) / name, current_job()
+    if job is not None and resume in (None, AUTO):
+        mine = runs_of_job(experiment, job, overrides)
+        if not mine and resume == AUTO and (left := unfinished_run(experiment)) is not None and is_free(left):
+            mine = [left]
+        return str(mine[0].resolve() if mine else experiment / folder_of(job, started_with(overrides)))
     found = _run_of(resume, outputs, experiment) if resume else None
     same = found is not None and found.parent.resolve() == experiment.resolve()
     return str(found.resolve() if found is not None and same else experiment / new)
+
+
+def runs_of_job(experiment: Path, job: str, overrides: Sequence[str]) -> list[Path]:
+    """Those that this job trains with these overrides: one, unless somebody has copied it."""
+    wanted = started_with(overrides)
+    return [
+        run for run in runs_in(experiment) if job_of(run) == job and started_with(overrides_of(run) or []) == wanted
+    ]
+
+
+def is_free(run: Path) -> bool:
+    """Whether no job will come back for it, as far as can be known."""
+    job = job_of(run)
+    return job is None or not is_alive(job)
 
 
 def unfinished_run(experiment: Path) -> Path | None:
@@ -63,11 +88,13 @@ def unfinished_run(experiment: Path) -> Path | None:
 
 def sweep_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str]) -> str:
     """Where a run of a sweep writes, below `outputs`: with `auto` the folder of the newest run that was started with
-    the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it."""
-    experiment = Path(outputs) / name
-    if resume == AUTO:
+    the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it; in a
+    scheduler's job that is started again, what is left of its own."""
+    experiment, job = Path(outputs) / name, current_job()
+    if resume == AUTO or (resume is None and job is not None):
         wanted = started_with(overrides)
-        for run in runs_in(experiment):
+        runs = runs_in(experiment) if resume == AUTO else runs_of_job(experiment, str(job), overrides)
+        for run in runs:
             before = overrides_of(run)
             same = before is not None and started_with(before) == wanted
             if same and (has_ended_well(run) or newest_checkpoint(run) is not None):

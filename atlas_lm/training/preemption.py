@@ -7,6 +7,7 @@ before training and after it here, in training by `callbacks.interrupt`. Imports
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from typing import Any
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
 INTERRUPTED = 130  # as shells have it: ended by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class EndedBySignal(SystemExit):
+    """A signal has ended the process while there was nothing to save."""
+
+    def __init__(self, code: int, number: int) -> None:
+        super().__init__(code)
+        self.signal = number
 
 
 def exit_when_preempted() -> None:
@@ -37,7 +46,28 @@ def _exit_at_once(number: int, frame: Any) -> None:
     if _nothing_is_left and number in SIGNALS:
         return
     sys.stdout.flush()
+    requeue(number)
     os._exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)  # an exception may be swallowed within an import
+
+
+def requeue(number: int | None) -> None:
+    """Have SLURM queue this job again, where SIGUSR1 has said that its time is nearly up.
+
+    SIGTERM it sends when it preempts a job, which it queues again by itself, and when somebody has cancelled it. Under
+    other schedulers the exit code asks for it. One rank asks for all.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if number != signal.SIGUSR1 or job is None or os.environ.get("SLURM_PROCID", "0") != "0":
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        failed = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failed = str(error)
+    said = f"warning: SLURM did not queue job {job} again ({failed}): submit it with --requeue, or with resume=<run>"
+    print(said if failed else f"SLURM queues job {job} again", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -48,7 +78,7 @@ def preemptible(code: int = REQUEUE) -> Iterator[None]:
 
     def leave(number: int, frame: Any) -> None:
         if not _nothing_is_left:
-            raise SystemExit(code)
+            raise EndedBySignal(code, number)
 
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
         yield

@@ -9,6 +9,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import seed_everything
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -73,7 +74,11 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     if accelerator == "cpu" and torch.cuda.is_available():
         log.info("training on the CPU although there is a GPU: trainer=gpu uses it")
     callbacks = [instantiate(c) for c in cfg.callbacks.values()]
+    plugins = [instantiate(c) for c in cfg.trainer.get("plugins") or []]
+    if SLURMEnvironment.detect():  # its own queueing again would come between a signal and the callback that saves
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
+        plugins=plugins,
         callbacks=[*extra, *callbacks],
         logger=[instantiate(c) for c in cfg.logger.values()],
         precision=resolve_precision(cfg.precision, accelerator),

@@ -1,0 +1,53 @@
+"""The scheduler's job that this process runs in: so that a job that is started again finds its own run, among many."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+
+# Where schedulers say which job this is; a job that they queue again keeps these. The first that is set counts. Each is
+# the name of the scheduler, the variables that make the job, and those that tell jobs of one array or set apart.
+SCHEDULERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("job", ("ATLAS_LM_JOB",), ()),  # of one's own making: what else is started again, such as a job of Kubernetes
+    ("slurm", ("SLURM_ARRAY_JOB_ID",), ("SLURM_ARRAY_TASK_ID",)),
+    ("slurm", ("SLURM_JOB_ID",), ()),
+    ("pbs", ("PBS_JOBID",), ()),
+    ("lsf", ("LSB_JOBID",), ("LSB_JOBINDEX",)),
+    ("torchrun", ("TORCHELASTIC_RUN_ID",), ()),
+)
+
+
+def current_job(environment: Mapping[str, str] = os.environ) -> str | None:
+    """A name for the job, fit for a file name; None outside one."""
+    for scheduler, names, parts in SCHEDULERS:
+        given = [environment.get(name, "") for name in names]
+        if not all(given) or given == ["none"]:  # torchrun's default
+            continue
+        more = [environment[name] for name in parts if environment.get(name, "0") not in ("", "0") or name in _COUNTED]
+        text = "-".join([scheduler, *given, *more])
+        return re.sub(r"[^\w.-]", "-", text)
+    return None
+
+
+def is_alive(job: str) -> bool:
+    """Whether a job may still run, or wait to run again; only SLURM is asked, and others' jobs may."""
+    name = re.fullmatch(r"slurm-(\d+)(?:-(\d+))?", job)
+    if name is None:
+        return True
+    asked = ["squeue", "--noheader", "--jobs", "_".join(part for part in name.groups() if part)]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return done.returncode == 0 and bool(done.stdout.strip())  # a job that is long gone is an error of squeue
+
+
+_COUNTED = {"SLURM_ARRAY_TASK_ID"}  # set only within an array, where 0 is a task like the others
+
+
+def folder_of(job: str, overrides: Sequence[str]) -> str:
+    """The name of a run's folder: of the job, and of what is trained, since a job may train several things."""
+    return f"{job}_{hashlib.sha256(chr(10).join(overrides).encode()).hexdigest()[:6]}"
