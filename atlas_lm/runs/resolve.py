@@ -99,7 +99,7 @@ def sweep_folder(resume: str | None, outputs: str, name: str, new: str, override
             same = before is not None and started_with(before) == wanted
             if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
                 return f"{name}/{run.name}"
-    return f"{name}/{new}"
+    return f"{name}/{new if job is None else folder_of(job, started_with(overrides))}"  # the same on all ranks
 
 
 def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:

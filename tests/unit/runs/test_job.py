@@ -62,7 +62,8 @@ def test_it_finds_its_own_among_many_and_not_the_newest(in_job_7: None, tmp_path
     make_run(tmp_path / "x" / "c", ["seed=4"], "slurm-7")
     assert run_folder(None, str(tmp_path), "x", "new", WORDS) == str(mine)
     assert sweep_folder(None, str(tmp_path), "x", "new", WORDS) == "x/a"
-    assert sweep_folder(None, str(tmp_path), "x", "new", ["seed=5"]) == "x/new"
+    new = sweep_folder(None, str(tmp_path), "x", "new", ["seed=5"])
+    assert new == f"x/{folder_of('slurm-7', ['seed=5'])}", "the same on all ranks"
 
 
 def test_a_new_job_takes_no_run_that_may_be_anothers(

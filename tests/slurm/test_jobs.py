@@ -1,0 +1,154 @@
+"""Runs and sweeps as jobs of a real SLURM: submitted by one command, ended by time limits and kills, and going on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+
+pytestmark = pytest.mark.slurm
+
+SMALL = [
+    "+experiment=stage1", "launcher=slurm", "model=tiny_deep", "model.dim=32", "model.head_dim=16", "model.rank=15",
+    "model.layers=1", "data.source.tokenizer=bytes", "data.seq_len=256", "data.batch_size=2", "data.val_sequences=4",
+    "trainer.val_check_interval=100", "callbacks.niah_probe.every_n_steps=1000",
+    "callbacks.memory_horizon.every_n_steps=1000", "callbacks.memory_contribution.every_n_steps=1000",
+    "callbacks.step_checkpoint.every_n_steps=20", "trainer.log_every_n_steps=1", "optim.total_steps=40",
+]  # fmt: skip
+TWO_NODES = [
+    "trainer=ddp", "trainer.accelerator=cpu", "trainer.num_nodes=2", "trainer.devices=1", "data.batch_size=1",
+]  # fmt: skip
+
+
+def submit(outputs: Path, *words: str) -> subprocess.Popen[bytes]:
+    """One command, as a user gives it; what it prints is in `log_of(outputs)`."""
+    command = [sys.executable, "train.py", *SMALL, f"paths.outputs={outputs}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log_of(outputs).open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def log_of(outputs: Path) -> Path:
+    return outputs / "submitted.log"
+
+
+def run_of(outputs: Path, name: str) -> Path:
+    """The experiment's only run."""
+    (run,) = [path for path in (outputs / name).iterdir() if not path.is_symlink()]
+    return run
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By optimizer step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["global_step"]: row["lm_loss"] for row in rows if row["lm_loss"] is not None}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def slurm_says(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def wait_for(what: Callable[[], Any], seconds: float) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"not within {seconds:.0f} s")
+
+
+def step_of(run: Path) -> int:
+    """How far a run is."""
+    try:
+        return max(losses(run), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def test_a_run_on_two_nodes_is_one_run(slurm: Path, tmp_path: Path) -> None:
+    process = submit(tmp_path, "name=nodes", *TWO_NODES)
+    assert process.wait(180) == 0, log_of(tmp_path).read_text()[-2000:]
+    run = run_of(tmp_path, "nodes")
+    assert read_json(run / "report.json")["status"] == "finished"
+    assert run.name.startswith("slurm-")
+    assert len(losses(run)) == 40
+
+
+def test_a_sweep_says_which_job_failed(slurm: Path, tmp_path: Path) -> None:
+    """Three finish in folders of their own, one has a bad value: the exit code tells, and so does the list of runs."""
+    process = submit(tmp_path, "name=sweep", "optim.total_steps=20", "model.local_chunks=[4],[8],[16],[999]")
+    assert process.wait(400) != 0
+    text = log_of(tmp_path).read_text()
+    assert "longer than a shard" in text or "999" in text
+    runs = [path for path in (tmp_path / "sweep").iterdir() if not path.is_symlink()]
+    ended = [read_json(run / "report.json").get("status") for run in runs]
+    assert ended.count("finished") == 3
+    listed = subprocess.run(
+        [sys.executable, "-m", "atlas_lm", "compare", "sweep", f"outputs={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert listed.stdout.count("finished") == 3
+
+
+def test_a_killed_process_goes_on_with_nothing_lost(slurm: Path, tmp_path: Path) -> None:
+    """SIGKILL to a step: SLURM starts the job again, which finds its run; the losses are as if nothing had been."""
+    undisturbed = submit(tmp_path, "name=calm", "optim.total_steps=120", "data.seq_len=512")
+    assert undisturbed.wait(240) == 0
+    process = submit(tmp_path, "name=killed", "optim.total_steps=120", "data.seq_len=512")
+    try:
+        run = wait_for(lambda: (tmp_path / "killed").is_dir() and run_of(tmp_path, "killed"), 120)
+        wait_for(lambda: step_of(run) >= 45, 120)
+        job = slurm_says("squeue", "--noheader", "--format=%A")
+        slurm_says("scancel", "--signal=KILL", f"{job}.0")
+        wait_for(lambda: "PENDING" in slurm_says("scontrol", "show", "job", job), 90)
+        slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")  # instead of two minutes
+        assert process.wait(240) == 0
+    finally:
+        process.kill()
+    assert read_json(run / "report.json")["status"] == "finished"
+    assert losses(run) == losses(run_of(tmp_path, "calm"))
+
+
+@pytest.mark.slow
+def test_time_limits_kills_and_a_lost_node_cost_nothing(slurm: Path, tmp_path: Path) -> None:
+    """Two nodes, a time limit of a minute, a killed step, a killed slurmd: 300 losses bitwise as if nothing had been.
+
+    Not one command of a user in between; the node that was lost comes back, as an administrator sees to.
+    """
+    words = [*TWO_NODES, "optim.total_steps=300", "data.seq_len=1024", "data.batch_size=4"]
+    undisturbed = submit(tmp_path, "name=calm", *words)
+    assert undisturbed.wait(600) == 0
+    process = submit(tmp_path, "name=hard", *words, "hydra.launcher.timeout_min=1",
+                     "++hydra.launcher.additional_parameters.signal=USR1@25")  # fmt: skip
+    started = time.monotonic()
+    try:
+        run = wait_for(lambda: (tmp_path / "hard").is_dir() and run_of(tmp_path, "hard"), 120)
+        job = slurm_says("squeue", "--noheader", "--format=%A")
+        wait_for(lambda: step_of(run) >= 20, 120)
+        slurm_says("scancel", "--signal=KILL", f"{job}.0")
+        killed_at = step_of(run)
+        wait_for(lambda: step_of(run) >= killed_at + 30, 600)
+        os.kill(int((slurm / "slurmd-n2.pid").read_text()), 9)
+        time.sleep(45)  # SlurmdTimeout is 20
+        subprocess.run(["slurmd", "-N", "n2", "-f", str(slurm / "slurm.conf")], check=True)
+        assert process.wait(3000) == 0
+    finally:
+        process.kill()
+    shown = slurm_says("scontrol", "show", "job", job)
+    print(f"{time.monotonic() - started:.0f} s, {[word for word in shown.split() if word.startswith('Restarts')]}")
+    assert read_json(run / "report.json")["status"] == "finished"
+    assert losses(run) == losses(run_of(tmp_path, "calm"))
