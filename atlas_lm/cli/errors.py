@@ -32,6 +32,7 @@ from atlas_lm.config.validate import find_target
 from atlas_lm.files import ROOT
 from atlas_lm.training.preemption import INTERRUPTED
 
+EXTRAS = {("hydra/launcher", "submitit_slurm"): "pip install 'atlas-lm[slurm]'"}
 SHOW_ALL = "ATLAS_LM_FULL_ERROR"  # what HYDRA_FULL_ERROR was before `run` took it over
 REMEDIES = {
     errno.ENOENT: "correct the path",
@@ -178,6 +179,8 @@ def _missing_config(error: MissingConfigException) -> str:
     options = [option for option in error.options or [] if not option.startswith("_")]
     if not options:
         return _one_line(str(error).split("Search path")[0].split("Config search path")[0])
+    if (group, name) in EXTRAS:
+        return f"{group}={name} is not installed: {EXTRAS[group, name]}"
     plus = "+" if group == "experiment" else ""
     return f"there is no {plus}{group}={name}{nearest(name, options)}; choose one of {', '.join(options)}"
 
