@@ -135,6 +135,8 @@ def explain(error: BaseException) -> str | None:
         return f"{_one_line(error)}: is memory short? run the same command with resume=auto"
     if type(error).__module__.partition(".")[0] in ("atlas_lm", "callbacks"):  # what a safeguard says is for the user
         return _one_line(error)
+    if type(error).__module__.startswith("wandb."):
+        return f"wandb: {_one_line(error)}; or logger.wandb.offline=true"
     if _is_short_of_memory(error):
         first = _one_line((str(error) or type(error).__name__).splitlines()[0])
         return f"memory is short ({first}): lower data.batch_size, data.seq_len or the model's sizes"

@@ -143,5 +143,11 @@ def started_with(overrides: Sequence[str]) -> list[str]:
     return sorted(override for override in map(str, overrides) if not override.startswith("resume="))
 
 
+def run_id(run: str) -> str:
+    """A run's name where runs of all experiments lie together."""
+    return f"{Path(run).parent.name}-{Path(run).name}"
+
+
+OmegaConf.register_new_resolver("run_id", run_id, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)

@@ -1,5 +1,6 @@
 """From a composed configuration to the objects of a run."""
 
+import importlib
 import logging
 import warnings
 
@@ -19,6 +20,8 @@ from atlas_lm.training.malloc import configure_malloc
 from atlas_lm.training.preemption import REQUEUE
 
 log = logging.getLogger(__name__)
+
+LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # which package each needs; the extra has its name
 
 
 def prepare_process(seed: int) -> None:
@@ -73,6 +76,7 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
         raise ValueError(f"trainer.accelerator={accelerator} but this machine has no CUDA device: use trainer=cpu")
     if accelerator == "cpu" and torch.cuda.is_available():
         log.info("training on the CPU although there is a GPU: trainer=gpu uses it")
+    check_loggers(cfg)
     callbacks = [instantiate(c) for c in cfg.callbacks.values()]
     plugins = [instantiate(c) for c in cfg.trainer.get("plugins") or []]
     if SLURMEnvironment.detect():  # its own queueing again would come between a signal and the callback that saves
@@ -85,6 +89,17 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     )
     refuse_sweep_over_ranks(trainer.world_size)
     return trainer
+
+
+def check_loggers(cfg: DictConfig) -> None:
+    """ValueError for a logger whose package is not installed; Lightning would find out after the data is read."""
+    for name, entry in cfg.logger.items():
+        module = LOGGERS.get(str(entry["_target_"]).rpartition(".")[2])
+        try:
+            if module is not None:
+                importlib.import_module(module)
+        except ImportError:
+            raise ValueError(f"logger.{name} needs {module}: pip install 'atlas-lm[{module}]'") from None
 
 
 def refuse_sweep_over_ranks(ranks: int) -> None:
