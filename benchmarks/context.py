@@ -1,9 +1,9 @@
 """What far text is worth to each model of benchmarks.worth: python -m benchmarks.context
 
-Of the runs at equal time, over all seeds, on the same held-out sequences: the context gain (how far the loss of the
+Over all seeds, on the same held-out sequences, of the runs at equal time: the context gain (how far the loss of the
 last window falls when a model sees the whole sequence and not only what attention reaches at the experiment's window),
-the share of full attention's gain that it is, and the loss by position against the twin without a memory, sequence by
-sequence. Trains nothing. --write puts both tables and the picture into docs.
+and the share of full attention's gain that it is. At equal steps and at equal time: the loss by position against the
+twin without a memory, sequence by sequence. Trains nothing. --write puts the tables and the pictures into docs.
 """
 
 # S seeds, N sequences, T tokens
@@ -30,6 +30,7 @@ from benchmarks.figures import inserted
 
 RESULTS = Path("docs") / "results"
 PAGE, NUMBERS, PICTURE = RESULTS / "context.md", RESULTS / "context.json", Path("docs") / "context.png"
+EQUAL = {"steps": "equal steps", "time": "equal time"}
 BEGIN = "<!-- context: python -m benchmarks.context --write -->"
 TWIN, FULL = "no memory", "full attention"
 
@@ -47,6 +48,13 @@ def edges(near: int, length: int) -> list[int]:
     while found[-1] < length:
         found.append(min(2 * found[-1], length))
     return found
+
+
+@torch.no_grad()
+def by_position(runs: list[str], sequences: int) -> Tensor:
+    """Losses (S, N, T) of a model's runs, one for each seed."""
+    subjects = [Subject(run) for run in runs]
+    return torch.stack([losses(s.model, s.text(s.trained_length, sequences), lambda _: None) for s in subjects])
 
 
 @torch.no_grad()
@@ -85,26 +93,26 @@ def gains(found: dict[str, Losses], near: int) -> Table:
     return table
 
 
-def against_twin(found: dict[str, Losses], bins: list[int]) -> Table:
-    """Loss less the twin's, by position, sequence by sequence; below 0 is better than the twin."""
-    table = Table("position", "Loss by position less that of the model without memory", "nats per token", "position",
-                  "+.4f")  # fmt: skip
-    twin = found[TWIN].whole_SNT.nanmean(0)
-    for name, of in found.items():
+def against_twin(found: dict[str, Tensor], bins: list[int], equal: str) -> Table:
+    """Loss (S, N, T) less the twin's, by position, sequence by sequence; below 0 is better than the twin."""
+    title = f"Loss by position less that of the model without memory, at {EQUAL[equal]}"
+    table = Table(f"position_{equal}", title, "nats per token", "position", "+.4f")
+    twin = found[TWIN].nanmean(0)
+    for name, whole_SNT in found.items():
         if name == TWIN:
             continue
-        difference = of.whole_SNT.nanmean(0) - twin
+        difference = whole_SNT.nanmean(0) - twin
         for start, end in pairwise(bins):
             table.add(name, f"{start}–{end - 1}", interval(difference[:, start:end]), (start + end) / 2)
     return table
 
 
-def draw(table: Table, path: Path) -> None:
-    """The picture of `against_twin`."""
-    figure = new_figure(7, 4.2)
-    axes = figure.subplots()
-    table.draw(axes)
-    axes.axhline(0, color="black", linewidth=0.8)
+def draw(tables: list[Table], path: Path) -> None:
+    """The pictures of `against_twin`, side by side."""
+    figure = new_figure(11, 4.2)
+    for table, axes in zip(tables, figure.subplots(1, len(tables), sharey=True), strict=True):
+        table.draw(axes)
+        axes.axhline(0, color="black", linewidth=0.8)
     save(figure, path)
 
 
@@ -130,15 +138,24 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
         name: measure([report["run"] for report in of["time"]], near, config.window, options.sequences)
         for name, of in known.items()
     }
-    gain, position = gains(found, near), against_twin(found, edges(near, found[TWIN].whole_SNT.size(2)))
-    text = f"{gain.markdown()}\n{position.markdown()}"
+    bins = edges(near, found[TWIN].whole_SNT.size(2))
+    at_equal_time = {name: of.whole_SNT for name, of in found.items()}
+    at_equal_steps = {}
+    for name, of in known.items():
+        runs = {equal: [report["run"] for report in of[equal]] for equal in EQUAL}
+        same = runs["steps"] == runs["time"]
+        at_equal_steps[name] = at_equal_time[name] if same else by_position(runs["steps"], options.sequences)
+    gain = gains(found, near)
+    positions = [against_twin(at_equal_steps, bins, "steps"), against_twin(at_equal_time, bins, "time")]
+    text = "\n".join([gain.markdown(), *(table.markdown() for table in positions)])
     print(text)
     if options.write:
         page = (root / PAGE).read_text(encoding="utf-8")
         write_atomically(root / PAGE, inserted(page, text.strip(), BEGIN))
-        numbers = {"seeds": len(found[TWIN].whole_SNT), "gain": gain.as_json(), "position": position.as_json()}
+        numbers = {"seeds": len(found[TWIN].whole_SNT), "gain": gain.as_json()}
+        numbers |= {f"position_{equal}": table.as_json() for equal, table in zip(EQUAL, positions, strict=True)}
         write_atomically(root / NUMBERS, json.dumps(numbers, indent=1) + "\n")
-        draw(position, root / PICTURE)
+        draw(positions, root / PICTURE)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def test_a_model_is_ahead_where_its_loss_is_below_the_twins_on_the_same_text() -
     found = {"memory": made(0, 0.05), "worse": made(0, -0.05), "no memory": made(0, 0)}
     bins = context.edges(NEAR, LENGTH)
     assert bins == [0, 16, 32, 64]
-    table = context.against_twin(found, bins)
+    table = context.against_twin({name: of.whole_SNT for name, of in found.items()}, bins, "steps")
+    assert table.title.endswith("at equal steps")
     assert list(table.cells) == ["memory", "worse"]
     near, *far = table.cells["memory"].values()
     assert near.low <= 0 <= near.high
