@@ -4,7 +4,8 @@ Watches:  on held-out text, the loss of the last `block` tokens of each sequence
           the memory restarted h tokens before them, for growing h: 0, 1, 2, 4, … attention windows, and the reach of
           all layers' windows together. Every `every_n_steps`.
 Acts:     from `from_step` on, warns, or stops all ranks together (`on_failure: stop`), when the interval of the context
-          gain is not above 0: the memory is there, and the text is predicted as well without its past.
+          gain is not above 0: the memory is there, and the text is predicted as well without its past. Before that it
+          looks once more, at `second_look` sequences: a few are too few to deny a small gain.
 Logs:     memory_horizon/gain (nats per token: the loss with the memory restarted at attention's reach, less that with
           its whole past), memory_horizon/gain_low and memory_horizon/gain_high (95 % of a bootstrap over sequences),
           memory_horizon/horizon (tokens before the block that give 95 % of the gain; 0 where there is none),
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from callbacks.support.collectives import gathered
 from callbacks.support.lightning_internals import accumulates
-from callbacks.support.probing import held_out_batch, record, undisturbed
+from callbacks.support.probing import held_out_batch, record, rows_of, undisturbed
 from callbacks.support.ranges import at_least, check, one_of
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _horizon(losses: list[float], restarts: list[int], gain: float) -> float:
 
 
 class MemoryHorizon(Callback):
-    """Measures on `rows` held-out sequences per rank; keeps no state.
+    """Measures on `rows` held-out sequences per rank, and before it complains on `second_look`; keeps no state.
 
     `block`: tokens at the end of each sequence whose loss is compared; None: one attention window. `from_step`:
     optimizer step from which on a gain is expected. ValueError: a value out of its range.
@@ -128,15 +129,17 @@ class MemoryHorizon(Callback):
         block: int | None = None,
         from_step: int = 1000,
         on_failure: str = "warn",
+        second_look: int = 64,
     ) -> None:
         check(
             "memory_horizon", every_n_steps=(every_n_steps, at_least(1)), rows=(rows, at_least(2, "to resample")),
             block=(1 if block is None else block, at_least(1)), from_step=(from_step, at_least(0)),
-            on_failure=(on_failure, one_of("warn", "stop")),
+            on_failure=(on_failure, one_of("warn", "stop")), second_look=(second_look, at_least(0)),
         )  # fmt: skip
         self.every_n_steps, self.rows, self.block = every_n_steps, rows, block
-        self.from_step, self.on_failure = from_step, on_failure
+        self.from_step, self.on_failure, self.second_look = from_step, on_failure, second_look
         self._batch: Any = None
+        self._more: Any = None
 
     # The judgement
 
@@ -167,6 +170,9 @@ class MemoryHorizon(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the text."""
         self._batch = held_out_batch(trainer, self.rows, "memory_horizon")
+        more = held_out_batch(trainer, max(self.rows, self.second_look), "memory_horizon", fewer=True)
+        most = max(gathered(trainer, rows_of(more) - rows_of(self._batch)))
+        self._more = more if most > 0 else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,6 +188,8 @@ class MemoryHorizon(Callback):
                 log.warning("memory_horizon is not measured: %s", error)
             return
         step = trainer.global_step
+        if self._more is not None and math.isfinite(gain.mean) and self.judge(gain, step):
+            gain = self._look_again(trainer, pl_module, gain)
         values = {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "horizon": gain.horizon}
         record(trainer, {f"memory_horizon/{name}": value for name, value in values.items()})
         record(trainer, {"memory_horizon/step": step})
@@ -190,6 +198,15 @@ class MemoryHorizon(Callback):
             raise MemoryUnused(wrong)
         if wrong and trainer.is_global_zero:
             log.warning(wrong)
+
+    def _look_again(self, trainer: Trainer, pl_module: Any, first: Gain) -> Gain:
+        """The gain on more text; how far back it comes from is known well enough."""
+        with undisturbed(trainer, pl_module):
+            window, reach = pl_module.attention_reach()
+            block = min(window if self.block is None else self.block, next(len(x[0]) for x in _tensors(self._more)))
+            losses = pl_module.losses_after_restarts(self._more, [reach], block).float()
+        found = estimate(torch.cat(gathered(trainer, losses.cpu()), dim=1), [reach], reach)
+        return found._replace(horizon=first.horizon if found.mean > 0 else 0.0)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> Gain:
         """Over the sequences of all ranks."""

@@ -65,12 +65,12 @@ def layer_numbers(pl_module: LightningModule, count: int) -> list[int]:
     return found
 
 
-def held_out_batch(trainer: Trainer, rows: int | None, asker: str) -> Any:
+def held_out_batch(trainer: Trainer, rows: int | None, asker: str, fewer: bool = False) -> Any:
     """The first `rows` rows of this rank's validation data as one batch, on its device; the same at every call.
 
     None: the first validation batch as it is. Where there are fewer rows, or batches that cannot be joined because
-    their tensors differ in more than the number of rows, those that there are, with a warning. ValueError, naming who
-    asks, if the Trainer has no validation data.
+    their tensors differ in more than the number of rows, those that there are, with a warning unless `fewer` will do.
+    ValueError, naming who asks, if the Trainer has no validation data.
     """
     loaders = trainer.val_dataloaders
     if loaders is None:
@@ -88,7 +88,7 @@ def held_out_batch(trainer: Trainer, rows: int | None, asker: str) -> Any:
                 break
             batch = joined
     if rows is not None:
-        if 0 < rows_of(batch) < rows and trainer.is_global_zero:
+        if 0 < rows_of(batch) < rows and trainer.is_global_zero and not fewer:
             log.warning(
                 "%s: rows=%d held-out rows are asked for, the validation loader gives %d: it measures on these",
                 asker, rows, rows_of(batch),

@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from atlas_lm.model import probes
 from atlas_lm.model.probes import losses_after_restarts
@@ -15,7 +16,7 @@ from atlas_lm.training.module import AtlasModule
 from callbacks.memory_horizon import Gain, HasMemoryHorizon, MemoryHorizon, MemoryUnused, distances, estimate
 from tests.support.model_cases import VOCABULARY, build_model, make_tokens
 from tests.support.rollback_cases import Faulty, differences, plain
-from tests.support.toys import Line, Lines
+from tests.support.toys import Line, Lines, loader
 from tests.support.two_ranks import run_on_two_ranks
 from tests.unit.callbacks.test_niah_probe import fit as fit_real
 
@@ -152,6 +153,43 @@ def test_a_memory_that_is_not_used_is_reported_or_stops_the_run(fit: Any, caplog
     assert len(warned) == 2, "at steps 6 and 8"
     with pytest.raises(MemoryUnused, match="step 6"):
         fit(Reader(0.0), MemoryHorizon(every_n_steps=2, from_step=5, on_failure="stop"), limit_val_batches=1)
+
+
+class Rare(Reader):
+    """Its memory helps one row in eight, and much: of few rows the interval contains 0."""
+
+    def losses_after_restarts(self, batch: Any, restarts: Any, block: int) -> Tensor:
+        found = super().losses_after_restarts(batch, restarts, block)
+        missing = torch.zeros(len(batch))
+        missing[3::8] = self.worth
+        found[:-1] += missing[:, None] - self.worth
+        return found
+
+
+def test_it_looks_twice_before_it_complains(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
+    """At few rows the interval of a small gain contains 0: a run in three was told that its memory is not used."""
+    settings: dict[str, Any] = {"every_n_steps": 4, "from_step": 0, "rows": 8}
+
+    def warned(guard: MemoryHorizon, worth: float) -> tuple[int, dict[str, float]]:
+        caplog.clear()
+        lines = Lines()
+        trainer = lightning.Trainer(
+            max_steps=4, accelerator="cpu", logger=lines, callbacks=[guard], enable_model_summary=False,
+            enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path, log_every_n_steps=1,
+        )  # fmt: skip
+        with caplog.at_level(logging.WARNING, "callbacks.memory_horizon"):
+            trainer.fit(Rare(worth), loader(), DataLoader(torch.zeros(64, 4), batch_size=8))
+        return len([r for r in caplog.records if r.name == "callbacks.memory_horizon"]), values_of(lines)
+
+    count, found = warned(MemoryHorizon(**settings, second_look=0), 0.5)
+    assert count == 1
+    assert found["gain_low"] <= 0 < found["gain"]
+    count, found = warned(MemoryHorizon(**settings, second_look=64), 0.5)
+    assert count == 0
+    assert found["gain_low"] > 0
+    assert found["gain"] == pytest.approx(0.5 / 8, abs=0.02)
+    count, found = warned(MemoryHorizon(**settings, second_look=64), 0.0)
+    assert count == 1, "a memory that gives nothing is still found out"
 
 
 def test_another_module_is_refused(fit: Any, line: Any) -> None:
