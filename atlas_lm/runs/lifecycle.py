@@ -163,7 +163,8 @@ def result_so_far(cfg: DictConfig) -> Report | None:
     run = Path(cfg.paths.run)
     if not has_ended_well(run):
         return None
-    log.info("resume=auto: %s is finished and stays as it is; without resume=auto it is trained again", run)
+    again = "without resume=auto" if is_sweep() else "in another job, or under another name=,"
+    log.info("resume=auto: %s is finished and stays as it is; %s it is trained again", run, again)
     return json.loads((run / "report.json").read_bytes())
 
 
