@@ -32,14 +32,17 @@ def is_replicated(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
 
 
+def in_main_memory(x: Any) -> Any:
+    """A copy there, if it is a tensor."""
+    return x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x
+
+
 def shared(trainer: Trainer, tree: Any) -> Any:
     """Every tensor of nested containers, all alike on all ranks, as this rank's share; small ones are copied whole."""
 
     def leaf(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if x.numel() < SMALLEST:
-            return x.detach().to("cpu", copy=True)
+        if not isinstance(x, Tensor) or x.numel() < SMALLEST:
+            return in_main_memory(x)
         return Share(x, trainer.global_rank, trainer.world_size)
 
     return tree_map(leaf, tree)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from callbacks.support.lightning_internals import forget_last_save, load_checkpoint_hooks
 from callbacks.support.probing import reshard
-from callbacks.support.shares import Share, is_replicated, joined, shared
+from callbacks.support.shares import Share, in_main_memory, is_replicated, joined, shared
 
 # In main memory: a ring of snapshots has no place on a GPU. Each rank keeps its own shard of what is sharded, and its
 # share of what all ranks hold alike.
@@ -73,9 +73,14 @@ def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
         callback.on_save_checkpoint(trainer, pl_module, checkpoint)  # averaged weights travel this way
     pl_module.on_save_checkpoint(checkpoint)
     state = checkpoint.pop("state_dict")
-    parameters = {name for name, _ in pl_module.named_parameters()} if replicated else set()
-    alike = {name: shared(trainer, x) for name, x in state.items() if name in parameters}
-    checkpoint = copied(checkpoint) | {"state_dict": {name: alike.get(name, copied(x)) for name, x in state.items()}}
+    parameters = {name for name, _ in pl_module.named_parameters()}
+
+    def kept(name: str, x: Any) -> Any:
+        if not replicated:
+            return copied(x)
+        return shared(trainer, x) if name in parameters else in_main_memory(x)  # a buffer may differ by rank
+
+    checkpoint = copied(checkpoint) | {"state_dict": {name: kept(name, x) for name, x in state.items()}}
     loop = trainer.fit_loop.epoch_loop
     return Snapshot(
         trainer.global_step,
