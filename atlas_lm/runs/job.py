@@ -19,14 +19,24 @@ SCHEDULERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("torchrun", ("TORCHELASTIC_RUN_ID",), ()),
 )
 
+INTERACTIVE = ("bash", "sh", "zsh", "interactive")  # names of the jobs of salloc and srun --pty
+# set within an array alone, where 0 is a task like the others; elsewhere 0 says that there is none
+COUNTED_FROM_ZERO = {"SLURM_ARRAY_TASK_ID"}
+
 
 def current_job(environment: Mapping[str, str] = os.environ) -> str | None:
-    """A name for the job, fit for a file name; None outside one."""
+    """A name for the job, fit for a file name; None outside one, and in a shell that was allocated: it is no run's."""
     for scheduler, names, parts in SCHEDULERS:
         given = [environment.get(name, "") for name in names]
         if not all(given) or given == ["none"]:  # torchrun's default
             continue
-        more = [environment[name] for name in parts if environment.get(name, "0") not in ("", "0") or name in _COUNTED]
+        if scheduler == "slurm" and environment.get("SLURM_JOB_NAME") in INTERACTIVE:
+            continue
+        more = [
+            environment[name]
+            for name in parts
+            if environment.get(name, "0") not in ("", "0") or name in COUNTED_FROM_ZERO
+        ]
         text = "-".join([scheduler, *given, *more])
         return re.sub(r"[^\w.-]", "-", text)
     return None
@@ -43,9 +53,6 @@ def is_alive(job: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return True
     return done.returncode == 0 and bool(done.stdout.strip())  # a job that is long gone is an error of squeue
-
-
-_COUNTED = {"SLURM_ARRAY_TASK_ID"}  # set only within an array, where 0 is a task like the others
 
 
 def folder_of(job: str, overrides: Sequence[str]) -> str:

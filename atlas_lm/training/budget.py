@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from atlas_lm.config.model import ModelConfig
 from atlas_lm.config.schema import OptimConfig
-from atlas_lm.memory.looking import as_on_a_gpu
+from atlas_lm.memory.host_reads import as_on_a_gpu
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.optimizer import build_optimizer
 

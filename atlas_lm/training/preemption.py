@@ -57,7 +57,8 @@ def requeue(number: int | None) -> None:
     other schedulers the exit code asks for it. One rank asks for all.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if number != signal.SIGUSR1 or job is None or os.environ.get("SLURM_PROCID", "0") != "0":
+    ranks = {os.environ.get(name, "0") for name in ("SLURM_PROCID", "LOCAL_RANK")}  # SLURM's tasks, and those of a task
+    if number != signal.SIGUSR1 or job is None or ranks != {"0"}:
         return
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import seed_everything
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -79,7 +79,10 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     check_loggers(cfg)
     callbacks = [instantiate(c) for c in cfg.callbacks.values()]
     plugins = [instantiate(c) for c in cfg.trainer.get("plugins") or []]
-    if SLURMEnvironment.detect():  # its own queueing again would come between a signal and the callback that saves
+    given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    if (
+        SLURMEnvironment.detect() and not given
+    ):  # its own queueing again would come between a signal and the callback that saves
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
         plugins=plugins,

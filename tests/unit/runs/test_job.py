@@ -23,6 +23,9 @@ from atlas_lm.runs.resolve import run_folder, sweep_folder
         ({"TORCHELASTIC_RUN_ID": "a/b"}, "torchrun-a-b"),
         ({"SLURM_JOB_ID": "7", "ATLAS_LM_JOB": "mine-3"}, "job-mine-3"),
         ({"SLURM_JOB_ID": ""}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "stage1"}, "slurm-7"),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash", "ATLAS_LM_JOB": "mine"}, "job-mine"),
     ],
 )
 def test_what_a_job_is_called(environment: dict[str, str], job: str | None) -> None:
