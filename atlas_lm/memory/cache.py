@@ -68,6 +68,11 @@ def empty_cache(initial: Weights, batch: int, keep: int) -> Cache:
 
 def fit_cache(cache: Cache, initial: Weights, keep: int, shard: int, like: Tensor) -> Cache:
     """In the precision of these tokens (B, H, T, D). ValueError for one of another memory or batch."""
+    if len(cache.snapshots.change) != len(initial):
+        raise ValueError(
+            f"the kept states have {len(cache.snapshots.change)} fast matrices, the network {len(initial)}; start from "
+            "initial_state of this model"
+        )
     wide, (B, H, _, D) = torch.promote_types(like.dtype, torch.float32), like.shape
     if not (0 <= cache.used <= keep and 0 <= cache.seen < shard):
         raise ValueError(

@@ -145,10 +145,12 @@ def test_they_belong_to_a_global_memory() -> None:
 def test_a_state_of_a_model_that_keeps_others_is_refused() -> None:
     inputs, with_two, without = make_inputs(30), make_hierarchy(SPEC_CACHED), make_hierarchy()
     with_three = make_hierarchy(SPEC_CACHED._replace(cached_states=3))
+    linear = make_hierarchy(SPEC_CACHED._replace(network="linear"))
     for ours, theirs, message in (
         (with_two, without, "the state has no cached states, the model has"),
         (without, with_two, "the state has cached states, the model has none"),
         (with_two, with_three, "the state does not fit: its kept states"),
+        (with_two, linear, "the kept states have 1 fast matrices, the network 2"),
     ):
         with pytest.raises(ValueError, match=message):
             ours(*inputs, theirs.initial_state(2))
