@@ -5,7 +5,7 @@ Watches:  on held-out text, the loss of the last `block` tokens of each sequence
           all layers' windows together. Every `every_n_steps`.
 Acts:     from `from_step` on, warns, or stops all ranks together (`on_failure: stop`), when the interval of the context
           gain is not above 0: the memory is there, and the text is predicted as well without its past. Before that it
-          looks once more, at `second_look` sequences: a few are too few to deny a small gain.
+          measures again, on `confirm_rows` sequences: a few cannot deny a small gain.
 Logs:     memory_horizon/gain (nats per token: the loss with the memory restarted at attention's reach, less that with
           its whole past), memory_horizon/gain_low and memory_horizon/gain_high (95 % of a bootstrap over sequences),
           memory_horizon/horizon (tokens before the block that give 95 % of the gain; 0 where there is none),
@@ -116,7 +116,7 @@ def _horizon(losses: list[float], restarts: list[int], gain: float) -> float:
 
 
 class MemoryHorizon(Callback):
-    """Measures on `rows` held-out sequences per rank, and before it complains on `second_look`; keeps no state.
+    """Measures on `rows` held-out sequences per rank, and on `confirm_rows` before it warns or stops; keeps no state.
 
     `block`: tokens at the end of each sequence whose loss is compared; None: one attention window. `from_step`:
     optimizer step from which on a gain is expected. ValueError: a value out of its range.
@@ -129,15 +129,15 @@ class MemoryHorizon(Callback):
         block: int | None = None,
         from_step: int = 1000,
         on_failure: str = "warn",
-        second_look: int = 64,
+        confirm_rows: int = 64,
     ) -> None:
         check(
             "memory_horizon", every_n_steps=(every_n_steps, at_least(1)), rows=(rows, at_least(2, "to resample")),
             block=(1 if block is None else block, at_least(1)), from_step=(from_step, at_least(0)),
-            on_failure=(on_failure, one_of("warn", "stop")), second_look=(second_look, at_least(0)),
+            on_failure=(on_failure, one_of("warn", "stop")), confirm_rows=(confirm_rows, at_least(0)),
         )  # fmt: skip
         self.every_n_steps, self.rows, self.block = every_n_steps, rows, block
-        self.from_step, self.on_failure, self.second_look = from_step, on_failure, second_look
+        self.from_step, self.on_failure, self.confirm_rows = from_step, on_failure, confirm_rows
         self._batch: Any = None
         self._more: Any = None
 
@@ -170,7 +170,7 @@ class MemoryHorizon(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the text."""
         self._batch = held_out_batch(trainer, self.rows, "memory_horizon")
-        more = held_out_batch(trainer, max(self.rows, self.second_look), "memory_horizon", fewer=True)
+        more = held_out_batch(trainer, max(self.rows, self.confirm_rows), "memory_horizon", fewer=True)
         most = max(gathered(trainer, rows_of(more) - rows_of(self._batch)))
         self._more = more if most > 0 else None
 
@@ -189,7 +189,7 @@ class MemoryHorizon(Callback):
             return
         step = trainer.global_step
         if self._more is not None and math.isfinite(gain.mean) and self.judge(gain, step):
-            gain = self._look_again(trainer, pl_module, gain)
+            gain = self._confirm(trainer, pl_module, gain)
         values = {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "horizon": gain.horizon}
         record(trainer, {f"memory_horizon/{name}": value for name, value in values.items()})
         record(trainer, {"memory_horizon/step": step})
@@ -199,7 +199,7 @@ class MemoryHorizon(Callback):
         if wrong and trainer.is_global_zero:
             log.warning(wrong)
 
-    def _look_again(self, trainer: Trainer, pl_module: Any, first: Gain) -> Gain:
+    def _confirm(self, trainer: Trainer, pl_module: Any, first: Gain) -> Gain:
         """The gain on more text; how far back it comes from is known well enough."""
         with undisturbed(trainer, pl_module):
             window, reach = pl_module.attention_reach()

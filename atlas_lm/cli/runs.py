@@ -94,4 +94,4 @@ def main(arguments: list[str]) -> None:
             name = os.path.relpath(entry.folder, base)
             console.print(f"{name}: {entry.error}", soft_wrap=True, markup=False, highlight=False)
     if any(entry.state == KILLED for entry in entries):
-        console.print("killed runs go on with the same command and resume=auto, or resume=<folder>")
+        console.print("killed runs are resumed by the same command with resume=auto, or by resume=<folder>")

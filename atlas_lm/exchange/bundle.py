@@ -1,7 +1,7 @@
 """The source of a model as files of one folder that import one another, for those who do not have this package.
 
 Hugging Face takes the modules that `modeling_*.py` names by `from .name import …`, from its own folder alone. So
-`atlas_lm.memory.chunked` becomes `memory_chunked.py`, and every import is written anew. The C++ sources travel as text
+`atlas_lm.memory.chunked` becomes `memory_chunked.py`, and every import is rewritten. The C++ sources travel as text
 in a module.
 """
 

@@ -101,7 +101,7 @@ def save_model(model: Any, settings: dict[str, Any], vocab_size: int, tokenizer:
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.save_pretrained(out)
-    write_atomically(out / COPY, text)  # which was just written anew, with what its own configuration says as well
+    write_atomically(out / COPY, text)  # which that has changed: it adds what its own configuration says
 
 
 def bytes_json() -> str:

@@ -22,7 +22,7 @@ from torch.nn import functional as nnf
 from atlas_lm.memory import coefficients as fold
 from atlas_lm.memory import delta
 from atlas_lm.memory.coefficients import Steps
-from atlas_lm.memory.looking import may_look
+from atlas_lm.memory.host_reads import may_look
 from atlas_lm.memory.loop import autograd as loop
 from atlas_lm.memory.network import Weights, renormalised
 from atlas_lm.memory.state import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from atlas_lm.memory.looking import may_look
+from atlas_lm.memory.host_reads import may_look
 
 Weights = tuple[Tensor, ...]
 

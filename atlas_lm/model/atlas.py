@@ -29,7 +29,7 @@ from atlas_lm.config.model import ModelConfig
 from atlas_lm.memory.cache import Cache, Snapshot
 from atlas_lm.memory.fast_memory import MemorySpec
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
-from atlas_lm.memory.looking import may_look
+from atlas_lm.memory.host_reads import may_look
 from atlas_lm.memory.network import Network
 from atlas_lm.memory.projection import ProjectionState
 from atlas_lm.memory.state import Gates, MemoryState, Rule, Tokens

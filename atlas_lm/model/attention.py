@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from atlas_lm.memory.host_reads import may_look
 from atlas_lm.memory.kernels import attention as cpu_attention
-from atlas_lm.memory.looking import may_look
 from atlas_lm.memory.state import all_finite, fit
 from atlas_lm.model.convolution import CausalConv, make_associative
 

@@ -25,7 +25,7 @@ from atlas_lm.memory.features import Monomials
 from atlas_lm.model.atlas import AtlasLM, detach_state
 from atlas_lm.model.session import PIECE
 
-# what transformers calls it: past_key_values until 5.20 or so
+# what this version of transformers calls it
 CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atlas_lm.memory.looking import simulated
+from atlas_lm.memory.host_reads import simulated
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from atlas_lm.memory import coefficients
 from atlas_lm.memory.coefficients import Decays
+from atlas_lm.memory.host_reads import simulated
 from atlas_lm.memory.kernels.compiled import once_differentiable
-from atlas_lm.memory.looking import simulated
 from atlas_lm.memory.loop import cpu as cpu_loop
 from atlas_lm.memory.loop import triton as triton_loop
 from atlas_lm.memory.loop.backward import gradients

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from atlas_lm.memory import network as net
+from atlas_lm.memory.host_reads import simulated
 from atlas_lm.memory.kernels.compiled import once_differentiable
-from atlas_lm.memory.looking import simulated
 from atlas_lm.memory.loop.types import LoopConfig, LoopInputs, serve_once
 from atlas_lm.memory.state import without_autocast
 

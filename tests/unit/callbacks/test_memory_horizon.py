@@ -166,8 +166,8 @@ class Rare(Reader):
         return found
 
 
-def test_it_looks_twice_before_it_complains(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
-    """At few rows the interval of a small gain contains 0: a run in three was told that its memory is not used."""
+def test_it_measures_again_before_it_warns(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
+    """With few rows the interval of a small gain contains 0: one healthy run in three was reported."""
     settings: dict[str, Any] = {"every_n_steps": 4, "from_step": 0, "rows": 8}
 
     def warned(guard: MemoryHorizon, worth: float) -> tuple[int, dict[str, float]]:
@@ -181,14 +181,14 @@ def test_it_looks_twice_before_it_complains(caplog: pytest.LogCaptureFixture, tm
             trainer.fit(Rare(worth), loader(), DataLoader(torch.zeros(64, 4), batch_size=8))
         return len([r for r in caplog.records if r.name == "callbacks.memory_horizon"]), values_of(lines)
 
-    count, found = warned(MemoryHorizon(**settings, second_look=0), 0.5)
+    count, found = warned(MemoryHorizon(**settings, confirm_rows=0), 0.5)
     assert count == 1
     assert found["gain_low"] <= 0 < found["gain"]
-    count, found = warned(MemoryHorizon(**settings, second_look=64), 0.5)
+    count, found = warned(MemoryHorizon(**settings, confirm_rows=64), 0.5)
     assert count == 0
     assert found["gain_low"] > 0
     assert found["gain"] == pytest.approx(0.5 / 8, abs=0.02)
-    count, found = warned(MemoryHorizon(**settings, second_look=64), 0.0)
+    count, found = warned(MemoryHorizon(**settings, confirm_rows=64), 0.0)
     assert count == 1, "a memory that gives nothing is still found out"
 
 

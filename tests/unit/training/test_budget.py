@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as nnf
 
 from atlas_lm.config.model import ModelConfig
-from atlas_lm.memory.looking import as_on_a_gpu
+from atlas_lm.memory.host_reads import as_on_a_gpu
 from atlas_lm.memory.loop import triton as triton_loop
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.budget import USABLE, Budget, budget, largest_batch
