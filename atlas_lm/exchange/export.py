@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,13 @@ BYTES_SEPARATOR = "<|endoftext|>"
 def export(run: str, out: Path, outputs: str = "outputs") -> Path:
     """Write the model of a run, an experiment or a checkpoint to the new folder `out`; its checkpoint's path.
 
-    ValueError: there is no such run, it was not trained on text, or `out` has files. ModuleNotFoundError with the
-    remedy where transformers is missing.
+    ValueError: there is no such run, it was not trained on text, `out` has files, or transformers is not installed.
     """
-    check_new(out)
+    with new_folder(out) as folder:
+        return _export(run, folder, outputs)
+
+
+def _export(run: str, out: Path, outputs: str) -> Path:
     checkpoint = resolve_checkpoint(run, outputs)
     content = read_checkpoint(checkpoint)
     arguments = dict(content[MODEL[0]])
@@ -63,10 +69,22 @@ def export(run: str, out: Path, outputs: str = "outputs") -> Path:
     return checkpoint
 
 
-def check_new(out: Path) -> None:
-    """ValueError: there is something already."""
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` when all is written, and is removed where something fails.
+
+    ValueError: there is something in `out` already.
+    """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"out={out} has something in it already: give a new folder")
+    half = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        yield half
+        half.replace(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def save_model(model: Any, settings: dict[str, Any], vocab_size: int, tokenizer: Tokenizer, out: Path) -> None:
@@ -77,7 +95,7 @@ def save_model(model: Any, settings: dict[str, Any], vocab_size: int, tokenizer:
         from atlas_lm.exchange.hugging_face.configuration_atlas import AtlasConfig
         from atlas_lm.exchange.hugging_face.modeling_atlas import AtlasForCausalLM
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error.name} is missing: pip install 'atlas-lm[exchange]'") from error
+        raise ValueError(f"{error.name} is not installed: pip install 'atlas-lm[exchange]'") from error
     end = tokenizer.separator_id
     ids: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end, "bos_token_id": None}
     config = AtlasConfig(settings, vocab_size, architectures=["AtlasForCausalLM"], **ids)
@@ -89,7 +107,6 @@ def save_model(model: Any, settings: dict[str, Any], vocab_size: int, tokenizer:
         whole = AtlasForCausalLM(config)
     whole.model = model
     whole.generation_config = GenerationConfig(**ids)
-    out.mkdir(parents=True, exist_ok=True)
     whole.save_pretrained(out)
     for name, text in bundle().items():
         write_atomically(out / name, text)
@@ -180,7 +197,11 @@ def import_back(exported: Path, out: Path) -> Path:
     It starts new runs (`init_from=`), generates and is evaluated; the optimizer's state is not there to resume.
     ValueError: not an exported folder, or `out` has files.
     """
-    check_new(out)
+    with new_folder(out) as folder:
+        return out / _import(exported, folder).relative_to(folder)
+
+
+def _import(exported: Path, out: Path) -> Path:
     if not (exported / TRAINING).is_file() or not (exported / EXPORTED).is_file():
         raise ValueError(
             f"{str(exported)!r} is no folder that export to=hf wrote: {TRAINING} or {EXPORTED} is missing there"

@@ -32,11 +32,8 @@ def current_job(environment: Mapping[str, str] = os.environ) -> str | None:
             continue
         if scheduler == "slurm" and environment.get("SLURM_JOB_NAME") in INTERACTIVE:
             continue
-        more = [
-            environment[name]
-            for name in parts
-            if environment.get(name, "0") not in ("", "0") or name in COUNTED_FROM_ZERO
-        ]
+        said = {name: environment.get(name, "0") for name in parts}
+        more = [value for name, value in said.items() if value not in ("", "0") or name in COUNTED_FROM_ZERO]
         text = "-".join([scheduler, *given, *more])
         return re.sub(r"[^\w.-]", "-", text)
     return None

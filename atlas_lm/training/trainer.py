@@ -80,9 +80,8 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     callbacks = [instantiate(c) for c in cfg.callbacks.values()]
     plugins = [instantiate(c) for c in cfg.trainer.get("plugins") or []]
     given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
-    if (
-        SLURMEnvironment.detect() and not given
-    ):  # its own queueing again would come between a signal and the callback that saves
+    # its own handler would come between a signal and the callback that saves
+    if SLURMEnvironment.detect() and not given:
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
         plugins=plugins,

@@ -141,10 +141,12 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="step-0000007"):
         command.main([f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.tmp").exists()
     monkeypatch.setitem(sys.modules, "transformers", None)
     make_run(tmp_path / "other")
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'atlas-lm\[exchange\]'"):
+    with pytest.raises(ValueError, match=r"transformers is not installed: pip install 'atlas-lm\[exchange\]'"):
         command.main([f"run={tmp_path / 'other'}", f"out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists(), "whole or absent: the same command can be given again"
 
 
 def test_a_damaged_export_is_said(tmp_path: Path) -> None:
