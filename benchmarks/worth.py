@@ -9,6 +9,7 @@ picture (validation loss against seconds at those speeds). What has finished is 
 benchmark is continued by the same command.
 
 --quick: one seed and a tenth of the steps, for screening. --models and --set choose and change what is trained.
+--add: the first model only sets the time, and the rows that --write finds in docs stay beside the new ones.
 --jobs: so many trainings at once, each with its share of the cores; steps are counted, so results stay the same.
 """
 
@@ -257,10 +258,14 @@ def next_rate(found: dict[float, float]) -> float | None:
     return None if beyond in found or not LOWEST <= beyond <= HIGHEST else beyond
 
 
-def measure(s: Setting, names: list[str], seeds: int) -> dict[str, Any]:
-    """All runs; by model its speed, its rate and the reports at equal steps and at equal time."""
+def measure(s: Setting, names: list[str], seeds: int, add: bool = False) -> dict[str, Any]:
+    """All runs; by model its speed, its rate and the reports at equal steps and at equal time.
+
+    `add`: the first model sets the time and is not trained.
+    """
     speed = speeds(s, names)
-    as_long = {name: max(1, round(s.steps * speed[name] / speed[names[0]])) for name in names}
+    first, names = names[0], names[1:] if add else names
+    as_long = {name: max(1, round(s.steps * speed[name] / speed[first])) for name in names}
     with ThreadPoolExecutor(s.jobs) as pool:
         sweeps = best_rates(s, as_long, pool)
         rates = {name: next(iter(sweep)) for name, sweep in sweeps.items()}
@@ -335,10 +340,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT) -> None:
-    """Into docs: the table, its numbers, the picture. `benchmarks.figures` takes the README's rows from there."""
+def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT, *, add: bool = False) -> None:
+    """Into docs: the table, its numbers, the picture. `benchmarks.figures` takes the README's rows from there.
+
+    `add`: beside the rows that are there, whose picture stays.
+    """
     rows = summary(found)
     command = f"python -m benchmarks.worth {how}" + (f" --set {' '.join(s.extra)}" if s.extra else "")
+    if add:
+        known = json.loads((root / NUMBERS).read_text(encoding="utf-8"))
+        rows = beside(known["models"], rows)
+        command = "; ".join(dict.fromkeys([known["command"], command]))
     content = {
         "command": command,
         "experiment": s.experiment,
@@ -348,7 +360,14 @@ def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT) -> N
     write_atomically(root / NUMBERS, json.dumps(content, indent=1) + "\n")
     page = (root / PAGE).read_text(encoding="utf-8")
     write_atomically(root / PAGE, inserted(page, f"`{command}`\n\n{table(rows)}", BEGIN))
-    draw(found, root / PICTURE)
+    if not add:
+        draw(found, root / PICTURE)
+
+
+def beside(known: list[dict[str, Any]], new: list[Row]) -> list[Row]:
+    """Published rows and new ones, in the order of MODELS; a new one takes the place of its old one."""
+    rows = {row["model"]: Row(**row) for row in known} | {row.model: row for row in new}
+    return sorted(rows.values(), key=lambda row: list(MODELS).index(row.model))
 
 
 def curve(report: dict[str, Any], tokens_per_second: float) -> tuple[list[float], list[float]]:
@@ -387,6 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--set", nargs="*", default=[], dest="extra", help="settings of all runs, as train.py takes them"
     )
     parser.add_argument("--write", action="store_true", help="into docs/results")
+    parser.add_argument("--add", action="store_true", help="do not train the first model; keep the rows in docs")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -394,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
         return worker(options.worker)
     s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs, options.sweep)
     (s.out / "runs").mkdir(parents=True, exist_ok=True)
-    found = measure(s, options.models, 1 if options.quick else options.seeds)
+    found = measure(s, options.models, 1 if options.quick else options.seeds, options.add)
     text = table(summary(found))
     print(text)
     write_atomically(s.out / "worth.md", f"{text}\n")
@@ -402,7 +422,10 @@ def main(arguments: list[str] | None = None) -> None:
     draw(found, s.out / "worth.png")
     if options.write:
         shorter = f" --sweep {options.sweep:g}" if options.sweep < 1 else ""
-        publish(found, s, ("--quick" if options.quick else f"--seeds {options.seeds}") + shorter)
+        models = " --add --models " + " ".join(f"'{name}'" for name in options.models) if options.add else ""
+        publish(
+            found, s, ("--quick" if options.quick else f"--seeds {options.seeds}") + shorter + models, add=options.add
+        )
 
 
 if __name__ == "__main__":

@@ -155,6 +155,26 @@ def test_what_is_published_is_what_the_readme_takes(
     assert first.command == "python -m benchmarks.worth --seeds 2 --set optim.total_steps=400"
 
 
+def test_rows_are_added_beside_those_published(
+    s: worth.Setting, runs: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worth, "draw", lambda found, path: path.write_text(" ".join(found)))
+    (tmp_path / worth.PAGE).parent.mkdir(parents=True)
+    (tmp_path / worth.PAGE).write_text(f"{worth.BEGIN}\nold\n{figures.END}\n")
+    before = worth.measure(s, ["memory", "full attention"], seeds=1)
+    worth.publish(before, s, "--seeds 1", tmp_path)
+    runs.clear()
+    added = worth.measure(s, ["memory", "no memory"], seeds=1, add=True)
+    assert {name for _, name, *_ in runs} == {"no memory"}, "the first one only sets the time"
+    assert added["no memory"]["time"][0]["steps"] == 1000
+    worth.publish(added, s, "--seeds 1 --add", tmp_path, add=True)
+    published = json.loads((tmp_path / worth.NUMBERS).read_text())
+    assert [row["model"] for row in published["models"]] == ["memory", "no memory", "full attention"]
+    assert published["models"][0]["equal_time"] == [worth.summary(before)[0].equal_time[0], None]
+    assert (tmp_path / worth.PICTURE).read_text() == "memory full attention", "it has the curves of those alone"
+    assert published["command"].count("python -m benchmarks.worth") == 2
+
+
 @pytest.mark.slow
 def test_it_runs_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
