@@ -86,6 +86,7 @@ METRICS = {
     "optim/lr": Metric("", "learning rate of the last parameter group", "module", STEP),
     "optim/grad_norm": Metric("", "2-norm of all gradients before clipping", "module", STEP),
     "perf/tokens_per_second": Metric("tokens/s", "over all ranks, since the last step", "module", STEP),
+    "perf/checkpoint_stall_seconds": Metric("s", "training waited for the last save", "step_checkpoint", EVENT),
     "val/loss": Metric("nats per token", "mean loss of the validation text", "module", VALIDATION),
     "val/ppl": Metric("", "its perplexity", "module", VALIDATION),
     "val/bits_per_byte": Metric("bits", "the same per byte of text", "module", "validations on text"),

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.support.step_end import open_step_ends, save
+from callbacks.support.step_end import open_step_ends, save, wait_for_files
 from callbacks.support.step_vote import enter, largest, vote
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
@@ -84,6 +84,7 @@ class Interrupt(Checkpoint):
         if not received:
             return
         save(trainer, self.path)
+        wait_for_files(trainer)
         rank_zero_info(f"saved {self.path}")
         if received == signal.SIGINT:
             raise KeyboardInterrupt

@@ -35,7 +35,7 @@ from callbacks.support.probing import begins, held_out_batch, record, record_sta
 from callbacks.support.ranges import above, at_least, check, one_of, share
 from callbacks.support.rollback_request import blocks_snapshot
 from callbacks.support.snapshots import Snapshot, restore, take
-from callbacks.support.step_end import flush_records, open_step_ends
+from callbacks.support.step_end import after_writing, flush_records, open_step_ends, wait_for_files
 from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
 from callbacks.support.step_vote import enter, loss_not_finite, vote
 
@@ -333,18 +333,19 @@ class SpikeRollback(Checkpoint):
         if path is not None:
             trainer.save_checkpoint(path, weights_only=False)
         self.snapshots[-1] = self.snapshots[-1]._replace(path=path, position=position_now(trainer))
-        self._remove_oldest(trainer)
+        snapshots = {kept.path for kept in self.snapshots}
+        after_writing(trainer, lambda: self._remove_oldest(trainer, snapshots))
 
     @rank_zero_only  # others would list files that are just being removed
-    def _remove_oldest(self, trainer: Trainer) -> None:
+    def _remove_oldest(self, trainer: Trainer, snapshots: set[Path | None]) -> None:
         """Those that are no snapshot of this process go first: a process that was killed left them."""
-        snapshots = {kept.path for kept in self.snapshots}
         others = [path for path in by_step(self.folder, "snapshot") if path not in snapshots]
         for path in others[: max(0, len(others) + len(snapshots) - self.keep_last)]:
             trainer.strategy.remove_checkpoint(path)
 
     def _roll_back(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Return to the second most recent snapshot: the most recent may hold what led to the spike already."""
+        wait_for_files(trainer)  # a file that comes after this would be taken for one of the new timeline
         kept, later, seen = self.snapshots[-2:][0], self.snapshots[-2:][1:], trainer.global_step
         for spoiled in later:
             if spoiled.path is not None:

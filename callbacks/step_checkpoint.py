@@ -3,7 +3,7 @@
 Watches:  the step counter, and rank zero's clock.
 Acts:     saves every `every_n_steps`, `every_n_minutes` after the last save, and at the end; keeps the newest `keep`;
           `last.ckpt` links to the newest. Saves when a step is complete: see support/step_end.py.
-Logs:     nothing.
+Logs:     perf/checkpoint_stall_seconds, how long training waited for the last save, once for each.
 Requires: any LightningModule.
 """
 
@@ -11,19 +11,23 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.support.checkpoint_order import by_step
+from callbacks.support.lightning_internals import accumulates, is_logging_step
+from callbacks.support.probing import record
 from callbacks.support.ranges import above, at_least, check
-from callbacks.support.step_end import open_step_ends, save
+from callbacks.support.step_end import after_writing, check_files, open_step_ends, save, wait_for_files
 from callbacks.support.step_vote import enter, vote
 
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
+STALL = "perf/checkpoint_stall_seconds"
 
 
 class StepCheckpoint(Checkpoint):
@@ -40,6 +44,7 @@ class StepCheckpoint(Checkpoint):
         self.every_n_steps, self.keep, self.every_n_minutes = every_n_steps, keep, every_n_minutes
         self._last_global_step_saved = 0  # so named for a rollback, which sets it back: steps that come again are saved
         self._saved_at = 0.0  # monotonic seconds
+        self._stall: float | None = None  # seconds of the last save, until they are logged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for `on_step_end`."""
@@ -52,15 +57,25 @@ class StepCheckpoint(Checkpoint):
         if self.every_n_minutes is not None:
             enter(trainer, time_to_save=self._time_is_up)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the last save's stall: at its own step the records were closed before it."""
+        if self._stall is not None and not accumulates(trainer) and is_logging_step(trainer):
+            record(trainer, {STALL: self._stall})
+            self._stall = None
+
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is time."""
+        """Save if it is time. SaveError, or what else the plugin raises: a file could not be written."""
+        check_files(trainer)
         late = self.every_n_minutes is not None and vote(trainer, pl_module, "time_to_save")
         if trainer.global_step % self.every_n_steps == 0 or late:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, unless it was its turn anyway."""
+        """Save the last step, unless it was its turn anyway; all files are there afterwards."""
         self._save(trainer)
+        wait_for_files(trainer)
 
     def _time_is_up(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """By rank zero's clock, before the step."""
@@ -71,10 +86,16 @@ class StepCheckpoint(Checkpoint):
         if trainer.global_step == self._last_global_step_saved:
             return
         path = Path(self.dirpath) / f"step-{trainer.global_step:07d}.ckpt"
+        start = time.perf_counter()
         save(trainer, path)
+        self._stall = time.perf_counter() - start
         self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
-        self._link(path)
-        self._remove_oldest(trainer, path)
+
+        def follow() -> None:
+            self._link(path)
+            self._remove_oldest(trainer, path)
+
+        after_writing(trainer, follow)
 
     @rank_zero_only  # others would list files that are just being removed
     def _remove_oldest(self, trainer: Trainer, newest: Path) -> None:

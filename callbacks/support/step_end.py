@@ -11,11 +11,26 @@ stand as they did in `on_train_batch_end`: a checkpoint of that moment is resume
 its end and after a validation, and what is logged here belongs to the step that has just ended.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 
 from callbacks.support.lightning_internals import at_step_ends
+
+
+@runtime_checkable
+class WritesInBackground(Protocol):
+    """A plugin for checkpoint files that returns from a save before the file is there."""
+
+    def after_writing(self, action: Callable[[], None]) -> None:
+        """Call `action` when the files saved so far are there, perhaps from another thread; never if one failed."""
+
+    def check(self) -> None:
+        """Raise the error of a file that could not be written; does not wait."""
+
+    def wait(self) -> None:
+        """Until all files are there. Raises the error of one that is not."""
 
 
 def open_step_ends(trainer: Trainer) -> None:
@@ -39,6 +54,32 @@ def flush_records(trainer: Trainer) -> None:
 
 
 def save(trainer: Trainer, path: Any) -> None:
-    """At a step end: records, then the run as it is, as a file; on all ranks."""
+    """At a step end: records, then the run as it is, as a file; on all ranks.
+
+    The file is there after `wait_for_files`, and for what `after_writing` calls.
+    """
     flush_records(trainer)
     trainer.save_checkpoint(path, weights_only=False)
+
+
+def after_writing(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Call `action` when the files saved so far are there: now, unless they are written in the background."""
+    plugin = trainer.strategy.checkpoint_io
+    if isinstance(plugin, WritesInBackground):
+        plugin.after_writing(action)
+    else:
+        action()
+
+
+def check_files(trainer: Trainer) -> None:
+    """Raise the error of a file that could not be written in the background, without waiting for others."""
+    plugin = trainer.strategy.checkpoint_io
+    if isinstance(plugin, WritesInBackground):
+        plugin.check()
+
+
+def wait_for_files(trainer: Trainer) -> None:
+    """Until all that was saved is on the disk. Raises what the disk does."""
+    plugin = trainer.strategy.checkpoint_io
+    if isinstance(plugin, WritesInBackground):
+        plugin.wait()

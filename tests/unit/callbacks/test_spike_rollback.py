@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer import call
 
-from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.checkpoints.background import BackgroundCheckpointIO
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from atlas_lm.checkpoints.listing import checkpoints_in
 from callbacks.spike_rollback import SpikeRollback, TrainingUnstable
 from tests.support.rollback_cases import differences, oracle, plain, sharded, train
@@ -125,8 +127,23 @@ def test_two_ranks_stop_together(two_ranks: dict[str, list[Any]]) -> None:
 # The end of the ladder, and what is on disk
 
 
-def test_the_fourth_spike_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
-    found = train([*range(40)], 30, bad=tuple(range(2, 40, 2)), folder=tmp_path)["facts"]
+@pytest.fixture(params=["at once", "in the background"])
+def files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a Trainer that waits for its files, or of one whose files take longer than a step."""
+    if request.param == "at once":
+        return {}
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def slow(self: Any, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.1)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
+    return {"plugins": [BackgroundCheckpointIO()]}
+
+
+def test_the_fourth_spike_stops_with_the_last_good_checkpoint(tmp_path: Path, files: dict[str, Any]) -> None:
+    found = train([*range(40)], 30, bad=tuple(range(2, 40, 2)), folder=tmp_path, **files)["facts"]
     assert found["rollbacks"] == 3
     assert len(found["spikes"]) == 4
     for step in found["spikes"]:
@@ -138,7 +155,9 @@ def test_the_fourth_spike_stops_with_the_last_good_checkpoint(tmp_path: Path) ->
     assert read_checkpoint(newest)["global_step"] <= state["global_step"], "the newest is none of the spoiled ones"
 
 
-def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandoned_checkpoints_are_marked_and_five_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, Any]
+) -> None:
     mark = SpikeRollback._abandon
 
     def with_other_time_stamps(self: SpikeRollback, trainer: Any, kept: Any) -> None:
@@ -148,7 +167,7 @@ def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path, monk
         mark(self, trainer, kept)
 
     monkeypatch.setattr(SpikeRollback, "_abandon", with_other_time_stamps)
-    found = train([*range(60)], 24, bad=(14,), folder=tmp_path)["facts"]
+    found = train([*range(60)], 24, bad=(14,), folder=tmp_path, **files)["facts"]
     assert found["rollbacks"] == 1
     snapshots = [name for name in found["files"] if name.startswith("snapshot") and name.endswith(".ckpt")]
     assert snapshots == [f"snapshot-{step:07d}.ckpt" for step in (16, 18, 20, 22, 24)]
@@ -162,9 +181,9 @@ def test_abandoned_checkpoints_are_marked_and_five_are_kept(tmp_path: Path, monk
     assert read_checkpoint(tmp_path / marked[0])["state_dict"]["model.norm.weight"].abs().max() > 5
 
 
-def test_steps_that_come_again_are_saved_again(tmp_path: Path) -> None:
+def test_steps_that_come_again_are_saved_again(tmp_path: Path, files: dict[str, Any]) -> None:
     """A spike at the very last step, before it is saved: the run comes there again, and its end is on disk."""
-    ours = train([*range(20)], 9, bad=(8,), value=math.nan, folder=tmp_path)
+    ours = train([*range(20)], 9, bad=(8,), value=math.nan, folder=tmp_path, **files)
     assert ours["facts"]["spikes"] == [9]
     assert not [name for name in ours["facts"]["files"] if ".abandoned" in name]
     assert ours["state"]["step"] == 9

@@ -10,13 +10,23 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from atlas_lm.checkpoints.background import BackgroundCheckpointIO
+from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError
 from callbacks import step_checkpoint
 from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
 
 
+@pytest.fixture(params=["at once", "in the background"], autouse=True)
+def fit(request: pytest.FixtureRequest, fit: Any) -> Any:
+    """Training waits for files, or does not."""
+    if request.param == "at once":
+        return fit
+    return lambda *a, **k: fit(*a, **{"plugins": [BackgroundCheckpointIO()], **k})
+
+
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
 
 
 def test_it_keeps_the_newest_and_links_the_last(fit: Any, line: Any, tmp_path: Path) -> None:
@@ -135,6 +145,60 @@ def test_without_links_there_are_checkpoints_all_the_same(
     assert "Operation not supported" in caplog.text
 
 
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What each file takes; seconds."""
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def slow(self: Any, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.3)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
+    return 0.3
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_how_long_training_waits_is_logged(
+    fit: Any, line: Any, tmp_path: Path, slow_disk: float, background: bool
+) -> None:
+    plugin = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
+    trainer = fit(line(), StepCheckpoint(str(tmp_path), every_n_steps=7), plugins=[plugin])
+    stall = float(trainer.callback_metrics[step_checkpoint.STALL])
+    assert (stall < slow_disk / 3) if background else (stall >= slow_disk)
+
+
+def test_the_link_and_the_oldest_change_when_the_new_file_is_there(
+    fit: Any, line: Any, tmp_path: Path, slow_disk: float
+) -> None:
+    class Seen(lightning.Callback):
+        usable = True
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            link = tmp_path / "last.ckpt"
+            self.usable &= link.exists() or not link.is_symlink()
+
+    seen = Seen()
+    fit(line(), seen, StepCheckpoint(str(tmp_path), every_n_steps=1, keep=1), plugins=[BackgroundCheckpointIO()])
+    assert seen.usable
+    assert (tmp_path / "last.ckpt").resolve().name == "step-0000008.ckpt"
+
+
+def test_a_file_that_failed_in_the_background_stops_training_soon(
+    fit: Any, line: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SaveError("no room")
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", full)
+    module, saver = line(), StepCheckpoint(str(tmp_path), every_n_steps=2)
+    with pytest.raises(SaveError, match="no room"):
+        fit(module, saver, plugins=[BackgroundCheckpointIO()], max_steps=1000)
+    assert module.trainer.global_step < 10
+    with pytest.raises(SaveError, match="no room"):  # the last one of a run
+        fit(line(), StepCheckpoint(str(tmp_path), every_n_steps=100), plugins=[BackgroundCheckpointIO()], max_steps=3)
+
+
 def test_only_rank_zero_looks_at_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rank would list what rank zero is just removing, and stop a healthy run."""
     for i in range(9):
@@ -144,4 +208,4 @@ def test_only_rank_zero_looks_at_old_files(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("looked"))
     callbacks[0]._remove_oldest(None, tmp_path / "step-0000008.ckpt")
-    callbacks[1]._remove_oldest(None)
+    callbacks[1]._remove_oldest(None, set())

@@ -1,0 +1,101 @@
+"""Checkpoints that are written while training continues: it waits for a copy in memory alone."""
+
+import copy
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from atlas_lm.checkpoints.io import AtomicCheckpointIO
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundCheckpointIO(AtomicCheckpointIO):
+    """Copies what it is given and returns; a thread writes it as `AtomicCheckpointIO` does, one file after the other.
+
+    A save waits for the one before it. An error of the disk is raised by whichever of `check`, `wait` and the next
+    save comes first. Holds one copy of a checkpoint in host memory from the first save on, pinned where there is a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: list[Future[None]] = []
+        self._rooms: list[Tensor] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Returns when the content is copied. SaveError, from a save before this one: it could not be written."""
+        self.wait()
+        content = self._copied(checkpoint)
+        write = super().save_checkpoint
+        self._pending = [self._thread.submit(write, content, path, storage_options)]
+
+    def after_writing(self, action: Callable[[], None]) -> None:
+        """Call `action` from the thread when all that was saved before is on the disk; never if it could not be."""
+        before = list(self._pending)
+
+        def act() -> None:
+            if all(future.exception() is None for future in before):
+                action()
+
+        self._pending.append(self._thread.submit(act))
+
+    def check(self) -> None:
+        """SaveError if something could not be written; does not wait."""
+        if any(future.done() and future.exception() is not None for future in self._pending):
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is on the disk and every action is done. SaveError: it is not."""
+        pending, self._pending = self._pending, []
+        errors = [error for future in pending if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint's content, also of one that is being written."""
+        self.wait()
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def teardown(self) -> None:
+        """Finish what is being written. Its error is logged: the run has ended, perhaps by another."""
+        try:
+            self.wait()
+        except OSError as error:
+            log.error("%s", error)
+        self._rooms = []
+
+    def _copied(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The content on the host, sharing no memory with what training changes. Shared storages stay shared."""
+        tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+        storages = {x.untyped_storage().data_ptr(): x for x in tensors if x.untyped_storage().nbytes()}
+        sizes = [x.untyped_storage().nbytes() for x in storages.values()]
+        if [room.nbytes for room in self._rooms] != sizes:  # fresh memory costs more than the copy
+            self._rooms = []
+            pinned = torch.cuda.is_available()
+            self._rooms = [torch.empty(n, dtype=torch.uint8, device="cpu", pin_memory=pinned) for n in sizes]
+        rooms = dict(zip(storages, self._rooms, strict=True))
+        for x in storages.values():
+            rooms[x.untyped_storage().data_ptr()].copy_(_bytes(x), non_blocking=True)
+        if any(x.is_cuda for x in tensors):
+            torch.cuda.synchronize()
+        known = {id(x): _in(rooms.get(x.untyped_storage().data_ptr()), x) for x in tensors}
+        return copy.deepcopy(checkpoint, known)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The whole storage of a tensor; (bytes,) uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+def _in(room: Tensor | None, x: Tensor) -> Tensor:
+    """`x` as it lies in the copy of its storage; an empty tensor has none."""
+    place = torch.empty(0, dtype=x.dtype, device="cpu")
+    if room is None:
+        return place.reshape(x.shape)
+    return place.set_(room.untyped_storage(), x.storage_offset(), x.shape, x.stride())
