@@ -69,11 +69,13 @@ class StepCheckpoint(Checkpoint):
         """Save if it is time. SaveError, or what else the plugin raises: a file could not be written."""
         check_files(trainer)
         late = self.every_n_minutes is not None and vote(trainer, pl_module, "time_to_save")
-        if trainer.global_step % self.every_n_steps == 0 or late:
+        # at the end of training Lightning counts the epoch as done: a run that is given more steps would skip the rest
+        last = trainer.global_step == trainer.max_steps
+        if trainer.global_step % self.every_n_steps == 0 or late or last:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, unless it was its turn anyway; all files are there afterwards."""
+        """Save the last step, where training ends before `max_steps`; all files are there afterwards."""
         self._save(trainer)
         wait_for_files(trainer)
 

@@ -46,6 +46,14 @@ def test_the_final_step_is_saved_when_it_is_not_its_turn(fit: Any, line: Any, tm
     assert torch.equal(saved["state_dict"]["layer.weight"], module.layer.weight)
 
 
+def test_the_last_step_lies_within_its_epoch(fit: Any, line: Any, tmp_path: Path) -> None:
+    """Lightning counts the epoch as done when training ends: a run that is given more steps would skip the rest."""
+    fit(line(), StepCheckpoint(str(tmp_path), every_n_steps=100), max_steps=3)
+    loop = torch.load(tmp_path / "last.ckpt", weights_only=True)["loops"]["fit_loop"]
+    assert loop["epoch_progress"]["current"]["completed"] == 0
+    assert loop["epoch_loop.batch_progress"]["current"]["ready"] == 3
+
+
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")
 def test_resuming_into_another_folder_leaves_the_first_alone(fit: Any, line: Any, tmp_path: Path) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
