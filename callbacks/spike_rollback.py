@@ -124,7 +124,9 @@ class SpikeRollback(Checkpoint):
         """Relative rise above the moving average; 0 before there is one; infinite where it is not finite."""
         if not math.isfinite(perplexity):
             return math.inf
-        return 0.0 if self.ema is None else (perplexity - self.ema) / self.ema
+        if self.ema is None or perplexity == self.ema:
+            return 0.0
+        return (perplexity - self.ema) / self.ema if self.ema else math.inf  # a loss below −745 is a perplexity of 0
 
     def judge(self, delta: float, quiet: bool = False) -> bool:
         """Whether a rise is a spike; `quiet`: in the cool-down after a rollback."""

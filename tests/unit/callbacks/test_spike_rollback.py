@@ -261,6 +261,14 @@ def test_judgement() -> None:
     assert guard.ema == pytest.approx((100 * 90) ** 0.5)
 
 
+def test_a_perplexity_that_is_too_small_for_a_number_is_no_division_by_zero() -> None:
+    """Of some module whose loss is below −745."""
+    guard = SpikeRollback("unused")
+    guard.update_ema(0.0)
+    assert guard.delta(0.0) == 0.0
+    assert guard.judge(guard.delta(1.0))
+
+
 def test_the_average_is_soon_where_the_perplexity_is() -> None:
     """That of an untrained model must not hide a spike for long: falls of a real run, looked at every 100 steps."""
     guard = SpikeRollback("unused")
