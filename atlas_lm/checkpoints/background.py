@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from atlas_lm.checkpoints.io import AtomicCheckpointIO
@@ -27,13 +28,17 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: list[Future[None]] = []
         self._rooms: list[Tensor] = []
+        self._parts: list[Any] = []  # DTensors
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Returns when the content is copied. SaveError, from a save before this one: it could not be written."""
+        save = super().save_checkpoint
+        self.hand_over(checkpoint, lambda content: save(content, path, storage_options))
+
+    def hand_over(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        """Returns when the content is copied; the thread calls `write`. SaveError as of `save_checkpoint`."""
         self.wait()
-        content = self._copied(checkpoint)
-        write = super().save_checkpoint
-        self._pending = [self._thread.submit(write, content, path, storage_options)]
+        self._pending = [self._thread.submit(write, self._copied(content))]
 
     def after_writing(self, action: Callable[[], None]) -> None:
         """Call `action` from the thread when all that was saved before is on the disk; never if it could not be."""
@@ -68,11 +73,13 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             self.wait()
         except OSError as error:
             log.error("%s", error)
-        self._rooms = []
+        self._rooms, self._parts = [], []
 
     def _copied(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The content on the host, sharing no memory with what training changes. Shared storages stay shared."""
-        tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if not isinstance(leaf, DTensor)]
+        sharded = [leaf for leaf in leaves if isinstance(leaf, DTensor)]
         storages = {x.untyped_storage().data_ptr(): x for x in tensors if x.untyped_storage().nbytes()}
         sizes = [x.untyped_storage().nbytes() for x in storages.values()]
         if [room.nbytes for room in self._rooms] != sizes:  # fresh memory costs more than the copy
@@ -85,7 +92,23 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         if any(x.is_cuda for x in tensors):
             torch.cuda.synchronize()
         known = {id(x): _in(rooms.get(x.untyped_storage().data_ptr()), x) for x in tensors}
+        known |= {id(x): part for x, part in zip(sharded, self._parts_of(sharded), strict=True)}
         return copy.deepcopy(checkpoint, known)
+
+    def _parts_of(self, sharded: list[Any]) -> list[Any]:
+        """This rank's parts, on the host."""
+        if [_kind(x) for x in self._parts] != [_kind(x) for x in sharded]:
+            self._parts = [x.detach().to("cpu", copy=True) for x in sharded]
+            return self._parts
+        for part, x in zip(self._parts, sharded, strict=True):
+            part.to_local().copy_(x.detach().to_local(), non_blocking=True)
+        if any(x.device.type == "cuda" for x in sharded):
+            torch.cuda.synchronize()
+        return self._parts
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.placements, x.to_local().shape
 
 
 def _bytes(x: Tensor) -> Tensor:

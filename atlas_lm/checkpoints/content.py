@@ -15,7 +15,8 @@ class CheckpointError(ValueError):
 
 
 def read_content(path: Path, map_location: Any, lazily: bool) -> dict[str, Any]:
-    """The content. CheckpointError, without a remedy, if it is none of ours."""
+    """The content; of a sharded checkpoint `lazily` all but the tensors. CheckpointError, without a remedy, if it is
+    none of ours, or its shards are gone."""
     import torch  # takes seconds: whoever lists and names checkpoints need not wait
 
     broken = f"{str(path)!r} is truncated or not a checkpoint ({path.stat().st_size} bytes)"
@@ -42,7 +43,14 @@ def read_content(path: Path, map_location: Any, lazily: bool) -> dict[str, Any]:
     arguments = content.get(MODEL[0], {})
     if not isinstance(arguments, dict) or not isinstance(arguments.get(MODEL[1], {}), dict):
         raise CheckpointError(f"{str(path)!r} does not say which model it is of, and is not atlas-lm's")
-    return content
+    if "shards" not in content or lazily:
+        return content
+    from atlas_lm.checkpoints import shards
+
+    try:
+        return shards.whole(content, path.resolve().parent, map_location)
+    except shards.ShardsError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from error
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 with _without_crc():
                     torch.save(checkpoint, file)  # type: ignore[arg-type]  # write and flush are all that it needs
                 checksum = file.finish()
-            manifest.record(folder, target.name, temporary, checksum, position_in(checkpoint))
+            manifest.record(folder, target.name, temporary, checksum, position_in(checkpoint), checkpoint.get("shards"))
             replace(temporary, target)
         except OSError as error:
             raise SaveError(_save_message(target, error)) from error
@@ -58,6 +58,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with contextlib.suppress(OSError):  # saved it is, and the manifest is right without it
             manifest.settle(folder, target.name)
 
+    def hand_over(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        """Call `write` with the content, or with a copy of it at some later time."""
+        write(content)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """The file, and then the shards that nothing else says it has."""
+        target = Path(path)
+        sharded = any("shards" in entry for entry in manifest.versions(target))
+        super().remove_checkpoint(path)
+        if sharded:
+            remove_lost_shards(target.parent)
+
     verified: Path | None = None
     """A file whose bytes this process has just verified, to resume from it: they are read once, not verified again."""
 
@@ -65,6 +77,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """The checkpoint's content, tensors on `map_location`."""
         known, self.verified = self.verified, None
         return read_checkpoint(path, map_location, verify=known is None or Path(path).resolve() != known.resolve())
+
+
+def remove_lost_shards(folder: Path) -> None:
+    """Remove the shards of a folder that none of its checkpoints has, abandoned ones included."""
+    from atlas_lm.checkpoints import shards
+
+    if any(folder.glob(f"*{shards.ENDING}")):
+        shards.remove_orphans(folder, shards.folders_of(path for path in folder.glob("*.ckpt*") if path.is_file()))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 {"files": {"step-0000200.ckpt": {"size": bytes, "sha256": …, "logged_steps": …, "global_step": …, "written": Unix
 seconds}}, "checksum": …}
 
+Where the tensors are sharded (`shards.py`) the entry has their folder and files too, as `shards`.
 `logged_steps` and `global_step` are the checkpoint's position, which orders them; `written` is for people alone.
 
 An entry is there before its file is. While a file is being replaced, `previous` holds what it was before, so that what
@@ -35,8 +36,24 @@ def verify(path: str | Path) -> str | None:
     size = path.stat().st_size
     if size not in [entry["size"] for entry in wanted]:
         return f"it has {size} bytes instead of {wanted[0]['size']}"
-    if sha256(path) not in [entry["sha256"] for entry in wanted]:
+    found = sha256(path)
+    entries = [entry for entry in wanted if entry["sha256"] == found]
+    if not entries:
         return f"its checksum is not the one in {MANIFEST}"
+    return verify_shards(path.parent, entries[0]["shards"]) if "shards" in entries[0] else None
+
+
+def verify_shards(folder: Path, shards: dict[str, Any]) -> str | None:
+    """Why the shards of a checkpoint in `folder` are not what was written, or None. `shards`: as in its entry."""
+    name = Path(shards["folder"]).name
+    for file, wanted in shards["files"].items():
+        path = folder / name / Path(file).name
+        if not path.is_file():
+            return f"{name}/{file} is missing"
+        if path.stat().st_size != wanted["size"]:
+            return f"{name}/{file} has {path.stat().st_size} bytes instead of {wanted['size']}"
+        if sha256(path) != wanted["sha256"]:
+            return f"the checksum of {name}/{file} is not the one in {MANIFEST}"
     return None
 
 
@@ -51,7 +68,9 @@ def position_of(entry: dict[str, Any]) -> Position:
     return entry.get("logged_steps", step), step
 
 
-def record(folder: Path, name: str, content: Path, checksum: str, position: Position) -> None:
+def record(
+    folder: Path, name: str, content: Path, checksum: str, position: Position, shards: dict[str, Any] | None = None
+) -> None:
     """Enter the file that is about to be renamed from `content` to `name`, beside what has that name now. Durable.
 
     Entries of files that are gone are dropped.
@@ -63,6 +82,7 @@ def record(folder: Path, name: str, content: Path, checksum: str, position: Posi
         "logged_steps": position[0],
         "global_step": position[1],
         "written": round(time.time(), 3),
+        **({"shards": shards} if shards else {}),
     }
     before = [old for old in _flat(entries.get(name)) if old["sha256"] != entry["sha256"]]
     _write(folder, {**entries, name: {**entry, "previous": before} if before else entry})

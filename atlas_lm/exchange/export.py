@@ -69,6 +69,24 @@ def _export(run: str, out: Path, outputs: str) -> Path:
     return checkpoint
 
 
+def consolidate(run: str, out: Path, outputs: str = "outputs") -> Path:
+    """Write a run's newest intact checkpoint, or the one named, as one file into the new run folder `out`; its path.
+
+    Weights, moments and all that a resume needs; of a sharded one too, which then any strategy resumes.
+    ValueError as of `export`; CheckpointError: it is damaged.
+    """
+    checkpoint = resolve_checkpoint(run, outputs)
+    content = read_checkpoint(checkpoint)
+    folder, name = checkpoint.resolve().parent.parent, checkpoint.resolve().name
+    with new_folder(out) as into:
+        AtomicCheckpointIO().save_checkpoint(content, into / "checkpoints" / name)
+        for file in (CONFIG, COPY, SEPARATOR):
+            if (folder / file).is_file():
+                write_atomically(into / file, (folder / file).read_bytes())
+        write_identity(into, [])
+    return out / "checkpoints" / name
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `out` when all is written, and is removed where something fails.

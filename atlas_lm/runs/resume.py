@@ -95,15 +95,14 @@ def check_resumable(point: ResumePoint, config: TrainConfig, module: LightningMo
 
 
 def check_sharding(path: Path, header: dict[str, Any], strategy: Any) -> None:
-    """ValueError if one of the two runs shards its parameters and the other does not: Lightning numbers an optimizer's
-    moments in another order there, and would give each parameter another one's."""
+    """ValueError: one file that a sharding strategy gathered, for a strategy that does not shard. Lightning numbers an
+    optimizer's moments in another order there, and would give each parameter another one's."""
     shards = isinstance(strategy, dict) and strategy.get("_target_") == SHARDED
-    saved = header.get("sharded", shards)  # older checkpoints do not say
-    if saved != shards:
-        was, now = ("trainer=fsdp" if one else "another strategy" for one in (saved, shards))
+    gathered = header.get("sharded", shards) and "shards" not in header  # older checkpoints do not say
+    if gathered and not shards:
         raise ValueError(
-            f"trainer.strategy: {str(path)!r} was written with {was} and cannot be resumed with {now}: "
-            "set it back, or use init_from= to start a new run from its weights"
+            f"trainer.strategy: {str(path)!r} was gathered by trainer=fsdp with save_distributed_checkpoint=false and "
+            "cannot be resumed with another strategy: set it back, or start a new run from its weights with init_from="
         )
 
 

@@ -132,7 +132,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="has something in it already: give a new folder"):
         command.main([f"run={tmp_path / 'run'}", f"out={tmp_path / 'full'}"])
-    with pytest.raises(ValueError, match="to=onnx must be one of hf, run"):
+    with pytest.raises(ValueError, match="to=onnx must be one of hf, run, checkpoint"):
         command.main([f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "to=onnx"])
     with pytest.raises(ValueError, match="is no folder that export to=hf wrote"):
         command.main([f"run={tmp_path / 'run'}", "to=run", f"out={tmp_path / 'out'}"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from atlas_lm.checkpoints.content import CheckpointError
+from atlas_lm.checkpoints.io import read_checkpoint
+from atlas_lm.cli import export
 from tests.support import ROOT
 from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, only_run, report_of, write_corpus
 
@@ -43,10 +47,7 @@ def test_sharded_parameters_train_as_whole_ones(runs: dict[str, Path]) -> None:
     assert len(losses) == 4
     assert len(set(losses)) == 4
     assert [loss for loss in fsdp if loss is not None] == pytest.approx(losses, rel=1e-5)
-    ours, theirs = (
-        torch.load(runs[name] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("fsdp", "ddp")
-    )
+    ours, theirs = (read_checkpoint(runs[name] / "checkpoints" / "last.ckpt")["state_dict"] for name in ("fsdp", "ddp"))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
@@ -58,6 +59,29 @@ def test_a_run_on_two_ranks_has_one_report(runs: dict[str, Path], strategy: str)
     assert report["status"] == "finished"
     assert report["steps"] == 4
     assert report["tokens"] == 4 * 2 * 2 * 32  # steps, ranks, sequences, tokens
+
+
+def test_shards_become_one_file_in_a_run_folder(runs: dict[str, Path], tmp_path: Path) -> None:
+    export.main([f"run={runs['fsdp']}", "to=checkpoint", f"out={tmp_path / 'whole'}"])
+    path = tmp_path / "whole" / "checkpoints" / "step-0000004.ckpt"
+    found, sharded = torch.load(path, weights_only=True), read_checkpoint(runs["fsdp"] / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(found["state_dict"][name], x) for name, x in sharded["state_dict"].items())
+    ddp = torch.load(runs["ddp"] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert found["optimizer_states"][0]["state"].keys() == ddp["optimizer_states"][0]["state"].keys()
+    for number, moments in ddp["optimizer_states"][0]["state"].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(found["optimizer_states"][0]["state"][number][name], value, rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "whole" / "config.yaml").read_bytes() == (runs["fsdp"] / "config.yaml").read_bytes()
+
+
+def test_a_broken_one_is_not_exported(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["fsdp"], tmp_path / "run", symlinks=True)
+    shard = next((tmp_path / "run" / "checkpoints").glob("*.shards/__1_*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for kind in ("checkpoint", "hf"):
+        with pytest.raises((CheckpointError, ValueError), match=shard.name):
+            export.main([f"run={tmp_path / 'run'}", f"to={kind}", f"out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -35,27 +35,32 @@ def run_on_two_ranks(*scenarios: Callable[[], Any], timeout: float = 180) -> lis
     Trainers(strategy="ddp", accelerator="cpu", devices=2) as it likes. Fails the test if a rank dies, or after
     `timeout` seconds, with the end of what the ranks wrote to stderr.
     """
-    names = [f"{scenario.__module__}:{scenario.__qualname__}" for scenario in scenarios]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shared = {
-            **os.environ, FOLDER: name, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        ranks = []
-        for rank in range(2):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(start("tests.support.two_ranks", *names, env=env, stderr=folder / f"stderr{rank}"))
+        ranks = start_two_ranks(folder, *scenarios)
         ended = _wait(ranks, timeout)
         if ended != [0, 0]:
             said = [(folder / f"stderr{rank}").read_text(errors="replace")[-TAIL:] for rank in range(2)]
             pytest.fail(f"ranks ended with {ended}\n\nrank 0:\n{said[0]}\n\nrank 1:\n{said[1]}", pytrace=False)
         results = [pickle.loads((folder / f"results{rank}").read_bytes()) for rank in range(2)]
     return [list(both) for both in zip(*results, strict=True)]
+
+
+def start_two_ranks(folder: Path, *scenarios: Callable[[], Any]) -> list[Forked]:
+    """The processes of both ranks, which have just begun; `folder` is the one that they share."""
+    names = [f"{scenario.__module__}:{scenario.__qualname__}" for scenario in scenarios]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ, FOLDER: str(folder), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    ranks = []
+    for rank in range(2):
+        env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(start("tests.support.two_ranks", *names, env=env, stderr=folder / f"stderr{rank}"))
+    return ranks
 
 
 def _wait(ranks: list[Forked], timeout: float) -> list[int | str]:
