@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from atlas_lm.data.interfaces import Sample, SequenceDataset, Source, Split
 from atlas_lm.data.loader import EpochSampler, ResumableLoader, SteadyLoader
+from atlas_lm.data.stream_loader import StreamLoader
 from atlas_lm.data.tokenizers import Tokenizer
 from atlas_lm.data.worker_signals import outlive_signals
 
@@ -94,7 +95,12 @@ class TokenDataModule(lightning.LightningDataModule):
     @property
     def seq_len(self) -> int:
         """Tokens per sequence, T."""
-        return self._dataset("train").seq_len
+        return self._dataset("validation" if self.streams else "train").seq_len
+
+    @property
+    def streams(self) -> bool:
+        """Whether training reads an endless stream rather than epochs of a set."""
+        return bool(getattr(self.source, "streams", False))
 
     # A checkpoint knows the text that its losses were measured on
 
@@ -116,11 +122,19 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the corpus, once per process, so that bad data fails before the first step."""
-        self._dataset("train")
+        if not self.streams:
+            self._dataset("train")
         self._dataset("validation")
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled batches; ValueError when the split does not fill one batch on every rank."""
+        if self.streams:
+            if self.num_workers:
+                raise ValueError(
+                    f"data.num_workers={self.num_workers}: a stream is read by a thread of the training process, set 0"
+                )
+            stream = self.source.stream(self.seq_len, self.seed)  # type: ignore[attr-defined]
+            return StreamLoader(stream, self.batch_size, *self._ranks(), self._pin_memory())
         dataset = self._dataset("train")
         ranks, rank = self._ranks()
         if len(dataset) < ranks * self.batch_size:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lm.data.interfaces import SPLITS, Document, Split, check_fractions, split_of
+from atlas_lm.data.losses import Losses
+from atlas_lm.data.overlap import content_key
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.reading import text_bytes
+from atlas_lm.data.streams import TextStream
 from atlas_lm.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -18,12 +21,14 @@ class HuggingFaceSource(PackedSource):
     """The rows of a dataset, one document each, taken from the column `text_field`.
 
     `path` is a name on the hub, a folder of data files, or a folder written by `save_to_disk`. Where the dataset names
-    no validation split, the rows of `train_split` go to the splits by the hash of their content. `streaming` downloads
-    only the first `max_documents` rows of each split; they are tokenized into memory like any other corpus, because a
-    stream read on the fly cannot be resumed exactly.
+    no validation split, the rows of `train_split` go to the splits by the hash of their content.
 
-    ValueError: `datasets` is not installed, nothing at `path`, unknown split or column, a row without text,
-    `streaming` without `max_documents`.
+    With `streaming` rows are read while training goes on, block after block, and never all held (`streams.py`); the
+    reader's own state travels in the checkpoint. Held-out text is that of the first `held_out_documents` rows of its
+    split, and no row of the same content is trained on. With `max_documents` only so many rows of each split are
+    downloaded, and kept in memory like any other corpus.
+
+    ValueError: `datasets` is not installed, nothing at `path`, unknown split or column, a row without text.
     """
 
     def __init__(
@@ -39,13 +44,12 @@ class HuggingFaceSource(PackedSource):
         text_field: str = "text",
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        held_out_documents: int = 10_000,
     ) -> None:
         super().__init__(tokenizer)
         check_fractions(validation_fraction, test_fraction)
-        if streaming and max_documents is None:
-            raise ValueError(
-                "streaming=true needs max_documents: the rows are held in memory, e.g. max_documents=10000"
-            )
+        if held_out_documents < 1:
+            raise ValueError(f"held_out_documents={held_out_documents} must be at least 1")
         if max_documents is not None and max_documents < 1:
             raise ValueError(f"max_documents={max_documents} must be at least 1, or null for all rows")
         if test_split and not validation_split:
@@ -66,6 +70,13 @@ class HuggingFaceSource(PackedSource):
         self.streaming, self.max_documents = streaming, max_documents
         self.text_field = text_field
         self.fractions = (validation_fraction, test_fraction)
+        self.held_out_documents = held_out_documents
+        self._held_out: set[bytes] = set()  # keys of the rows that are not trained on
+
+    @property
+    def streams(self) -> bool:
+        """Whether training reads the rows on the fly."""
+        return self.streaming and self.max_documents is None
 
     def documents(self) -> Iterator[Document]:
         """The rows in the dataset's order, split by split."""
@@ -73,12 +84,48 @@ class HuggingFaceSource(PackedSource):
         for split, theirs in self.splits.items():
             if theirs is None:
                 continue
+            if self.streams and split == "train" and not by_hash:
+                continue
             for number, row in enumerate(self._rows(theirs)):
-                where = f"{self.path} [{theirs}] row {number}"
-                if self.text_field not in row:
-                    raise ValueError(f"{where}: no column {self.text_field!r} in {sorted(row)}: set text_field")
-                raw = text_bytes(where, row[self.text_field], self.text_field)
-                yield Document(where, raw, split_of(raw, *self.fractions) if by_hash else split)
+                if self.streams and number >= self.held_out_documents:
+                    break
+                raw = self._text(theirs, number, row)
+                found = split_of(raw, *self.fractions) if by_hash else split
+                if self.streams and found == "train":
+                    continue
+                yield Document(f"{self.path} [{theirs}] row {number}", raw, found)
+
+    def _text(self, split: str, number: int, row: dict[str, Any]) -> bytes:
+        where = f"{self.path} [{split}] row {number}"
+        if self.text_field not in row:
+            raise ValueError(f"{where}: no column {self.text_field!r} in {sorted(row)}: set text_field")
+        return text_bytes(where, row[self.text_field], self.text_field)
+
+    def setup(self) -> None:
+        """Read and tokenize what is held in memory: everything, or the held-out text of a stream."""
+        if not self._streams and self.streams:
+            keys = (content_key(document.raw) for document in self.documents())
+            self._held_out = {key for key in keys if key is not None}
+        super().setup()
+
+    def losses(self, split: Split) -> Losses | None:
+        """What the tokenizer loses of a split; None of a stream, which is not read before it is trained on."""
+        return None if self.streams and split == "train" else super().losses(split)
+
+    def stream(self, seq_len: int, seed: int) -> TextStream:
+        """The training sequences of `streaming`."""
+        theirs = self.splits["train"]
+        assert theirs is not None
+        by_hash = self.splits["validation"] is None
+
+        def text_of(number: int, row: Any) -> bytes | None:
+            raw = self._text(theirs, number, row)
+            held = content_key(raw) in self._held_out or (by_hash and split_of(raw, *self.fractions) != "train")
+            return None if held else raw
+
+        name = f"{self.path} [{theirs}]"
+        what = [self.path, self.name, self.splits, self.text_field, self.fractions, self.held_out_documents]
+        return TextStream(lambda: _Read(self._loaded(theirs), name), text_of, self._tokenizer, seq_len, seed, f"{what}")
 
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
         """The rows of a split, as far as they are wanted. ValueError naming the row that cannot be read."""
@@ -119,6 +166,39 @@ class HuggingFaceSource(PackedSource):
             raise ValueError(
                 f"cannot load {self.path!r} [{split}] ({_reason(error)}): check path, name and split"
             ) from error
+
+
+class _Read:
+    """A streamed dataset; what it raises names the place."""
+
+    def __init__(self, rows: Any, name: str) -> None:
+        if not hasattr(rows, "state_dict"):
+            raise ValueError(f"{name} cannot be streamed: leave streaming=true out for what save_to_disk wrote")
+        self._rows, self._name = rows, name
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Continues where it was left."""
+        if self._iterator is None:
+            self._iterator = iter(self._rows)
+        return self
+
+    def __next__(self) -> Any:
+        assert self._iterator is not None
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise
+        except Exception as error:  # of the library, of Arrow, of a decoder, of the network
+            raise ValueError(
+                f"cannot read {self._name} ({_reason(error)}): the data is damaged or out of reach, load it again"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._rows.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rows.load_state_dict(state)
 
 
 class _NoSplitError(ValueError):

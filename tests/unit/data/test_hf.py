@@ -63,8 +63,8 @@ def test_a_row_without_text(tmp_path) -> None:
 
 
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="streaming=true needs max_documents"):
-        HuggingFaceSource("x", streaming=True)
+    with pytest.raises(ValueError, match="held_out_documents=0 must be at least 1"):
+        HuggingFaceSource("x", streaming=True, held_out_documents=0)
     with pytest.raises(ValueError, match="max_documents=0 must be at least 1"):
         HuggingFaceSource("x", max_documents=0)
     with pytest.raises(ValueError, match="test_split='t' without validation_split"):

@@ -129,7 +129,7 @@ def configured(name: str, **source: object) -> TokenDataModule:
 
 
 def test_every_configuration_is_tested_here() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml")} == {"stdlib", "text", "tokens", "hf", "recall", "needles"}
+    assert {path.stem for path in CONF.glob("*.yaml")} == {"stdlib", "text", "tokens", "hf", "recall", "needles", "mix"}
 
 
 def test_stdlib_configuration() -> None:
