@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from atlas_lm.cli.arguments import parse
 from atlas_lm.cli.figures import new_figure, save
 from atlas_lm.config.names import nearest
+from atlas_lm.evaluation.bootstrap import Interval, Z
+from atlas_lm.evaluation.losses import Tick
 from atlas_lm.evaluation.needles import needles
 from atlas_lm.evaluation.subject import Subject
 from atlas_lm.evaluation.suites import SUITES, Plan
 from atlas_lm.evaluation.tables import Table
 from atlas_lm.files import write_atomically
+from atlas_lm.runs.load import load, load_data
 from atlas_lm.training.trainer import prepare_process
 
 ALL = {**SUITES, "needles": needles}
+Suite = Callable[[Sequence[Subject], Plan, Tick], list[Table]]
+HARNESS = "lm_eval"  # lm-evaluation-harness: an extra, and only where it is asked for
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Options:
     run: str
     """Run folders or experiments, with commas between them: run=stage1,stage1_twin."""
     suite: str = "all"
-    """position, horizon, state, chunks, needles, several with commas between them, or all."""
+    """position, horizon, state, chunks, needles, several with commas between them, or all of these; lm_eval."""
     sequences: int = 64
     """Held-out sequences, and examples of each task with needles."""
     length: int = 0
@@ -44,6 +50,8 @@ class Options:
     """Haystacks of needles, times the training length."""
     chunks: str = "1,4,8,16,32,64"
     """Chunk sizes of the local memories."""
+    tasks: str = "held_out"
+    """Of suite=lm_eval, with commas: held_out (the run's own text), tasks of lm-evaluation-harness, paths of tasks."""
     out: str = ""
     """Folder for what is written; that of the first run if none is given."""
     outputs: str = "outputs"
@@ -55,8 +63,9 @@ class Options:
                 f"sequences={self.sequences} must be at least 2, length={self.length} and block={self.block} at least 0"
             )
         for name in self.suites:
-            if name not in ALL:
-                raise ValueError(f"suite={name} is unknown{nearest(name, ALL)}: there are {', '.join(ALL)} and all")
+            if name not in {*ALL, HARNESS}:
+                there = [*ALL, HARNESS]
+                raise ValueError(f"suite={name} is unknown{nearest(name, there)}: there are {', '.join(there)} and all")
 
     @property
     def suites(self) -> list[str]:
@@ -91,9 +100,36 @@ def evaluate(options: Options) -> list[Table]:
     with Progress(*columns, transient=True) as progress:
         for name in options.suites:
             bar = progress.add_task(name, total=None)
-            tables += ALL[name](subjects, plan, partial(progress.advance, bar))
+            run = harness(options) if name == HARNESS else ALL[name]
+            tables += run(subjects, plan, partial(progress.advance, bar))
             progress.remove_task(bar)
     return [table for table in tables if table.cells]
+
+
+def harness(options: Options) -> Suite:
+    """The tasks of lm-evaluation-harness as a suite. ValueError: it is not installed."""
+    try:
+        from atlas_lm.exchange import harness as ours
+    except ImportError as error:
+        raise ValueError(f"suite={HARNESS} needs lm-evaluation-harness: pip install 'atlas-lm[lm_eval]'") from error
+
+    def run(subjects: Sequence[Subject], plan: Plan, tick: Tick) -> list[Table]:
+        tables: dict[str, Table] = {}
+        for subject in subjects:
+            tokenizer = load(subject.checkpoint, options.outputs).tokenizer
+            documents = []
+            if ours.OURS in options.tasks.split(","):
+                raw = load_data(subject.folder, subject.content).held_out_bytes() or b""
+                documents = ours.documents_of(raw, 4 * plan.length)
+            for score in ours.evaluate(
+                subject.model, tokenizer, options.tasks.split(","), documents, plan.sequences, tick
+            ):
+                table = tables.setdefault(score.task, Table(f"lm_eval {score.task}", f"lm-eval: {score.task}", "", ""))
+                half = Z * (score.error or 0.0)
+                table.add(subject.name, score.metric, Interval(score.value, score.value - half, score.value + half))
+        return list(tables.values())
+
+    return run
 
 
 def write(tables: list[Table], out: Path, options: Options) -> None:
