@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from atlas_lm.checkpoints.io import AtomicCheckpointIO
 from atlas_lm.cli import export as command
@@ -101,6 +104,26 @@ def test_another_process_computes_the_same(name: str, tokenizer: str, tmp_path: 
     assert found["ids"] == load_tokenizer(tokenizer).encode(text).tolist()
     assert found["text"] == text
     assert "a memory learns whatever it reads" in found["refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["tiny", "43m"])
+def test_whole_models_at_random_weights(size: str, tmp_path: Path) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        settings = OmegaConf.to_container(compose("train", [f"model={size}"]).model, resolve=True)
+    assert isinstance(settings, dict)
+    module = make_run(tmp_path / "run", "python", **{str(name): value for name, value in settings.items()})
+    command.main([f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}"])
+    model = module.model.float().eval()
+    tokens = torch.randint(2048, (1, 150), generator=torch.Generator().manual_seed(1))
+    found = elsewhere(tmp_path / "out", tokens, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(found["logits"], model(tokens).logits), "bit for bit"
+    row, expected = found["greedy"][0].tolist(), greedily(model, tokens, 20)[0].tolist()
+    end = load_tokenizer("python").separator_id
+    until = expected.index(end, 150) + 1 if end in expected[150:] else len(expected)
+    assert row[:until] == expected[:until]
 
 
 @pytest.mark.parametrize("name", ["as the default", "without memory"])
