@@ -39,6 +39,11 @@ def current_job(environment: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
+def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this job belongs to an array, as those of a sweep do."""
+    return environment.get("SLURM_ARRAY_TASK_COUNT", "1") != "1"
+
+
 def is_alive(job: str) -> bool:
     """Whether a job may still run, or wait to run again; only SLURM is asked, and others' jobs may."""
     name = re.fullmatch(r"slurm-(\d+)(?:-(\d+))?", job)

@@ -17,7 +17,7 @@ from atlas_lm.checkpoints.listing import (
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
 from atlas_lm.runs.folder import LATEST, has_ended_well, job_of, overrides_of, runs_in
-from atlas_lm.runs.job import current_job, folder_of, is_alive
+from atlas_lm.runs.job import current_job, folder_of, is_alive, is_one_of_several
 
 # resume: the newest run of the experiment if it is not finished, else a new one; in a scheduler's job the job's own run
 AUTO = "auto"
@@ -89,8 +89,13 @@ def unfinished_run(experiment: Path) -> Path | None:
 def sweep_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str]) -> str:
     """Where a run of a sweep writes, below `outputs`: with `auto` the folder of the newest run that was started with
     the same overrides, finished or not, else name/new. So a sweep that is started again does what is left of it; in a
-    scheduler's job that is started again, what is left of its own."""
+    scheduler's job that is started again, what is left of its own.
+
+    A launcher submits a single run too as a sweep, of one job: there `resume` means what it means in `run_folder`."""
     experiment, job = Path(outputs) / name, current_job()
+    if job is not None and resume not in (None, AUTO) and not is_one_of_several():
+        there = Path(run_folder(resume, outputs, name, folder_of(job, started_with(overrides)), overrides))
+        return f"{name}/{there.name}"
     if resume == AUTO or (resume is None and job is not None):
         wanted = started_with(overrides)
         runs = runs_in(experiment) if resume == AUTO else runs_of_job(experiment, str(job), overrides)

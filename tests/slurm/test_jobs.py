@@ -89,19 +89,73 @@ def test_a_run_on_two_nodes_is_one_run(slurm: Path, tmp_path: Path) -> None:
 
 
 def test_a_sweep_says_which_job_failed(slurm: Path, tmp_path: Path) -> None:
-    """Three finish in folders of their own, one has a bad value: the exit code tells, and so does the list of runs."""
-    process = submit(tmp_path, "name=sweep", "optim.total_steps=20", "model.local_chunks=[4],[8],[16],[999]")
-    assert process.wait(400) != 0
-    text = log_of(tmp_path).read_text()
-    assert "longer than a shard" in text or "999" in text
-    runs = [path for path in (tmp_path / "sweep").iterdir() if not path.is_symlink()]
-    ended = [read_json(run / "report.json").get("status") for run in runs]
-    assert ended.count("finished") == 3
+    """One has a bad value, two are queued again at once: three finish in folders of their own; exit code and list tell.
+
+    A refused value ends its job before there is a run; one that training fails at leaves a row.
+    """
+    rates = ["1e-3", "2e-3", "3e-3", "1e30"]
+    process = submit(tmp_path, "name=sweep", "optim.total_steps=80", f"optim.lr={','.join(rates)}")
+
+    def runs() -> list[Path]:
+        folder = tmp_path / "sweep"
+        return [path for path in folder.iterdir() if not path.is_symlink()] if folder.is_dir() else []
+
+    def training() -> list[Path]:
+        return [run for run in runs() if 8 <= step_of(run) < 70 and not read_json(run / "report.json")]
+
+    try:
+        first = wait_for(lambda: training(), 240)[0]
+        again = {first, *training()[:2]}
+        jobs = [read_json(run / "run.json")["job"] for run in again]
+        for job in jobs:
+            slurm_says("scontrol", "requeue", str(job).removeprefix("slurm-").replace("-", "_"))
+        queued = slurm_says("squeue", "--noheader", "--format=%A").split()
+        wait_for(lambda: release(queued) or process.poll() is not None, 400)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode != 0
+    ended = [read_json(run / "report.json").get("status") for run in runs()]
+    assert sorted(ended) == ["failed", "finished", "finished", "finished"]
+    assert all(len(losses(run)) == 80 for run in runs() if read_json(run / "report.json")["status"] == "finished")
+    assert all("resuming" in (run / "train.log").read_text() for run in again)
     listed = subprocess.run(
         [sys.executable, "-m", "atlas_lm", "compare", "sweep", f"outputs={tmp_path}"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert listed.stdout.count("finished") == 3
+    assert listed.stdout.count("| finished") == 3
+    assert listed.stdout.count("| failed") == 1
+
+
+def release(jobs: list[str]) -> None:
+    """Start jobs that wait after they were queued again, instead of in two minutes."""
+    for job in jobs:
+        if "PENDING" in slurm_says("scontrol", "show", "job", job):
+            slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def test_a_cancelled_job_is_saved_and_stays_ended(slurm: Path, tmp_path: Path) -> None:
+    process = submit(tmp_path, "name=cancelled", "optim.total_steps=100000")
+    try:
+        run = wait_for(lambda: (tmp_path / "cancelled").is_dir() and run_of(tmp_path, "cancelled"), 120)
+        wait_for(lambda: step_of(run) >= 10, 120)
+        job = slurm_says("squeue", "--noheader", "--format=%A")
+        slurm_says("scancel", job)
+        wait_for(lambda: read_json(run / "report.json").get("status") == "interrupted", 60)
+        wait_for(lambda: not slurm_says("squeue", "--noheader", "--format=%A"), 60)
+    finally:
+        process.kill()
+        process.wait()
+    done = read_json(run / "report.json")["steps"]
+    assert done >= 10
+    listed = subprocess.run(
+        [sys.executable, "-m", "atlas_lm", "runs", f"outputs={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "interrupted" in listed.stdout
+    again = submit(tmp_path, "name=cancelled", f"optim.total_steps={done + 5}", f"resume={run}")
+    assert again.wait(180) == 0, log_of(tmp_path).read_text()[-2000:]
+    assert read_json(run / "report.json")["status"] == "finished"
+    assert len(losses(run)) == done + 5
 
 
 def test_a_killed_process_goes_on_with_nothing_lost(slurm: Path, tmp_path: Path) -> None:
