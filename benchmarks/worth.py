@@ -258,18 +258,22 @@ def next_rate(found: dict[float, float]) -> float | None:
     return None if beyond in found or not LOWEST <= beyond <= HIGHEST else beyond
 
 
-def measure(s: Setting, names: list[str], seeds: int, add: bool = False) -> dict[str, Any]:
+def measure(
+    s: Setting, names: list[str], seeds: int, add: bool = False, steps_seeds: int | None = None
+) -> dict[str, Any]:
     """All runs; by model its speed, its rate and the reports at equal steps and at equal time.
 
-    `add`: the first model sets the time and is not trained.
+    `add`: the first model sets the time and is not trained. `steps_seeds`: how many seeds train at equal steps too.
     """
+    with_steps = range(seeds if steps_seeds is None else steps_seeds)
     speed = speeds(s, names)
     first, names = names[0], names[1:] if add else names
     as_long = {name: max(1, round(s.steps * speed[name] / speed[first])) for name in names}
     with ThreadPoolExecutor(s.jobs) as pool:
         sweeps = best_rates(s, as_long, pool)
         rates = {name: next(iter(sweep)) for name, sweep in sweeps.items()}
-        runs = [(name, steps, seed) for seed in range(seeds) for name in names for steps in {s.steps, as_long[name]}]
+        runs = [(name, as_long[name], seed) for seed in range(seeds) for name in names]
+        runs += [(name, s.steps, seed) for seed in with_steps for name in names if as_long[name] != s.steps]
         reports = pool.map(lambda x: train(s, x[0], x[1], rates[x[0]], x[2], "run"), runs)
         made = dict(zip(runs, reports, strict=True))
     return {
@@ -277,7 +281,7 @@ def measure(s: Setting, names: list[str], seeds: int, add: bool = False) -> dict
             "tokens_per_second": speed[name],
             "rate": rates[name],
             "sweep": {str(rate): loss if math.isfinite(loss) else None for rate, loss in sweeps[name].items()},
-            "steps": [made[name, s.steps, seed] for seed in range(seeds)],
+            "steps": [made[name, s.steps, seed] for seed in with_steps],
             "time": [made[name, as_long[name], seed] for seed in range(seeds)],
         }
         for name in names
@@ -396,6 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="stage1")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps-seeds", type=int, help="seeds that train at equal steps too; all if not given")
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="the first sets the time"
     )
@@ -414,7 +419,7 @@ def main(arguments: list[str] | None = None) -> None:
         return worker(options.worker)
     s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs, options.sweep)
     (s.out / "runs").mkdir(parents=True, exist_ok=True)
-    found = measure(s, options.models, 1 if options.quick else options.seeds, options.add)
+    found = measure(s, options.models, 1 if options.quick else options.seeds, options.add, options.steps_seeds)
     text = table(summary(found))
     print(text)
     write_atomically(s.out / "worth.md", f"{text}\n")
@@ -422,10 +427,10 @@ def main(arguments: list[str] | None = None) -> None:
     draw(found, s.out / "worth.png")
     if options.write:
         shorter = f" --sweep {options.sweep:g}" if options.sweep < 1 else ""
+        fewer = f" --steps-seeds {options.steps_seeds}" if options.steps_seeds is not None else ""
         models = " --add --models " + " ".join(f"'{name}'" for name in options.models) if options.add else ""
-        publish(
-            found, s, ("--quick" if options.quick else f"--seeds {options.seeds}") + shorter + models, add=options.add
-        )
+        how = ("--quick" if options.quick else f"--seeds {options.seeds}") + shorter + fewer + models
+        publish(found, s, how, add=options.add)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,13 @@ def test_rows_are_added_beside_those_published(
     assert published["command"].count("python -m benchmarks.worth") == 2
 
 
+def test_fewer_seeds_may_train_at_equal_steps(s: worth.Setting, runs: list[tuple[Any, ...]]) -> None:
+    found = worth.measure(s, ["memory", "no memory"], seeds=3, steps_seeds=1)
+    assert [len(found["no memory"][kind]) for kind in ("time", "steps")] == [3, 1]
+    assert {seed for _, name, steps, _, seed in runs if (name, steps) == ("no memory", 400)} == {0}
+    assert worth.summary(found)[1].equal_steps[1] is None, "one seed has no interval"
+
+
 @pytest.mark.slow
 def test_it_runs_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

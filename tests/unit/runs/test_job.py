@@ -96,7 +96,7 @@ def test_what_is_named_is_resumed(in_job_7: None, tmp_path: Path) -> None:
 def test_what_is_named_is_resumed_by_a_launchers_job_too(
     in_job_7: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launcher submits a single run as a sweep of one job; those of a real sweep cannot all continue in one folder."""
+    """A launcher submits a single run as a sweep of one job; those of a real sweep cannot all continue one run."""
     theirs = make_run(tmp_path / "x" / "a", WORDS, "slurm-6")
     assert sweep_folder(str(theirs), str(tmp_path), "x", "new", ["seed=5"]) == "x/a"
     assert sweep_folder(str(theirs), str(tmp_path), "y", "new", WORDS) == f"y/{folder_of('slurm-7', WORDS)}"
