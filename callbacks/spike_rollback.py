@@ -216,6 +216,10 @@ class SpikeRollback(Checkpoint):
             flush_records(trainer)
             self._write_newest(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All files are there afterwards. Raises what the disk does."""
+        wait_for_files(trainer)
+
     def request_rollback(self, reason: str) -> None:
         """Return at the end of this step, whatever the perplexity; to be called on every rank. `reason`: for the log.
 

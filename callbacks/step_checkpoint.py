@@ -21,7 +21,7 @@ from callbacks.support.checkpoint_order import by_step
 from callbacks.support.lightning_internals import accumulates, is_logging_step
 from callbacks.support.probing import record
 from callbacks.support.ranges import above, at_least, check
-from callbacks.support.step_end import after_writing, check_files, open_step_ends, save, wait_for_files
+from callbacks.support.step_end import after_writing, file_failed, open_step_ends, save, wait_for_files
 from callbacks.support.step_vote import enter, vote
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; what a resumed run starts from is saved already."""
         self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
+        enter(trainer, file_failed=file_failed)
         if self.every_n_minutes is not None:
             enter(trainer, time_to_save=self._time_is_up)
 
@@ -66,8 +67,10 @@ class StepCheckpoint(Checkpoint):
             self._stall = None
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is time. SaveError, or what else the plugin raises: a file could not be written."""
-        check_files(trainer)
+        """Save if it is time. OSError on all ranks: a file could not be written in the background."""
+        if vote(trainer, pl_module, "file_failed"):
+            wait_for_files(trainer)
+            raise OSError("another rank could not write its checkpoint: its log says why")
         late = self.every_n_minutes is not None and vote(trainer, pl_module, "time_to_save")
         # at the end of training Lightning counts the epoch as done: a run that is given more steps would skip the rest
         last = trainer.global_step == trainer.max_steps

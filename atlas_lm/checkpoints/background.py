@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 class BackgroundCheckpointIO(AtomicCheckpointIO):
     """Copies what it is given and returns; a thread writes it as `AtomicCheckpointIO` does, one file after the other.
 
-    A save waits for the one before it. An error of the disk is raised by whichever of `check`, `wait` and the next
-    save comes first. Holds one copy of a checkpoint in host memory from the first save on, pinned where there is a GPU.
+    Two copies may wait: the checkpoint and the snapshot of one step. A third save waits for the first of them. An error
+    of the disk is raised by `wait` and the next save, and `failed` knows of it. Holds up to two copies of a checkpoint
+    in host memory from then on, pinned where there is a GPU.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: list[Future[None]] = []
-        self._rooms: list[Tensor] = []
-        self._parts: list[Any] = []  # DTensors
+        self._copies = [_Copy(), _Copy()]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Returns when the content is copied. SaveError, from a save before this one: it could not be written."""
@@ -37,8 +37,17 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
     def hand_over(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """Returns when the content is copied; the thread calls `write`. SaveError as of `save_checkpoint`."""
-        self.wait()
-        self._pending = [self._thread.submit(write, self._copied(content))]
+        if self.failed():
+            self.wait()
+        copy_ = self._copies.pop(0)
+        self._copies.append(copy_)
+        if copy_.writing is not None:
+            copy_.writing.exception()
+            if self.failed():
+                self.wait()
+        copy_.writing = self._thread.submit(write, copy_.of(content))
+        left = [future for future in self._pending if not future.done() or future.exception() is not None]
+        self._pending = [*left, copy_.writing]
 
     def after_writing(self, action: Callable[[], None]) -> None:
         """Call `action` from the thread when all that was saved before is on the disk; never if it could not be."""
@@ -50,15 +59,14 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
         self._pending.append(self._thread.submit(act))
 
-    def check(self) -> None:
-        """SaveError if something could not be written; does not wait."""
-        if any(future.done() and future.exception() is not None for future in self._pending):
-            self.wait()
+    def failed(self) -> bool:
+        """Whether something could not be written that nobody has been told of; does not wait."""
+        return any(future.done() and future.exception() is not None for future in self._pending)
 
     def wait(self) -> None:
         """Until all is on the disk and every action is done. SaveError: it is not."""
-        pending, self._pending = self._pending, []
-        errors = [error for future in pending if (error := future.exception()) is not None]
+        errors = [error for future in self._pending if (error := future.exception()) is not None]
+        self._pending = []  # only now: who is interrupted while waiting has not been told
         if errors:
             raise errors[0]
 
@@ -73,9 +81,18 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             self.wait()
         except OSError as error:
             log.error("%s", error)
-        self._rooms, self._parts = [], []
+        self._copies = [_Copy(), _Copy()]
 
-    def _copied(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+
+class _Copy:
+    """Memory that checkpoints are copied into, again and again."""
+
+    def __init__(self) -> None:
+        self.writing: Future[None] | None = None  # who reads it
+        self._rooms: list[Tensor] = []
+        self._parts: list[Any] = []  # DTensors
+
+    def of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The content on the host, sharing no memory with what training changes. Shared storages stay shared."""
         leaves = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
         tensors = [leaf for leaf in leaves if not isinstance(leaf, DTensor)]

@@ -57,6 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # saved it is, and the manifest is right without it
             manifest.settle(folder, target.name)
+            remove_lost_shards(folder)  # of what it has replaced
 
     def hand_over(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """Call `write` with the content, or with a copy of it at some later time."""
@@ -79,12 +80,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location, verify=known is None or Path(path).resolve() != known.resolve())
 
 
-def remove_lost_shards(folder: Path) -> None:
-    """Remove the shards of a folder that none of its checkpoints has, abandoned ones included."""
+def remove_lost_shards(folder: Path, keep: str = "") -> None:
+    """Remove the shards of a folder that none of its checkpoints has, abandoned ones included, and is not `keep`.
+
+    Where it is not known what a checkpoint has, nothing is removed.
+    """
     from atlas_lm.checkpoints import shards
 
-    if any(folder.glob(f"*{shards.ENDING}")):
-        shards.remove_orphans(folder, shards.folders_of(path for path in folder.glob("*.ckpt*") if path.is_file()))
+    if not any(folder.glob(f"*{shards.ENDING}")):
+        return
+    wanted = {keep}
+    known = {name: entry for name, entry in manifest.read(folder).items() if (folder / name).is_file()}
+    for entry in known.values():
+        wanted |= {part["shards"]["folder"] for part in (entry, *entry.get("previous", [])) if "shards" in part}
+    for path in folder.glob("*.ckpt*"):
+        if path.name in known or path.is_symlink() or not path.is_file():
+            continue
+        try:
+            wanted.add(shards.folder_in(path) or "")
+        except Exception as error:  # what a few changed bytes make torch's reader raise has no end
+            log.warning("%s cannot be read (%s): no shards are removed in %s", path, error, folder)
+            return
+    shards.remove_orphans(folder, wanted)
 
 
 @contextlib.contextmanager

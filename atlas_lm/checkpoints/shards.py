@@ -7,12 +7,11 @@ step-0000200.3f9a41c2.shards/        `.metadata` and one file a rank; read on an
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import secrets
 import shutil
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +50,11 @@ def fresh_name(checkpoint: Path) -> str:
 
 
 def write(tensors: dict[str, Any], folder: Path, rank: int, group: Any = None) -> dict[str, dict[str, Any]]:
-    """Write this rank's part of nested tensors, on all ranks; size and SHA-256 of the files that it wrote, by name.
+    """Write this rank's part of nested tensors into a folder that is there, on all ranks; size and SHA-256 of the files
+    that it wrote, by name.
 
-    OSError on all ranks: one of them could not write.
+    OSError on all ranks: one of them could not write. On this one: its files cannot be read again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     except dcp.api.CheckpointException as error:
@@ -165,14 +164,20 @@ def remove_orphans(folder: Path, wanted: Collection[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def folders_of(checkpoints: Iterable[Path]) -> set[str]:
-    """The names of the folders that these files say they have."""
-    found = set()
-    for path in checkpoints:
-        with contextlib.suppress(Exception):  # what makes torch's reader fail has no end; it has no shards then
-            header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found.add(Path(header[SHARDS]["folder"]).name)
-    return found
+def folder_in(checkpoint: Path) -> str | None:
+    """The name of the folder that a checkpoint says it has; None: it is not sharded. CheckpointError, OSError and what
+    else torch's reader raises: it cannot be read."""
+    header = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    shards = header.get(SHARDS) if isinstance(header, dict) else None
+    return Path(shards["folder"]).name if shards else None
+
+
+def names(folder: Path) -> set[str]:
+    """Of the tensors in a folder, nested ones with dots between. ShardsError as of `read`."""
+    try:
+        return set(PlainReader(folder).read_metadata().state_dict_metadata)
+    except FAILURES as error:
+        raise ShardsError(f"the shards in {str(folder)!r} cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -79,7 +79,7 @@ def wanted(cfg: DictConfig, found: Budget, ranks: int) -> checkup.Wanted:
     files = (
         snapshots(cfg) + int(OmegaConf.select(cfg, "callbacks.step_checkpoint.keep") or 0) + 1
     )  # and one half-written
-    on_machine = content * (snapshots(cfg) / nodes + 1)  # once per job, divided among its ranks; and a file to write
+    on_machine = content * (snapshots(cfg) / nodes + 2)  # once per job, divided among its ranks; and two files to write
     return checkup.Wanted(
         Path(str(cfg.paths.outputs)), str(cfg.trainer.accelerator), devices, nodes, content * files, on_machine
     )
@@ -133,7 +133,7 @@ def table(found: Budget, ranks: int, kept: int) -> Table:
         shown.add_row(name, gigabytes(size))
     held = kept * (found.weights + found.moments) / ranks
     shown.add_row(f"host: {kept} snapshots of spike_rollback", gigabytes(held))
-    shown.add_row("host of rank 0: the checkpoint being written", gigabytes(found.weights + found.moments))
+    shown.add_row("host of rank 0: checkpoints being written", gigabytes(2 * (found.weights + found.moments)))
     return shown
 
 

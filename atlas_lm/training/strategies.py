@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from atlas_lm.checkpoints import shards
+from atlas_lm.checkpoints import manifest, shards
+from atlas_lm.checkpoints.background import BackgroundCheckpointIO
 from atlas_lm.checkpoints.content import CheckpointError
 from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError, read_checkpoint, remove_lost_shards
 
@@ -52,7 +55,13 @@ class FullySharded(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         assert self.model is not None
-        return get_optimizer_state_dict(self.model, _plain(optimizer), options=PARTS)
+        plain = _plain(optimizer)
+        fresh = not plain.state
+        found = get_optimizer_state_dict(self.model, plain, options=PARTS)
+        if fresh:  # torch makes moments to have some to give, and counts a step that there was not
+            plain.state.clear()
+            found["state"] = {}
+        return found
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """On all ranks. SaveError on all of them, perhaps later (see the plugin): one could not write its part."""
@@ -67,16 +76,29 @@ class FullySharded(ModelParallelStrategy):
         group, rank = self._group(), self.global_rank
 
         def write(content: dict[str, Any]) -> None:
+            """Each part of it on all ranks, or none: who fails tells the others before they wait for it."""
             header, tensors = shards.header_of(content)
+            files: dict[str, Any] = {}
+
+            def prepare() -> None:
+                if rank == 0:
+                    remove_lost_shards(path.parent, keep=folder.name)
+                folder.mkdir(parents=True, exist_ok=True)
+
+            def finish() -> None:
+                if rank == 0:
+                    header[shards.SHARDS] = {"folder": folder.name, "files": files}
+                    AtomicCheckpointIO().save_checkpoint(header, path)
+
             try:
-                parts = _gathered(shards.write(tensors, folder, rank, group), group)
-                files = {name: entry for part in parts for name, entry in part.items()}
-                header[shards.SHARDS] = {"folder": folder.name, "files": files}
-                failed = _gathered(_save_header(header, path) if rank == 0 else None, group)[0]
+                _on_all_ranks(prepare, group)
+                for part in _on_all_ranks(lambda: shards.write(tensors, folder, rank, group), group):
+                    files |= part
+                _on_all_ranks(finish, group)
             except OSError as error:
-                failed = str(error)
-            if failed is not None:
-                raise SaveError(f"cannot save {str(path)!r} ({failed}): free space on that disk")
+                if rank == 0:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise SaveError(f"cannot save {str(path)!r} ({error}): free space on that disk") from error
 
         plugin.hand_over(checkpoint, write)
 
@@ -86,6 +108,13 @@ class FullySharded(ModelParallelStrategy):
         CheckpointError: it cannot be read, or is of another model.
         """
         path = Path(self.broadcast(checkpoint_path))
+        plugin = self.checkpoint_io
+        if isinstance(plugin, BackgroundCheckpointIO):
+            plugin.wait()
+        verified = isinstance(plugin, AtomicCheckpointIO) and plugin.verified == path
+        wrong = self.broadcast(manifest.verify(path) if self.is_global_zero and not verified else None)
+        if wrong:
+            raise CheckpointError(f"{str(path)!r} is damaged, {wrong}: use an older one")
         content = read_checkpoint(path, lazily=True)
         if shards.SHARDS in content:
             self._load_shards(content, path)
@@ -104,13 +133,19 @@ class FullySharded(ModelParallelStrategy):
         ]
         try:
             shards.load_into({"state_dict": weights}, folder, group)
+            there = shards.names(folder)
+            saved = [any(name.startswith(f"optimizer_{i}.") for name in there) for i in range(len(states))]
             for i, state in enumerate(states):
-                shards.load_into({f"optimizer_{i}": {"state": state["state"]}}, folder, group)
+                if saved[i]:
+                    shards.load_into({f"optimizer_{i}": {"state": state["state"]}}, folder, group)
         except shards.ShardsError as error:
             raise CheckpointError(f"{str(path)!r}: {error}: use an older checkpoint") from error
         set_model_state_dict(self.model, weights, options=PARTS)
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            set_optimizer_state_dict(self.model, _plain(optimizer), state, options=PARTS)
+        for optimizer, state, has_moments in zip(self.optimizers, states, saved, strict=True):
+            if has_moments:
+                set_optimizer_state_dict(self.model, _plain(optimizer), state, options=PARTS)
+            else:  # it had made no step
+                _plain(optimizer).state.clear()
 
     def _load_whole(self, content: dict[str, Any]) -> None:
         """Each rank takes its part of a file that all of them read."""
@@ -139,18 +174,15 @@ def _plain(optimizer: Any) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _gathered(value: Any, group: Any) -> list[Any]:
-    """By rank."""
-    found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, value, group=group)
-    return found
-
-
-def _save_header(header: dict[str, Any], path: Path) -> str | None:
-    """Why it could not be written, or None. What it replaces loses its shards."""
+def _on_all_ranks(act: Callable[[], Any], group: Any) -> list[Any]:
+    """What `act` returns, by rank. OSError on all of them: one rank's has failed."""
     try:
-        AtomicCheckpointIO().save_checkpoint(header, path)
-        remove_lost_shards(path.parent)
-    except OSError as error:
-        return str(error)
-    return None
+        mine, error = act(), None
+    except Exception as caught:
+        mine, error = None, f"{caught}" or type(caught).__name__
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, (mine, error), group=group)
+    errors = sorted({said for _, said in found if said is not None})
+    if errors:
+        raise OSError("; ".join(errors))
+    return [value for value, _ in found]

@@ -26,8 +26,8 @@ class WritesInBackground(Protocol):
     def after_writing(self, action: Callable[[], None]) -> None:
         """Call `action` when the files saved so far are there, perhaps from another thread; never if one failed."""
 
-    def check(self) -> None:
-        """Raise the error of a file that could not be written; does not wait."""
+    def failed(self) -> bool:
+        """Whether a file could not be written that nobody has been told of; does not wait."""
 
     def wait(self) -> None:
         """Until all files are there. Raises the error of one that is not."""
@@ -71,11 +71,10 @@ def after_writing(trainer: Trainer, action: Callable[[], None]) -> None:
         action()
 
 
-def check_files(trainer: Trainer) -> None:
-    """Raise the error of a file that could not be written in the background, without waiting for others."""
+def file_failed(trainer: Trainer, pl_module: Any = None) -> float:
+    """A ballot (support/step_vote.py): 1 where a file could not be written in the background."""
     plugin = trainer.strategy.checkpoint_io
-    if isinstance(plugin, WritesInBackground):
-        plugin.check()
+    return float(isinstance(plugin, WritesInBackground) and plugin.failed())
 
 
 def wait_for_files(trainer: Trainer) -> None:

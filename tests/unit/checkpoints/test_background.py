@@ -69,15 +69,35 @@ def test_it_is_the_file_that_training_would_have_waited_for(tmp_path: Path) -> N
     assert same(torch.load(tmp_path / "a.ckpt"), torch.load(tmp_path / "b.ckpt"))
 
 
-def test_a_save_waits_for_the_one_before_it(tmp_path: Path, gate: threading.Event) -> None:
+def test_two_saves_of_one_step_wait_for_no_file_and_a_third_for_the_first(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    """A checkpoint and a snapshot fall on one step."""
     plugin = BackgroundCheckpointIO()
     plugin.save_checkpoint(content(1), tmp_path / "a.ckpt")
-    threading.Timer(0.2, gate.set).start()
     plugin.save_checkpoint(content(2), tmp_path / "b.ckpt")
+    assert not list(tmp_path.glob("*.ckpt"))
+    threading.Timer(0.2, gate.set).start()
+    plugin.save_checkpoint(content(3), tmp_path / "c.ckpt")
     assert (tmp_path / "a.ckpt").exists()
     plugin.wait()
-    assert same(torch.load(tmp_path / "a.ckpt"), content(1))
-    assert same(torch.load(tmp_path / "b.ckpt"), content(2))
+    for name, value in (("a", 1), ("b", 2), ("c", 3)):
+        assert same(torch.load(tmp_path / f"{name}.ckpt"), content(value)), "none has another's content"
+
+
+def test_who_is_interrupted_while_waiting_loses_no_file(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = BackgroundCheckpointIO()
+    plugin.save_checkpoint(content(1), tmp_path / "a.ckpt")
+    future = plugin._pending[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(future, "exception", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            plugin.wait()
+    gate.set()
+    plugin.teardown()
+    assert (tmp_path / "a.ckpt").exists()
 
 
 def test_what_follows_a_file_waits_for_it(tmp_path: Path, gate: threading.Event) -> None:
@@ -93,17 +113,16 @@ def test_what_follows_a_file_waits_for_it(tmp_path: Path, gate: threading.Event)
     assert seen[-1] == "at once"
 
 
-@pytest.mark.parametrize("found_by", ["check", "wait", "the next save"])
+@pytest.mark.parametrize("found_by", ["wait", "the next save"])
 def test_a_full_disk_is_said_and_nothing_follows_it(tmp_path: Path, found_by: str) -> None:
     plugin, followed = BackgroundCheckpointIO(), []
     large = {"state_dict": {"a": torch.ones(100_000)}}
     with files_no_larger_than(10_000):
         plugin.save_checkpoint(large, tmp_path / "a.ckpt")
         plugin.after_writing(lambda: followed.append(1))
-        act = {"check": plugin.check, "wait": plugin.wait}.get(
-            found_by, lambda: plugin.save_checkpoint(large, tmp_path / "b.ckpt")
-        )
-        time.sleep(0.5)  # `check` does not wait
+        act = plugin.wait if found_by == "wait" else lambda: plugin.save_checkpoint(large, tmp_path / "b.ckpt")
+        while not plugin.failed():
+            time.sleep(0.01)
         with pytest.raises(SaveError, match=r"a\.ckpt"):
             act()
     assert followed == []

@@ -1,5 +1,6 @@
 """Sharded checkpoints: whole or absent, whatever kills a rank; damage is found; no code is run; read as one file."""
 
+import os
 import pickle
 import random
 import shutil
@@ -41,6 +42,7 @@ def save(path: Path, step: int = 3) -> Path:
     """Write it; the folder of its shards."""
     header, tensors = shards.header_of(content(step))
     folder = path.parent / shards.fresh_name(path)
+    folder.mkdir()
     header[shards.SHARDS] = {"folder": folder.name, "files": shards.write(tensors, folder, 0)}
     AtomicCheckpointIO().save_checkpoint(header, path)
     return folder
@@ -117,6 +119,7 @@ def test_an_index_runs_no_code(saved: Path, bad: Any, tmp_path: Path, monkeypatc
 
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
     """torch would unpickle it freely."""
+    (tmp_path / "x").mkdir()
     shards.write({"state_dict": {"a": Plain()}}, tmp_path / "x", 0)
     with pytest.raises(shards.ShardsError, match="BytesStorageMetadata"):
         shards.read(tmp_path / "x")
@@ -127,12 +130,16 @@ class Plain:
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
     large = {"state_dict": {"a": torch.ones(100_000)}}
     with files_no_larger_than(10_000), pytest.raises(OSError):  # noqa: PT011  # torch does not hand on the system's words
         shards.write(large, tmp_path / "x", 0)
 
 
 def test_replaced_and_removed_checkpoints_take_their_shards_along(saved: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, saved.with_name("other.ckpt"))
+    assert len(list(saved.parent.glob(f"*{shards.ENDING}"))) == 1, "what others have stays"
+    saved.with_name("other.ckpt").unlink()
     kept = save(saved.with_name("step-0000004.ckpt"), 4)
     abandoned = save(saved.with_name("step-0000005.ckpt"), 5)
     saved.with_name("step-0000005.ckpt").rename(saved.with_name("step-0000005.ckpt.abandoned1"))
@@ -141,6 +148,25 @@ def test_replaced_and_removed_checkpoints_take_their_shards_along(saved: Path) -
     assert {path.name for path in saved.parent.glob(f"*{shards.ENDING}")} == {kept.name, abandoned.name}
     AtomicCheckpointIO().remove_checkpoint(saved.with_name("step-0000004.ckpt"))
     assert names(saved.parent) == sorted(["manifest.json", "step-0000005.ckpt.abandoned1", abandoned.name])
+
+
+def test_where_a_checkpoint_cannot_be_read_no_shards_are_removed(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be whole again in a minute."""
+    (saved.parent / manifest.MANIFEST).unlink()
+    save(saved.with_name("step-0000004.ckpt"), 4)
+    read = torch.load
+
+    def broken(path: Any, *a: Any, **k: Any) -> Any:
+        if Path(path).name == saved.name:
+            raise OSError(5, "Input/output error")
+        return read(path, *a, **k)
+
+    monkeypatch.setattr(torch, "load", broken)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, saved.with_name("step-0000005.ckpt"))
+    assert len(list(saved.parent.glob(f"*{shards.ENDING}"))) == 2
+    assert "cannot be read" in caplog.text
 
 
 # Two ranks
@@ -219,12 +245,34 @@ def rolls_back() -> Any:
     guard = SpikeRollback(str(folder), every_n_steps=2, watch="training_loss", threshold=1e9, keep_last=2)
     fit(folder, 8, Request(), StepCheckpoint(str(folder), every_n_steps=3), guard)
     found = [path.name for path in folder.glob(f"*{shards.ENDING}")]
-    wanted = shards.folders_of(path for path in folder.glob("*.ckpt*") if path.is_file())
+    wanted = {shards.folder_in(path) for path in folder.glob("*.ckpt*") if path.is_file()}
     return (
         guard.rollbacks,
         sorted(found) == sorted(wanted),
         all(why_unusable(p) is None for p in checkpoints_in(folder)),
     )
+
+
+def a_rank_cannot_read_its_files() -> Any:
+    """After they are written: the others must not wait for it for half an hour."""
+    folder, sha256 = shared_folder() / "unreadable", shards.sha256
+
+    def broken(path: Path) -> str:
+        if path.name.startswith("__1_"):
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    shards.sha256 = broken
+    try:
+        fit(folder, 3, StepCheckpoint(str(folder), every_n_steps=3))
+    except SaveError as error:
+        return str(error), list(folder.glob(f"*{shards.ENDING}")) if rank() == 0 else []
+    finally:
+        shards.sha256 = sha256
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
 
 
 def a_rank_has_no_room() -> Any:
@@ -248,7 +296,7 @@ def a_rank_has_no_room() -> Any:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Any]]:
-    scenarios = (saves, waits, resumes, rolls_back, a_rank_has_no_room)
+    scenarios = (saves, waits, resumes, rolls_back, a_rank_has_no_room, a_rank_cannot_read_its_files)
     return dict(zip((s.__name__ for s in scenarios), run_on_two_ranks(*scenarios), strict=True))
 
 
@@ -275,6 +323,12 @@ def test_a_rank_without_room_stops_all(two_ranks: dict[str, list[Any]]) -> None:
     for found in two_ranks["a_rank_has_no_room"]:
         assert "free space" in found[0]
         assert found[1] is None
+
+
+def test_a_rank_that_fails_alone_tells_the_others(two_ranks: dict[str, list[Any]]) -> None:
+    for found in two_ranks["a_rank_cannot_read_its_files"]:
+        assert "Input/output error" in found[0]
+        assert found[1] == [], "and leaves no shards behind"
 
 
 def save_for_ever() -> Any:

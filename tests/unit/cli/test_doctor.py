@@ -38,8 +38,8 @@ def test_ranks_share_what_is_sharded() -> None:
     whole, eighth = (doctor.table(found, ranks, 5).columns[1]._cells for ranks in (1, 8))
     assert whole[:3] == ["8.00 GB", "8.00 GB", "16.00 GB"]
     assert eighth[:3] == ["1.00 GB", "1.00 GB", "2.00 GB"]
-    assert whole[-3:] == ["50.00 GB", "120.00 GB", "24.00 GB"]
-    assert eighth[-3:] == ["22.00 GB", "15.00 GB", "24.00 GB"], "one rank writes the file"
+    assert whole[-3:] == ["50.00 GB", "120.00 GB", "48.00 GB"]
+    assert eighth[-3:] == ["22.00 GB", "15.00 GB", "48.00 GB"], "one rank writes the file"
 
 
 @pytest.mark.parametrize(
