@@ -54,6 +54,7 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; what a resumed run starts from is saved already."""
         self._last_global_step_saved, self._saved_at = trainer.global_step, time.monotonic()
+        self._stall = None
         enter(trainer, file_failed=file_failed)
         if self.every_n_minutes is not None:
             enter(trainer, time_to_save=self._time_is_up)

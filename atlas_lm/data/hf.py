@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ class HuggingFaceSource(PackedSource):
         self.text_field = text_field
         self.fractions = (validation_fraction, test_fraction)
         self.held_out_documents = held_out_documents
-        self._held_out: set[bytes] = set()  # keys of the rows that are not trained on
 
     @property
     def streams(self) -> bool:
@@ -84,16 +83,25 @@ class HuggingFaceSource(PackedSource):
         for split, theirs in self.splits.items():
             if theirs is None:
                 continue
-            if self.streams and split == "train" and not by_hash:
-                continue
             for number, row in enumerate(self._rows(theirs)):
-                if self.streams and number >= self.held_out_documents:
-                    break
                 raw = self._text(theirs, number, row)
                 found = split_of(raw, *self.fractions) if by_hash else split
-                if self.streams and found == "train":
-                    continue
                 yield Document(f"{self.path} [{theirs}] row {number}", raw, found)
+
+    def documents_in_memory(self) -> Iterator[Document]:
+        """All of them, or the held-out text of a stream."""
+        if not self.streams:
+            yield from self.documents()
+            return
+        by_hash = self.splits["validation"] is None
+        for split, theirs in self.splits.items():
+            if theirs is None or (split == "train" and not by_hash):
+                continue
+            for number, row in enumerate(islice(self._rows(theirs), self.held_out_documents)):
+                raw = self._text(theirs, number, row)
+                found = split_of(raw, *self.fractions) if by_hash else split
+                if found != "train":
+                    yield Document(f"{self.path} [{theirs}] row {number}", raw, found)
 
     def _text(self, split: str, number: int, row: dict[str, Any]) -> bytes:
         where = f"{self.path} [{split}] row {number}"
@@ -101,12 +109,12 @@ class HuggingFaceSource(PackedSource):
             raise ValueError(f"{where}: no column {self.text_field!r} in {sorted(row)}: set text_field")
         return text_bytes(where, row[self.text_field], self.text_field)
 
-    def setup(self) -> None:
-        """Read and tokenize what is held in memory: everything, or the held-out text of a stream."""
-        if not self._streams and self.streams:
-            keys = (content_key(document.raw) for document in self.documents())
-            self._held_out = {key for key in keys if key is not None}
-        super().setup()
+    def exclude(self, keys: frozenset[bytes]) -> int:
+        """As of any source; of a stream nobody knows how many there are."""
+        if self.streams:
+            self._excluded |= keys
+            return 0
+        return super().exclude(keys)
 
     def losses(self, split: Split) -> Losses | None:
         """What the tokenizer loses of a split; None of a stream, which is not read before it is trained on."""
@@ -117,11 +125,13 @@ class HuggingFaceSource(PackedSource):
         theirs = self.splits["train"]
         assert theirs is not None
         by_hash = self.splits["validation"] is None
+        held_out = self.held_out_keys() | self._excluded
 
         def text_of(number: int, row: Any) -> bytes | None:
             raw = self._text(theirs, number, row)
-            held = content_key(raw) in self._held_out or (by_hash and split_of(raw, *self.fractions) != "train")
-            return None if held else raw
+            if by_hash and split_of(raw, *self.fractions) != "train":
+                return None
+            return None if content_key(raw) in held_out else raw
 
         name = f"{self.path} [{theirs}]"
         what = [self.path, self.name, self.splits, self.text_field, self.fractions, self.held_out_documents]

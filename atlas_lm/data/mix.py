@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from atlas_lm.data.interfaces import Sample, SequenceDataset, Source, Split
+from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.streams import MixStream, SequenceStream, SetStream, digest
 from atlas_lm.data.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class MixSource:
@@ -27,6 +31,7 @@ class MixSource:
             raise ValueError("data=mix has no sources: data.source.sources.<name>={weight: 1, source: …} adds one")
         self._sources: dict[str, Source] = {}
         self._weights: dict[str, float] = {}
+        self._is_set_up = False
         for name, entry in sources.items():
             if not isinstance(entry, Mapping) or set(entry) != {"source", "weight"}:
                 raise ValueError(f"data.source.sources.{name} needs exactly a source and a weight")
@@ -58,12 +63,27 @@ class MixSource:
         return self.tokenizer.vocab_size
 
     def setup(self) -> None:
-        """Read what has to be read of all sources."""
+        """Read what has to be read of all sources. What one of them holds out none of the others trains on."""
+        if self._is_set_up:
+            return
+        self._is_set_up = True
+        texts = {name: getattr(source, "text", source) for name, source in self._sources.items()}
         for source in self._sources.values():
             source.setup()
+        packed = {name: text for name, text in texts.items() if isinstance(text, PackedSource)}
+        for name in texts.keys() - packed.keys():
+            log.warning(
+                "data.source.sources.%s: its documents are not known, so they are compared with no others'", name
+            )
+        for name, text in packed.items():
+            held_out = [other.held_out_keys() for others, other in packed.items() if others != name]
+            count = text.exclude(frozenset().union(*held_out))
+            if count:
+                log.warning("data.source.sources.%s: %d documents that others hold out are not trained on", name, count)
 
     def stream(self, seq_len: int, seed: int) -> SequenceStream:
         """The training sequences."""
+        self.setup()
         parts: dict[str, tuple[SequenceStream, float]] = {}
         for name, source in self._sources.items():
             if getattr(source, "streams", False):
@@ -93,6 +113,8 @@ class MixedDataset(SequenceDataset):
         self._parts = [dataset for dataset, _ in parts.values()]
         self._names = list(parts)
         self.seq_len = self._parts[0].seq_len
+        if any(dataset.seq_len != self.seq_len for dataset in self._parts):
+            raise ValueError("the sources have sequences of different lengths: set data.seq_len")
         total = min(len(dataset) / weight for dataset, weight in parts.values())
         counts = [max(1, int(total * weight + 1e-9)) for _, weight in parts.values()]
         self._counts = counts

@@ -118,6 +118,10 @@ class NeedlesSource:
         fewest = min(len(keys_of(split)) for split in SPLITS)
         if needles > fewest:
             raise ValueError(f"needles={needles} are more than the {fewest} keys that there are")
+        if getattr(text, "streams", False):
+            raise ValueError(
+                "needles are put into a text of known length: not into one that is read on the fly, or mixed"
+            )
         if text.tokenizer is None:
             raise ValueError("needles are put into text, and this source has none: give one such as data=stdlib's")
         self.text, self.seed, self.answer_weight = text, seed, answer_weight

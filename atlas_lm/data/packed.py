@@ -117,10 +117,16 @@ class PackedSource:
     def __init__(self, tokenizer: str | Tokenizer = "bytes") -> None:
         self._tokenizer = load_tokenizer(tokenizer)
         self._streams: dict[Split, TokenStream] = {}
+        self._keys: dict[Split, frozenset[bytes]] = {}  # of the documents, see overlap.py
+        self._excluded: frozenset[bytes] = frozenset()
 
     def documents(self) -> Iterator[Document]:
         """The documents, in the same order at every call. Empty ones are skipped by whoever encodes them."""
         raise NotImplementedError
+
+    def documents_in_memory(self) -> Iterator[Document]:
+        """Those that `setup` reads: all of them."""
+        return self.documents()
 
     @property
     def vocab_size(self) -> int:
@@ -142,7 +148,7 @@ class PackedSource:
             "test": Packer(self._tokenizer, keep_raw=True),
         }
         empty = EmptyDocuments(self.empty_documents)
-        for document in self.documents():
+        for document in self.documents_in_memory():
             packers[document.split].add(document)
             empty.note(document)
         empty.report()
@@ -153,11 +159,27 @@ class PackedSource:
         for split, packer in packers.items():
             packer.leave_out(split, overlap)
         overlap.report()
+        packers["train"].drop(self._excluded)
+        self._keys = {split: packer.keys() for split, packer in packers.items()}
         streams: dict[Split, TokenStream] = {split: packer.stream() for split, packer in packers.items()}
         if not any(len(stream.tokens) for stream in streams.values()):
             raise ValueError(f"{type(self).__name__} found no text: every document is empty, or there is none")
         check_losses({split: stream.losses for split, stream in streams.items() if stream.losses})
         self._streams = streams
+
+    def held_out_keys(self) -> frozenset[bytes]:
+        """The contents of validation and test, as overlap.py compares them."""
+        self.setup()
+        return self._keys["validation"] | self._keys["test"]
+
+    def exclude(self, keys: frozenset[bytes]) -> int:
+        """Do not train on documents of these contents, which somebody else holds out; how many there are."""
+        self.setup()
+        found = len(self._keys["train"] & keys)
+        if found:
+            self._excluded, self._streams = self._excluded | keys, {}
+            self.setup()
+        return found
 
     def dataset(self, split: Split, seq_len: int | None) -> PackedDataset:
         """Sequences of `seq_len` tokens. ValueError when the split is empty or shorter than one of them."""
@@ -240,6 +262,15 @@ class Packer:
             if not left_out:
                 kept.append(document)
         self._packed = kept
+
+    def drop(self, keys: frozenset[bytes]) -> None:
+        """Leave out the documents of these contents."""
+        if keys:
+            self._packed = [packed for packed in self.documents() if packed.key not in keys]
+
+    def keys(self) -> frozenset[bytes]:
+        """The contents of the documents."""
+        return frozenset(packed.key for packed in self.documents() if packed.key is not None)
 
     def arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, int]:
         """tokens (n,), raw text, bytes per token (n,) uint32, number of raw bytes; the middle two empty if not kept."""

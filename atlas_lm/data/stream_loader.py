@@ -67,7 +67,7 @@ class StreamLoader:
                 yield batch
         finally:
             stopped.set()
-            thread.join()
+            thread.join(5)  # seconds; a reader that hangs must not keep a signal from ending the run
 
     def _next(self) -> Sample:
         count = self.batch_size * self._ranks

@@ -51,27 +51,30 @@ class SetStream:
     def __init__(self, dataset: SequenceDataset, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
         self._time, self._next = 0, 0
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray, str] | None = None  # time, order, its digest
 
     def take(self, count: int, wanted: Sequence[int]) -> list[Sample]:
         samples = []
         for n in wanted:
             turns, place = divmod(self._next + n, len(self._dataset))
-            samples.append(self._dataset[int(self._permutation(self._time + turns)[place])])
+            samples.append(self._dataset[int(self._ordered(self._time + turns)[1][place])])
         turns, self._next = divmod(self._next + count, len(self._dataset))
         self._time += turns
         return samples
 
-    def _permutation(self, time: int) -> np.ndarray:
+    def _ordered(self, time: int) -> tuple[int, np.ndarray, str]:
         if self._order is None or self._order[0] != time:
-            self._order = time, np.random.default_rng([self._seed, time]).permutation(len(self._dataset))
-        return self._order[1]
+            order = np.random.default_rng([self._seed, time]).permutation(len(self._dataset))
+            self._order = time, order, blake2b(order.tobytes(), digest_size=8).hexdigest()
+        return self._order
 
     def state_dict(self) -> State:
-        return {"time": self._time, "next": self._next}
+        return {"time": self._time, "next": self._next, "order": self._ordered(self._time)[2]}
 
     def load_state_dict(self, state: State) -> None:
         self._time, self._next = int(state["time"]), int(state["next"])
+        if self._ordered(self._time)[2] != state["order"]:
+            raise ValueError("cannot resume exactly: the order of the data is another one: use numpy of the first run")
 
     def fingerprint(self) -> str:
         return digest("set", self._dataset.fingerprint(), self._seed)
@@ -101,6 +104,10 @@ class Block(NamedTuple):
     tokens: np.ndarray  # with the one before the block, (count · seq_len + 2,)
     order: np.ndarray  # (count,)
     after: Place
+
+    def digest(self) -> str:
+        """Of tokens and order."""
+        return blake2b(self.tokens.tobytes() + self.order.tobytes(), digest_size=16).hexdigest()
 
 
 class TextStream:
@@ -140,6 +147,7 @@ class TextStream:
     def _begin(self, place: Place, offset: int) -> None:
         self._place, self._offset = place, offset
         self._block: Block | None = None
+        self._digest: str | None = None  # what the block has to be; None: not known yet
 
     def _loaded(self) -> Block:
         """The block of now; the next one is on its way."""
@@ -147,6 +155,13 @@ class TextStream:
             number = self._place.number
             waiting = self._ahead[1] if self._ahead is not None and self._ahead[0] == number else None
             self._block = (waiting or self._thread.submit(self._read, self._place)).result()
+            found = self._block.digest()
+            if self._digest not in (None, found):
+                raise ValueError(
+                    f"{self._name} is not what it was in the checkpointed run: use the same rows, tokenizer and numpy, "
+                    "or start a new run from its weights"
+                )
+            self._digest = found
             self._ahead = number + 1, self._thread.submit(self._read, self._block.after)
         return self._block
 
@@ -205,11 +220,12 @@ class TextStream:
         }
 
     def state_dict(self) -> State:
-        return {**self._place._asdict(), "offset": self._offset}
+        return {**self._place._asdict(), "offset": self._offset, "digest": self._digest}
 
     def load_state_dict(self, state: State) -> None:
         self._ahead = None
         self._begin(Place(**{name: state[name] for name in Place._fields}), int(state["offset"]))
+        self._digest = state["digest"]
 
     def fingerprint(self) -> str:
         return digest("text", self._name, self._tokenizer.fingerprint(), self._seq_len, self._seed, self._count)

@@ -39,9 +39,10 @@ def current_job(environment: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this job belongs to an array, as those of a sweep do."""
-    return environment.get("SLURM_ARRAY_TASK_COUNT", "1") != "1"
+def is_submitted_alone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has submitted this job for one run. Those of a sweep are an array; `-m` in a job of one's own
+    trains one after another, and is no launcher's."""
+    return "SUBMITIT_EXECUTOR" in environment and environment.get("SLURM_ARRAY_TASK_COUNT", "1") == "1"
 
 
 def is_alive(job: str) -> bool:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from atlas_lm.checkpoints.listing import newest_checkpoint
 from atlas_lm.config.parsing import CONFIG
 from atlas_lm.files import ROOT, next_free, write_atomically
 from atlas_lm.runs.environment import environment
@@ -36,9 +37,16 @@ def task_overrides() -> list[str]:
 
 
 def resume_own_run(cfg: DictConfig) -> None:
-    """In a scheduler's job that is started again: `resume` becomes auto, the job's own run. ValueError: it has two."""
+    """In a scheduler's job that is started again: `resume` becomes auto, the job's own run. ValueError: it has two.
+
+    Also where `resume` named what the job began from: it would begin there again each time."""
     job = current_job()
-    if job is None or cfg.resume not in (None, AUTO):
+    if job is None:
+        return
+    if cfg.resume not in (None, AUTO):
+        run = Path(cfg.paths.run)
+        if job_of(run) == job and newest_checkpoint(run) is not None:
+            cfg.resume = AUTO
         return
     mine = [] if is_sweep() else runs_of_job(Path(cfg.paths.outputs) / cfg.name, job, task_overrides())
     if len(mine) > 1:

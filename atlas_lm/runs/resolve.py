@@ -17,7 +17,7 @@ from atlas_lm.checkpoints.listing import (
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
 from atlas_lm.runs.folder import LATEST, has_ended_well, job_of, overrides_of, runs_in
-from atlas_lm.runs.job import current_job, folder_of, is_alive, is_one_of_several
+from atlas_lm.runs.job import current_job, folder_of, is_alive, is_submitted_alone
 
 # resume: the newest run of the experiment if it is not finished, else a new one; in a scheduler's job the job's own run
 AUTO = "auto"
@@ -93,7 +93,7 @@ def sweep_folder(resume: str | None, outputs: str, name: str, new: str, override
 
     A launcher submits a single run too as a sweep, of one job: there `resume` means what it means in `run_folder`."""
     experiment, job = Path(outputs) / name, current_job()
-    if job is not None and resume not in (None, AUTO) and not is_one_of_several():
+    if job is not None and resume not in (None, AUTO) and is_submitted_alone():
         there = Path(run_folder(resume, outputs, name, folder_of(job, started_with(overrides)), overrides))
         return f"{name}/{there.name}"
     if resume == AUTO or (resume is None and job is not None):

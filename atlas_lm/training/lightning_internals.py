@@ -15,6 +15,10 @@ def logging_step(trainer: Trainer) -> int:
 def count_recorded_steps(trainer: Trainer, recorded: int) -> None:
     """Set the loggers' step of a Trainer that did not start, as its last step was done when it was saved.
 
-    Lightning returns from such a resume before it counts that step.
+    Lightning returns from such a resume before it counts that step, and its epoch as done.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = recorded
+    epochs = trainer.fit_loop.epoch_progress
+    if epochs.current.completed < epochs.current.ready:
+        epochs.increment_processed()
+        epochs.increment_completed()

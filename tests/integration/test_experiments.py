@@ -89,6 +89,7 @@ def test_data(in_tmp: Path, name: str) -> None:
         "hf": ["data.source.path=rows", "data.source.validation_fraction=0.3", *SMALL_DATA],
         "recall": ["data.source.samples=100"],
         "needles": ["data.source.needles=1", "data.seq_len=200"],
+        "mix": SMALL_DATA,
     }
     if name == "tokens":
         prepare("text", in_tmp / "shards", files=[f"{in_tmp}/corpus/*.txt"], validation_fraction=0.3)

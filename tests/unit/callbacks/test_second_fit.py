@@ -53,7 +53,8 @@ MAKERS = {
     "step_checkpoint": lambda d: StepCheckpoint(d, 3),
     "weight_integrity": lambda d: WeightIntegrity(),
 }  # fmt: skip
-TIMES = {"seconds", "trained", "guard/probe_seconds", "_began", "_trained", "_saved_at", "_started", "_shown", "ring"}
+TIMES = {"seconds", "trained", "guard/probe_seconds", "_began", "_trained", "_saved_at", "_started", "_shown", "ring",
+         "_stall", "perf/checkpoint_stall_seconds"}  # fmt: skip
 
 
 class Everything(Line):

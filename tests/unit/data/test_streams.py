@@ -21,6 +21,7 @@ from atlas_lm.data.needles import NeedlesSource
 from atlas_lm.data.stdlib import StdlibSource
 from atlas_lm.data.stream_loader import StreamLoader
 from atlas_lm.data.streams import MixStream, SequenceStream, SetStream, TextStream
+from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokenizers import ByteTokenizer
 
 LENGTH = 8
@@ -243,6 +244,28 @@ def test_what_the_thread_meets_is_raised_in_training() -> None:
         found.extend(iter(StreamLoader(stream, 4, 1, 0)))
 
 
+def test_other_rows_behind_the_same_name_are_refused() -> None:
+    stream = text_stream()
+    stream.take(1, [0])
+    while len(stream._place.carry) > 100:  # a block of what was read before, and travels in the state
+        stream.take(16, [15])
+    state = saved(stream.state_dict())
+    other = text_stream([text.upper() for text in TEXTS])
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="is not what it was in the checkpointed run"):
+        other.take(1, [0])
+    same = text_stream()
+    same.load_state_dict(state)
+    same.take(40, [0, 39])
+
+
+def test_another_numpy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SetStream(Numbers(7), 1)
+    state = {**stream.state_dict(), "order": "another"}
+    with pytest.raises(ValueError, match="order of the data is another one"):
+        stream.load_state_dict(state)
+
+
 def test_another_order_is_refused() -> None:
     loader = StreamLoader(mixed(), 4, 2, 0)
     state = loader.state_dict()
@@ -283,6 +306,29 @@ def test_held_out_text_has_the_same_shares(tmp_path: Path) -> None:
 def test_mixtures_that_make_no_sense(sources: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixSource(sources)
+
+
+def test_what_one_source_holds_out_no_other_trains_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(6):
+        (tmp_path / f"f{i}.txt").write_text(f"file number {i} " * 40)
+    paths = [str(tmp_path / f"f{i}.txt") for i in range(6)]
+    a = TextSource(paths[:4], validation_files=[paths[4]])
+    b = TextSource(paths[4:], validation_files=[paths[0]])
+    source = MixSource({"a": {"source": a, "weight": 1}, "b": {"source": b, "weight": 1}})
+    dm = TokenDataModule(source, batch_size=4, seq_len=32)
+    trained = b"".join(bytes(row.tolist()) for batch in islice(dm.train_dataloader(), 40)
+                       for row in batch["input_ids"].clamp(max=255).to(torch.uint8))  # fmt: skip
+    assert b"number 1" in trained
+    assert b"number 5" in trained
+    assert b"number 4" not in trained
+    assert b"number 0" not in trained
+    assert "sources.a: 1 documents that others hold out are not trained on" in caplog.text
+
+
+def test_needles_are_not_put_into_a_stream() -> None:
+    mix = MixSource({"text": {"source": StdlibSource("python"), "weight": 1}})
+    with pytest.raises(ValueError, match="not into one that is read on the fly"):
+        NeedlesSource(mix, needles=1, window=8, layers=1)
 
 
 def test_needles_can_be_mixed_with_text() -> None:
@@ -338,9 +384,10 @@ def test_a_dataset_is_read_on_the_fly_and_resumed(folder: Path) -> None:
 def test_held_out_rows_are_not_trained_on(folder: Path) -> None:
     source = HuggingFaceSource(str(folder), streaming=True, validation_fraction=0.2, held_out_documents=60)
     source.setup()
-    held = [d.raw for d in source.documents()]
+    held = list(source.documents_in_memory())
     assert held
-    assert all(d.split != "train" for d in source.documents())
+    assert all(d.split != "train" for d in held)
+    assert {d.split for d in source.documents()} == {"train", "validation", "test"}, "prepare writes all of it"
     stream, trained = source.stream(LENGTH, 0), b""
     while len(trained) < 10_000:
         block = stream._loaded()
@@ -377,7 +424,7 @@ def test_a_damaged_row_names_itself(folder: Path) -> None:
 
 def test_what_is_on_disk_whole_is_not_streamed(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({"text": ["a b c"] * 9}).save_to_disk(str(tmp_path / "d"))
-    source = HuggingFaceSource(str(tmp_path / "d"), streaming=True)
+    datasets.Dataset.from_dict({"text": [f"a {i} c" for i in range(50)]}).save_to_disk(str(tmp_path / "d"))
+    source = HuggingFaceSource(str(tmp_path / "d"), streaming=True, validation_fraction=0.3)
     with pytest.raises(ValueError, match="cannot be streamed: leave streaming=true out"):
         source.stream(LENGTH, 0).take(1, [0])

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from atlas_lm.runs import resolve
 from atlas_lm.runs.folder import bind, job_of, number_of, overrides_of, write_identity
 from atlas_lm.runs.job import current_job, folder_of, is_alive
+from atlas_lm.runs.lifecycle import resume_own_run
 from atlas_lm.runs.resolve import run_folder, sweep_folder
 
 
@@ -98,10 +100,25 @@ def test_what_is_named_is_resumed_by_a_launchers_job_too(
 ) -> None:
     """A launcher submits a single run as a sweep of one job; those of a real sweep cannot all continue one run."""
     theirs = make_run(tmp_path / "x" / "a", WORDS, "slurm-6")
+    alone = sweep_folder(str(theirs), str(tmp_path), "x", "new", ["seed=5"])
+    assert alone == f"x/{folder_of('slurm-7', ['seed=5'])}", "-m in a batch script of one's own is a sweep"
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     assert sweep_folder(str(theirs), str(tmp_path), "x", "new", ["seed=5"]) == "x/a"
     assert sweep_folder(str(theirs), str(tmp_path), "y", "new", WORDS) == f"y/{folder_of('slurm-7', WORDS)}"
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
     assert sweep_folder(str(theirs), str(tmp_path), "x", "new", WORDS) == f"x/{folder_of('slurm-7', WORDS)}"
+
+
+def test_a_job_that_is_repeated_does_not_begin_again_where_it_was_told_to_begin(in_job_7: None, tmp_path: Path) -> None:
+    """Each time limit would set it back there."""
+    began = make_run(tmp_path / "x" / "a", WORDS, "slurm-6") / "checkpoints" / "step-0000001.ckpt"
+    for job, resume in (("slurm-7", "auto"), ("slurm-6", str(began))):
+        run = make_run(tmp_path / "y" / job, WORDS, job)
+        cfg = OmegaConf.create(
+            {"resume": str(began), "paths": {"run": str(run), "outputs": str(tmp_path)}, "name": "y"}
+        )
+        resume_own_run(cfg)
+        assert cfg.resume == resume
 
 
 def test_outside_a_job_nothing_has_changed(tmp_path: Path) -> None:
