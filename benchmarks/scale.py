@@ -134,7 +134,8 @@ def table(sizes: list[Size], compute: Compute) -> str:
             found = row(size, gpus)
             cells = [size.name, str(gpus)]
             for seconds in steps_of(size, compute):
-                step = seconds + min(waits(seconds, found))
+                ddp, fsdp = waits(seconds, found)
+                step = seconds + (fsdp if found.ddp_bytes > CARD else min(ddp, fsdp))
                 cells += [f"{step:.2f} s", f"{gpus * ROWS * LENGTH / step:,.0f}"]
             cells += [f"{found.ddp * 1e3:.0f} ms", f"{found.fsdp * 1e3:.0f} ms"]
             over = " (too much)" if found.ddp_bytes > CARD else ""

@@ -353,6 +353,15 @@ def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT, *, a
     command = f"python -m benchmarks.worth {how}" + (f" --set {' '.join(s.extra)}" if s.extra else "")
     if add:
         known = json.loads((root / NUMBERS).read_text(encoding="utf-8"))
+        first = known["models"][0]
+        if (
+            known["experiment"] != s.experiment
+            or first["steps"] != s.steps
+            or ("--set" in known["command"]) != bool(s.extra)
+        ):
+            raise SystemExit(
+                f"the rows of {NUMBERS} are of other settings ({known['command']}): measure all models again"
+            )
         rows = beside(known["models"], rows)
         command = "; ".join(dict.fromkeys([known["command"], command]))
     content = {
@@ -417,6 +426,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.worker:
         return worker(options.worker)
+    if options.steps_seeds is not None and not 1 <= options.steps_seeds <= options.seeds:
+        parser.error(f"--steps-seeds {options.steps_seeds} must lie in 1 to --seeds, {options.seeds}")
     s = setting(options.experiment, options.extra, options.quick, options.out.absolute(), options.jobs, options.sweep)
     (s.out / "runs").mkdir(parents=True, exist_ok=True)
     found = measure(s, options.models, 1 if options.quick else options.seeds, options.add, options.steps_seeds)

@@ -6,6 +6,7 @@ Prints tables; writes evaluation.md, evaluation.json and a picture for each tabl
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,13 +121,19 @@ def harness(options: Options) -> Suite:
             documents = []
             if ours.OURS in options.tasks.split(","):
                 raw = load_data(subject.folder, subject.content).held_out_bytes() or b""
-                documents = ours.documents_of(raw, 4 * plan.length)
+                pieces = ours.documents_of(raw, 4 * plan.length)
+                spread = range(min(plan.sequences, len(pieces)))  # as other suites choose their sequences
+                documents = [pieces[i * len(pieces) // len(spread)] for i in spread]
             for score in ours.evaluate(
                 subject.model, tokenizer, options.tasks.split(","), documents, plan.sequences, tick
             ):
                 table = tables.setdefault(score.task, Table(f"lm_eval {score.task}", f"lm-eval: {score.task}", "", ""))
-                half = Z * (score.error or 0.0)
+                half = math.nan if score.error is None else Z * score.error
                 table.add(subject.name, score.metric, Interval(score.value, score.value - half, score.value + half))
+        for table in tables.values():
+            table.notes.append(
+                f"- At most {plan.sequences} examples of each run; an interval only where the task gives an error."
+            )
         return list(tables.values())
 
     return run

@@ -43,7 +43,7 @@ class Table:
     def _shown(self, value: Interval | None) -> str:
         if value is None or math.isnan(value.mean):
             return "–"
-        if value.low == value.high:
+        if value.low == value.high or math.isnan(value.low):
             return f"{value.mean:{self.form}}"
         return f"{value.mean:{self.form}} [{value.low:{self.form}}, {value.high:{self.form}}]"
 

@@ -49,6 +49,8 @@ def evaluate(
 
     ValueError: an unknown task, or one whose data is not at hand.
     """
+    if OURS in tasks and not documents:
+        raise ValueError(f"tasks={OURS}: the run's held-out data is no text, choose another task")
     with tempfile.TemporaryDirectory() as name, _quiet():
         folder = Path(name)
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -64,7 +66,7 @@ def evaluate(
                 HarnessModel(model, tokenizer, tick), tasks=tasks, task_manager=manager, limit=limit,
                 bootstrap_iters=1000, verbosity="ERROR",
             )  # fmt: skip
-        except (OSError, ConnectionError, ValueError) as error:  # of datasets: no network, no such file
+        except (OSError, ConnectionError) as error:  # of datasets: no network, no such file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"tasks={','.join(tasks)} cannot be evaluated ({reason}): their data has to be on this machine, or "
@@ -123,7 +125,11 @@ class HarnessModel(TemplateLM):
         return [int(token) for token in self.words.encode(string)]
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        return [self._score(context, continuation) for _, context, continuation in requests]
+        begin = [self.eot_token_id]
+        return [
+            self._score(context if context[:1] == begin else begin + context, continuation)
+            for _, context, continuation in requests
+        ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, nats."""
@@ -176,7 +182,10 @@ class HarnessModel(TemplateLM):
 
 
 def documents_of(text: bytes, length: int) -> list[str]:
-    """Held-out text in pieces of about `length` bytes, cut at newlines."""
+    """Held-out text in pieces of about `length` bytes, cut at newlines.
+
+    The text is that of the validation's sequences, one after another: a piece may hold parts of several documents.
+    """
     pieces, size = [[]], 0  # type: ignore[var-annotated]
     for line in text.decode("utf-8", errors="replace").splitlines(keepends=True):
         if size >= length:

@@ -52,7 +52,9 @@ def test_bits_per_byte_are_those_of_our_own_loss(guarded_run: Path, tmp_path: Pa
     model, tokenizer = load(guarded_run)
     content = torch.load(resolve_checkpoint(str(guarded_run), "outputs"), weights_only=True)
     raw = load_data(guarded_run, content).held_out_bytes()
-    documents = harness.documents_of(raw, 256)[:3]
+    pieces = harness.documents_of(raw, 256)
+    count = min(3, len(pieces))
+    documents = [pieces[i * len(pieces) // count] for i in range(count)]
     total, size = 0.0, 0
     for text in documents:
         total += sum(nats(model, [tokenizer.separator_id, *tokenizer.encode(text).tolist()]))
@@ -70,9 +72,10 @@ def test_a_task_of_ones_own_with_choices(guarded_run: Path, tmp_path: Path) -> N
     for question in questions:
         context = tokenizer.encode(question["q"]).tolist()
         each = []
+        begin = [tokenizer.separator_id]
         for choice in question["choices"]:
             whole = tokenizer.encode(question["q"] + choice).tolist()
-            each.append(-sum(nats(model, whole)[len(context) - 1 :]))
+            each.append(-sum(nats(model, begin + whole)[len(context) :]))
         scores.append(each)
         question["answer"] = each.index(max(each))
     questions.append({**questions[0], "answer": (questions[0]["answer"] + 1) % 3})  # type: ignore[operator]
@@ -92,6 +95,16 @@ def test_a_task_of_ones_own_with_choices(guarded_run: Path, tmp_path: Path) -> N
 class Request:
     def __init__(self, *args: Any) -> None:
         self.args = args
+
+
+def test_a_separator_stands_before_every_text(guarded_run: Path) -> None:
+    """Also where the context is white space alone, which the harness moves into the continuation."""
+    model, tokenizer = load(guarded_run)
+    ours = harness.HarnessModel(model, tokenizer, lambda n: None)
+    whole = tokenizer.encode(" the quick").tolist()
+    expected = -sum(nats(model, [tokenizer.separator_id, *whole]))
+    for context, continuation in ((" ", "the quick"), ("", " the quick")):
+        assert ours.loglikelihood([Request(context, continuation)])[0][0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_scores_and_generation_are_the_streams(guarded_run: Path) -> None:
