@@ -351,6 +351,7 @@ def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT, *, a
     """
     rows = summary(found)
     command = f"python -m benchmarks.worth {how}" + (f" --set {' '.join(s.extra)}" if s.extra else "")
+    seeds = len(next(iter(found.values()))["time"])
     if add:
         known = json.loads((root / NUMBERS).read_text(encoding="utf-8"))
         first = known["models"][0]
@@ -364,10 +365,11 @@ def publish(found: dict[str, Any], s: Setting, how: str, root: Path = ROOT, *, a
             )
         rows = beside(known["models"], rows)
         command = "; ".join(dict.fromkeys([known["command"], command]))
+        seeds = known["seeds"]  # of the rows that were there; the command says how many the new ones have
     content = {
         "command": command,
         "experiment": s.experiment,
-        "seeds": len(next(iter(found.values()))["time"]),
+        "seeds": seeds,
         "models": [row._asdict() for row in rows],
     }
     write_atomically(root / NUMBERS, json.dumps(content, indent=1) + "\n")
