@@ -45,7 +45,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             copy_.writing.exception()
             if self.failed():
                 self.wait()
-        copy_.writing = self._thread.submit(write, copy_.of(content))
+        copy_.writing = self._thread.submit(write, copy_.copied(content))
         left = [future for future in self._pending if not future.done() or future.exception() is not None]
         self._pending = [*left, copy_.writing]
 
@@ -60,13 +60,13 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         self._pending.append(self._thread.submit(act))
 
     def failed(self) -> bool:
-        """Whether something could not be written that nobody has been told of; does not wait."""
+        """Whether a write has failed and its error was not raised yet; does not wait."""
         return any(future.done() and future.exception() is not None for future in self._pending)
 
     def wait(self) -> None:
         """Until all is on the disk and every action is done. SaveError: it is not."""
         errors = [error for future in self._pending if (error := future.exception()) is not None]
-        self._pending = []  # only now: who is interrupted while waiting has not been told
+        self._pending = []  # only now: an interrupted wait must forget nothing
         if errors:
             raise errors[0]
 
@@ -92,7 +92,7 @@ class _Copy:
         self._rooms: list[Tensor] = []
         self._parts: list[Any] = []  # DTensors
 
-    def of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def copied(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The content on the host, sharing no memory with what training changes. Shared storages stay shared."""
         leaves = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
         tensors = [leaf for leaf in leaves if not isinstance(leaf, DTensor)]

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from atlas_lm.checkpoints.manifest import Position
+from atlas_lm.checkpoints.manifest import SHARDS, Position
 
 MODEL = ("hyper_parameters", "model")  # where Lightning puts `AtlasModule`'s argument
 
@@ -43,7 +43,7 @@ def read_content(path: Path, map_location: Any, lazily: bool) -> dict[str, Any]:
     arguments = content.get(MODEL[0], {})
     if not isinstance(arguments, dict) or not isinstance(arguments.get(MODEL[1], {}), dict):
         raise CheckpointError(f"{str(path)!r} does not say which model it is of, and is not atlas-lm's")
-    if "shards" not in content or lazily:
+    if SHARDS not in content or lazily:
         return content
     from atlas_lm.checkpoints import shards
 

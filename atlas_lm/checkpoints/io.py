@@ -49,7 +49,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 with _without_crc():
                     torch.save(checkpoint, file)  # type: ignore[arg-type]  # write and flush are all that it needs
                 checksum = file.finish()
-            manifest.record(folder, target.name, temporary, checksum, position_in(checkpoint), checkpoint.get("shards"))
+            manifest.record(
+                folder, target.name, temporary, checksum, position_in(checkpoint), checkpoint.get(manifest.SHARDS)
+            )
             replace(temporary, target)
         except OSError as error:
             raise SaveError(_save_message(target, error)) from error
@@ -66,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """The file, and then the shards that nothing else says it has."""
         target = Path(path)
-        sharded = any("shards" in entry for entry in manifest.versions(target))
+        sharded = any(manifest.SHARDS in entry for entry in manifest.versions(target))
         super().remove_checkpoint(path)
         if sharded:
             remove_lost_shards(target.parent)
@@ -92,7 +94,8 @@ def remove_lost_shards(folder: Path, keep: str = "") -> None:
     wanted = {keep}
     known = {name: entry for name, entry in manifest.read(folder).items() if (folder / name).is_file()}
     for entry in known.values():
-        wanted |= {part["shards"]["folder"] for part in (entry, *entry.get("previous", [])) if "shards" in part}
+        versions = (entry, *entry.get("previous", []))
+        wanted |= {part[manifest.SHARDS]["folder"] for part in versions if manifest.SHARDS in part}
     for path in folder.glob("*.ckpt*"):
         if path.name in known or path.is_symlink() or not path.is_file():
             continue

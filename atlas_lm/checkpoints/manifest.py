@@ -19,6 +19,9 @@ from typing import Any
 from atlas_lm.files import sha256, write_atomically
 
 MANIFEST = "manifest.json"
+SHARDS = (
+    "shards"  # of an entry and of a sharded checkpoint: {"folder": name, "files": {name: {"size": bytes, "sha256": …}}}
+)
 
 # logging steps, which never go back, and optimizer steps of a checkpoint: what orders them
 Position = tuple[float, int]
@@ -40,7 +43,7 @@ def verify(path: str | Path) -> str | None:
     entries = [entry for entry in wanted if entry["sha256"] == found]
     if not entries:
         return f"its checksum is not the one in {MANIFEST}"
-    return verify_shards(path.parent, entries[0]["shards"]) if "shards" in entries[0] else None
+    return verify_shards(path.parent, entries[0][SHARDS]) if SHARDS in entries[0] else None
 
 
 def verify_shards(folder: Path, shards: dict[str, Any]) -> str | None:
@@ -82,7 +85,7 @@ def record(
         "logged_steps": position[0],
         "global_step": position[1],
         "written": round(time.time(), 3),
-        **({"shards": shards} if shards else {}),
+        **({SHARDS: shards} if shards else {}),
     }
     before = [old for old in _flat(entries.get(name)) if old["sha256"] != entry["sha256"]]
     _write(folder, {**entries, name: {**entry, "previous": before} if before else entry})

@@ -20,10 +20,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.utils._pytree import tree_map
 
+from atlas_lm.checkpoints.manifest import SHARDS
 from atlas_lm.files import sha256, sync_folder
 
 ENDING = ".shards"
-SHARDS = "shards"  # key of the header: {"folder": name, "files": {name: {"size": bytes, "sha256": …}}}
 # what a few changed bytes make torch and pickle raise has no end; torch's own is no Exception
 FAILURES = (Exception, dcp.api.CheckpointException)
 INDEX = {
@@ -80,10 +80,7 @@ def load_into(tensors: dict[str, Any], folder: Path, group: Any = None) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """All tensors as they were nested, whole, in this process's memory. ShardsError as of `load_into`."""
-    try:
-        metadata = PlainReader(folder).read_metadata()
-    except FAILURES as error:
-        raise ShardsError(f"the shards in {str(folder)!r} cannot be read ({_first_line(error)})") from error
+    metadata = _index(folder)
     entries: dict[str, Any] = metadata.state_dict_metadata
     flat = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     load_into(flat, folder)
@@ -122,27 +119,28 @@ class _PlainUnpickler(pickle.Unpickler):
 def whole(header: dict[str, Any], folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's content as one that is not sharded has it: whole weights, moments numbered by parameter group.
 
-    ShardsError as of `read`, or the header is none of ours.
+    ShardsError as of `read`, or header and shards do not belong together.
     """
     try:
-        name = Path(header[SHARDS]["folder"]).name
-        groups_of = [[list(group["params"]) for group in state["param_groups"]] for state in header["optimizer_states"]]
-    except (KeyError, TypeError) as error:
-        raise ShardsError("it does not say which shards it has, and is not atlas-lm's") from error
-    tensors = tree_map(lambda x: x.to(map_location), read(folder / name))
-    content = {**header, "sharded": False, "state_dict": tensors["state_dict"], "optimizer_states": []}
-    del content[SHARDS]
-    for i, (optimizer, names) in enumerate(zip(header["optimizer_states"], groups_of, strict=True)):
-        numbers = {name: number for number, name in enumerate(name for group in names for name in group)}
-        state = tensors.get(f"optimizer_{i}", {}).get("state", {})
-        groups = [
-            {**group, "params": [numbers[name] for name in members]}
-            for group, members in zip(optimizer["param_groups"], names, strict=True)
+        tensors = tree_map(lambda x: x.to(map_location), read(folder / Path(header[SHARDS]["folder"]).name))
+        states = [
+            _numbered(optimizer["param_groups"], tensors.get(f"optimizer_{i}", {}).get("state", {}))
+            for i, optimizer in enumerate(header["optimizer_states"])
         ]
-        content["optimizer_states"].append(
-            {"state": {numbers[name]: moments for name, moments in state.items()}, "param_groups": groups}
-        )
+        content = {**header, "sharded": False, "state_dict": tensors["state_dict"], "optimizer_states": states}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ShardsError(f"its shards are not those that it names ({error}), and it is not atlas-lm's") from error
+    del content[SHARDS]
     return content
+
+
+def _numbered(groups: list[dict[str, Any]], moments: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with numbers in place of its parameters' names, in the order of the groups."""
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
+    return {
+        "state": {numbers[name]: values for name, values in moments.items()},
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
 
 
 def header_of(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,7 +163,7 @@ def remove_orphans(folder: Path, wanted: Collection[str]) -> None:
 
 
 def folder_in(checkpoint: Path) -> str | None:
-    """The name of the folder that a checkpoint says it has; None: it is not sharded. CheckpointError, OSError and what
+    """The name of the folder that a checkpoint says it has; None: it is not sharded. OSError, and whatever
     else torch's reader raises: it cannot be read."""
     header = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     shards = header.get(SHARDS) if isinstance(header, dict) else None
@@ -174,8 +172,12 @@ def folder_in(checkpoint: Path) -> str | None:
 
 def names(folder: Path) -> set[str]:
     """Of the tensors in a folder, nested ones with dots between. ShardsError as of `read`."""
+    return set(_index(folder).state_dict_metadata)
+
+
+def _index(folder: Path) -> Metadata:
     try:
-        return set(PlainReader(folder).read_metadata().state_dict_metadata)
+        return PlainReader(folder).read_metadata()
     except FAILURES as error:
         raise ShardsError(f"the shards in {str(folder)!r} cannot be read ({_first_line(error)})") from error
 

@@ -79,7 +79,8 @@ def wanted(cfg: DictConfig, found: Budget, ranks: int) -> checkup.Wanted:
     files = (
         snapshots(cfg) + int(OmegaConf.select(cfg, "callbacks.step_checkpoint.keep") or 0) + 1
     )  # and one half-written
-    on_machine = content * (snapshots(cfg) / nodes + 2)  # once per job, divided among its ranks; and two files to write
+    written = content * 2 / (nodes if ranks > 1 else 1)  # by rank zero, or by each its part
+    on_machine = content * snapshots(cfg) / nodes + written  # snapshots once per job, divided among its ranks
     return checkup.Wanted(
         Path(str(cfg.paths.outputs)), str(cfg.trainer.accelerator), devices, nodes, content * files, on_machine
     )
@@ -133,7 +134,8 @@ def table(found: Budget, ranks: int, kept: int) -> Table:
         shown.add_row(name, gigabytes(size))
     held = kept * (found.weights + found.moments) / ranks
     shown.add_row(f"host: {kept} snapshots of spike_rollback", gigabytes(held))
-    shown.add_row("host of rank 0: checkpoints being written", gigabytes(2 * (found.weights + found.moments)))
+    who = "host of rank 0" if ranks == 1 else "host"
+    shown.add_row(f"{who}: two checkpoints being written", gigabytes(2 * (found.weights + found.moments) / ranks))
     return shown
 
 

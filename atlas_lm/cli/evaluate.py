@@ -25,7 +25,7 @@ from atlas_lm.evaluation.subject import Subject
 from atlas_lm.evaluation.suites import SUITES, Plan
 from atlas_lm.evaluation.tables import Table
 from atlas_lm.files import write_atomically
-from atlas_lm.runs.load import load, load_data
+from atlas_lm.runs.load import load_data
 from atlas_lm.training.trainer import prepare_process
 
 ALL = {**SUITES, "needles": needles}
@@ -117,15 +117,17 @@ def harness(options: Options) -> Suite:
     def run(subjects: Sequence[Subject], plan: Plan, tick: Tick) -> list[Table]:
         tables: dict[str, Table] = {}
         for subject in subjects:
-            tokenizer = load(subject.checkpoint, options.outputs).tokenizer
+            data = load_data(subject.folder, subject.content)
+            if data.tokenizer is None:
+                raise ValueError(f"run={subject.name} was not trained on text: suite={HARNESS} needs one that was")
             documents = []
             if ours.OURS in options.tasks.split(","):
-                raw = load_data(subject.folder, subject.content).held_out_bytes() or b""
+                raw = data.held_out_bytes() or b""
                 pieces = ours.documents_of(raw, 4 * plan.length)
                 spread = range(min(plan.sequences, len(pieces)))  # as other suites choose their sequences
                 documents = [pieces[i * len(pieces) // len(spread)] for i in spread]
             for score in ours.evaluate(
-                subject.model, tokenizer, options.tasks.split(","), documents, plan.sequences, tick
+                subject.model, data.tokenizer, options.tasks.split(","), documents, plan.sequences, tick
             ):
                 table = tables.setdefault(score.task, Table(f"lm_eval {score.task}", f"lm-eval: {score.task}", "", ""))
                 half = math.nan if score.error is None else Z * score.error

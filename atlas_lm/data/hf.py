@@ -23,7 +23,7 @@ class HuggingFaceSource(PackedSource):
     `path` is a name on the hub, a folder of data files, or a folder written by `save_to_disk`. Where the dataset names
     no validation split, the rows of `train_split` go to the splits by the hash of their content.
 
-    With `streaming` rows are read while training goes on, block after block, and never all held (`streams.py`); the
+    With `streaming` rows are read while the model trains, block by block, and never all held (`streams.py`); the
     reader's own state travels in the checkpoint. Held-out text is that of the first `held_out_documents` rows of its
     split, and no row of the same content is trained on. With `max_documents` only so many rows of each split are
     downloaded, and kept in memory like any other corpus.

@@ -66,7 +66,6 @@ class MixSource:
         """Read what has to be read of all sources. What one of them holds out none of the others trains on."""
         if self._is_set_up:
             return
-        self._is_set_up = True
         texts = {name: getattr(source, "text", source) for name, source in self._sources.items()}
         for source in self._sources.values():
             source.setup()
@@ -80,6 +79,7 @@ class MixSource:
             count = text.exclude(frozenset().union(*held_out))
             if count:
                 log.warning("data.source.sources.%s: %d documents that others hold out are not trained on", name, count)
+        self._is_set_up = True
 
     def stream(self, seq_len: int, seed: int) -> SequenceStream:
         """The training sequences."""
@@ -121,9 +121,8 @@ class MixedDataset(SequenceDataset):
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
         order = np.argsort(places, kind="stable")
         self._part = np.repeat(np.arange(len(counts)), counts)[order]
-        self._item = np.concatenate([np.arange(c) * len(d) // c for c, d in zip(counts, self._parts, strict=True)])[
-            order
-        ]
+        items = [np.arange(count) * len(part) // count for count, part in zip(counts, self._parts, strict=True)]
+        self._item = np.concatenate(items)[order]
 
     def __len__(self) -> int:
         return len(self._part)

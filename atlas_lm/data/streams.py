@@ -238,7 +238,7 @@ class _Batch(NamedTuple):
 
 
 class MixStream:
-    """Sequences of several streams in fixed shares: each number is of the stream that is furthest behind its share."""
+    """Sequences of several streams in fixed shares: each next one is of the stream that lacks most of its share."""
 
     def __init__(self, parts: dict[str, tuple[SequenceStream, float]]) -> None:
         total = sum(weight for _, weight in parts.values())
@@ -248,11 +248,11 @@ class MixStream:
         self._taken = [0] * len(parts)
 
     def take(self, count: int, wanted: Sequence[int]) -> list[Sample]:
-        of = [self._next() for _ in range(count)]
+        owners = [self._next() for _ in range(count)]
         samples: dict[int, Sample] = {}
         chosen = set(wanted)
         for p, part in enumerate(self._parts):
-            mine = [n for n in range(count) if of[n] == p]
+            mine = [n for n in range(count) if owners[n] == p]
             here = [i for i, n in enumerate(mine) if n in chosen]
             samples |= dict(zip((mine[i] for i in here), part.take(len(mine), here), strict=True))
         return [samples[n] for n in wanted]
@@ -260,8 +260,8 @@ class MixStream:
     def _next(self) -> int:
         """The stream of the next sequence."""
         n = sum(self._taken) + 1
-        behind = [share * n - taken for share, taken in zip(self._shares, self._taken, strict=True)]
-        p = behind.index(max(behind))
+        deficits = [share * n - taken for share, taken in zip(self._shares, self._taken, strict=True)]
+        p = deficits.index(max(deficits))
         self._taken[p] += 1
         return p
 

@@ -14,16 +14,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
-from torch import Tensor
 
 from atlas_lm.config.names import nearest
 from atlas_lm.data.tokenizers import Tokenizer
 from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.sampling import draw
 from atlas_lm.model.session import PIECE
 
 TASKS = Path(__file__).parent / "tasks"
@@ -47,7 +48,7 @@ def evaluate(
 ) -> list[Score]:
     """The harness's figures. `documents`: of the task `held_out`. `limit`: examples of each task; None: all.
 
-    ValueError: an unknown task, or one whose data is not at hand.
+    ValueError: an unknown task, or one whose data is not at hand. FloatingPointError: logits that are not finite.
     """
     if OURS in tasks and not documents:
         raise ValueError(f"tasks={OURS}: the run's held-out data is no text, choose another task")
@@ -90,16 +91,14 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the harness's own bars and advice; a progress bar of ours shows tokens."""
-    before = os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS"), logging.getLogger("lm_eval").level
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with patch.dict(os.environ, {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}):
+            yield
     finally:
-        os.environ.pop("HF_DATASETS_DISABLE_PROGRESS_BARS")
-        if before[0] is not None:
-            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = before[0]
-        logging.getLogger("lm_eval").setLevel(before[1])
+        logger.setLevel(level)
 
 
 class HarnessModel(TemplateLM):
@@ -109,6 +108,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.words, self.tick = model, tokenizer, tick
         self._device = next(model.parameters()).device
+        self._generator = torch.Generator(self._device)  # `draw` asks for one; the likeliest token needs none
 
     @property
     def eot_token_id(self) -> int:
@@ -137,13 +137,18 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log-likelihood of the continuation, and whether each of its tokens is the likeliest one."""
+        """Log-likelihood of the continuation in nats, and whether each of its tokens is the likeliest one.
+
+        FloatingPointError: logits that are not finite.
+        """
         tokens = torch.tensor([context + continuation], device=self._device)
         session, total, greedy = self.model.stream(1), 0.0, True
         first = len(context) - 1  # the place whose logits are of the continuation's first token
         for start in range(0, tokens.size(1) - 1, PIECE):
             piece = tokens[:, start : min(start + PIECE, tokens.size(1) - 1)]
             logits = session.read(piece)[0, max(0, first - start) :].double()
+            if not bool(logits.isfinite().all()):
+                raise FloatingPointError("the model's logits are not finite: choose an earlier checkpoint")
             wanted = tokens[0, start + 1 + max(0, first - start) : start + 1 + piece.size(1)]
             if len(wanted):
                 total += float(torch.log_softmax(logits, -1).gather(1, wanted[:, None]).sum())
@@ -153,30 +158,31 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedily, until one of the request's strings or a separator comes."""
+        """Greedily, until one of the request's strings or a separator comes. FloatingPointError as of `draw`."""
         found = []
         for request in requests:
             context, settings = request.args
-            stops = settings.get("until") or []
-            stops = [stops] if isinstance(stops, str) else stops
+            asked = settings.get("until") or []
+            stops = [stop for stop in ([asked] if isinstance(asked, str) else asked) if stop]
             session = self.model.stream(1)
             prompt = [self.eot_token_id, *self.tok_encode(context)]
-            logits: Tensor = session.read(torch.tensor([prompt], device=self._device))[0, -1]
+            session.read(torch.tensor([prompt], device=self._device))
             self.tick(len(prompt))
             ids: list[int] = []
             text = ""
             for _ in range(int(settings.get("max_gen_toks", GENERATED))):
-                token = int(logits.argmax())
-                if token == self.eot_token_id:
+                assert session.logits is not None
+                token = draw(session.logits, 0, 1, self._generator)
+                if int(token) == self.eot_token_id:
                     break
-                ids.append(token)
+                ids.append(int(token))
                 text = self.words.decode(ids)
                 if any(stop in text for stop in stops):
                     break
-                logits = session.read(torch.tensor([[token]], device=self._device))[0, -1]
+                session.read(token)
                 self.tick(1)
             for stop in stops:
-                text = text.split(stop)[0] if stop else text
+                text = text.split(stop)[0]
             found.append(text)
         return found
 
@@ -186,7 +192,8 @@ def documents_of(text: bytes, length: int) -> list[str]:
 
     The text is that of the validation's sequences, one after another: a piece may hold parts of several documents.
     """
-    pieces, size = [[]], 0  # type: ignore[var-annotated]
+    pieces: list[list[str]] = [[]]
+    size = 0
     for line in text.decode("utf-8", errors="replace").splitlines(keepends=True):
         if size >= length:
             pieces.append([])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from atlas_lm.checkpoints import manifest
 from atlas_lm.checkpoints.content import steps_recorded
 from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from atlas_lm.checkpoints.listing import Usable, newest_examined
@@ -98,7 +99,7 @@ def check_sharding(path: Path, header: dict[str, Any], strategy: Any) -> None:
     """ValueError: one file that a sharding strategy gathered, for a strategy that does not shard. Lightning numbers an
     optimizer's moments in another order there, and would give each parameter another one's."""
     shards = isinstance(strategy, dict) and strategy.get("_target_") == SHARDED
-    gathered = header.get("sharded", shards) and "shards" not in header  # older checkpoints do not say
+    gathered = header.get("sharded", shards) and manifest.SHARDS not in header  # older checkpoints do not say
     if gathered and not shards:
         raise ValueError(
             f"trainer.strategy: {str(path)!r} was gathered by trainer=fsdp with save_distributed_checkpoint=false and "

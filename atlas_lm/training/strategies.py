@@ -112,6 +112,8 @@ class FullySharded(ModelParallelStrategy):
         if isinstance(plugin, BackgroundCheckpointIO):
             plugin.wait()
         verified = isinstance(plugin, AtomicCheckpointIO) and plugin.verified == path
+        if isinstance(plugin, AtomicCheckpointIO):
+            plugin.verified = None  # once: later the bytes may be others
         wrong = self.broadcast(manifest.verify(path) if self.is_global_zero and not verified else None)
         if wrong:
             raise CheckpointError(f"{str(path)!r} is damaged, {wrong}: use an older one")

@@ -27,7 +27,7 @@ class WritesInBackground(Protocol):
         """Call `action` when the files saved so far are there, perhaps from another thread; never if one failed."""
 
     def failed(self) -> bool:
-        """Whether a file could not be written that nobody has been told of; does not wait."""
+        """Whether a write has failed and its error was not raised yet; does not wait."""
 
     def wait(self) -> None:
         """Until all files are there. Raises the error of one that is not."""

@@ -130,6 +130,26 @@ def test_scores_and_generation_are_the_streams(guarded_run: Path) -> None:
         assert ours.generate_until([Request("the quick brown fox", {"until": [stop]})])[0] == text.split(stop)[0]
 
 
+def test_an_empty_stop_stops_nothing(guarded_run: Path) -> None:
+    model, tokenizer = load(guarded_run)
+    ours = harness.HarnessModel(model, tokenizer, lambda n: None)
+    texts = [
+        ours.generate_until([Request("the quick", {"until": until, "max_gen_toks": 6})])[0] for until in ([], [""])
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_broken_model_gets_no_figure(guarded_run: Path) -> None:
+    model, tokenizer = load(guarded_run)
+    with torch.no_grad():
+        model.embed.weight.fill_(torch.nan)
+    ours = harness.HarnessModel(model, tokenizer, lambda n: None)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        ours.loglikelihood([Request("the", " quick")])
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        ours.generate_until([Request("the", {"until": ["x"]})])
+
+
 def test_pieces_change_nothing(guarded_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(guarded_run)
     ours = harness.HarnessModel(model, tokenizer, lambda n: None)

@@ -101,6 +101,15 @@ def test_damage_to_a_shard_is_damage_to_the_checkpoint(saved: Path, how: str) ->
             read_checkpoint(saved)
 
 
+@pytest.mark.parametrize("change", [{"shards": {}}, {"shards": 3}, {"optimizer_states": [{}]}, {"optimizer_states": 7}])
+def test_a_header_of_something_else_is_said(saved: Path, change: dict[str, Any]) -> None:
+    header = torch.load(saved, weights_only=True)
+    (saved.parent / manifest.MANIFEST).unlink()
+    torch.save({**header, **change}, saved)
+    with pytest.raises(CheckpointError, match="its shards are not those that it names"):
+        read_checkpoint(saved)
+
+
 class Code:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("ran"),)

@@ -39,7 +39,7 @@ def test_ranks_share_what_is_sharded() -> None:
     assert whole[:3] == ["8.00 GB", "8.00 GB", "16.00 GB"]
     assert eighth[:3] == ["1.00 GB", "1.00 GB", "2.00 GB"]
     assert whole[-3:] == ["50.00 GB", "120.00 GB", "48.00 GB"]
-    assert eighth[-3:] == ["22.00 GB", "15.00 GB", "48.00 GB"], "one rank writes the file"
+    assert eighth[-3:] == ["22.00 GB", "15.00 GB", "6.00 GB"], "each writes its part"
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,14 @@ def test_what_one_source_holds_out_no_other_trains_on(tmp_path: Path, caplog: py
     assert "sources.a: 1 documents that others hold out are not trained on" in caplog.text
 
 
+def test_a_mixture_that_could_not_be_read_is_not_taken_for_one_that_was(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    source = MixSource({"a": {"source": TextSource([str(tmp_path / "a.txt")]), "weight": 1}})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="found no text"):
+            source.setup()
+
+
 def test_needles_are_not_put_into_a_stream() -> None:
     mix = MixSource({"text": {"source": StdlibSource("python"), "weight": 1}})
     with pytest.raises(ValueError, match="not into one that is read on the fly"):
