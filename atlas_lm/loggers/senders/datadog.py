@@ -37,6 +37,7 @@ class DatadogSender:
 
     name = "datadog"
     interval = 10.0  # as Datadog's agent
+    linger = 0.0
 
     def __init__(self, host: str = "", key: str = "") -> None:
         require("datadog_api_client", "datadog")

@@ -59,11 +59,11 @@ class Delivery:
             return self._error or f"no answer within {seconds:.0f} s"
 
     def close(self, seconds: float = 2.0) -> None:
-        """Try what is left once more and end the thread; after `seconds` it is left to itself."""
+        """Try what is left once more and end the thread; after `seconds` and the sender's `linger` it is left alone."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join(seconds)
+        self._thread.join(seconds + self.sender.linger)
         if self._thread.is_alive():
             self._say(self._error or f"no answer within {seconds:.0f} s")
 

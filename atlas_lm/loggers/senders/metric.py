@@ -80,6 +80,8 @@ class Sender(Protocol):
     """As the user names it."""
     interval: float
     """Seconds that lie at least between two pushes."""
+    linger: float
+    """Seconds for which `close` may wait until what was taken is read."""
 
     def take(self, metrics: Sequence[Metric]) -> None:
         """Keep them for the next push, in bounded memory."""

@@ -43,6 +43,7 @@ class OtlpSender:
 
     name = "otlp"
     interval = 5.0
+    linger = 0.0
 
     def __init__(self, endpoint: str = "") -> None:
         require("opentelemetry.sdk.metrics", "otlp")

@@ -113,7 +113,7 @@ def test_a_push_waits_for_the_interval_and_a_flush_does_not() -> None:
 class Slow:
     """A sender that takes its time and counts what it is given."""
 
-    name, interval = "slow", 0.0
+    name, interval, linger = "slow", 0.0, 0.0
 
     def __init__(self) -> None:
         self.batches: list[int] = []
