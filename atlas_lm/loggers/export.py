@@ -48,6 +48,11 @@ def metrics_of(values: Mapping[str, float], step: int, model_name: str) -> list[
     ]
 
 
+@rank_zero_only
+def _try(make: Callable[[], Sender]) -> None:
+    make().close()
+
+
 class SinkLogger(Logger):
     """Sends what is logged; only rank zero does. A sink that does not answer costs no step and one line in the log.
 
@@ -63,8 +68,7 @@ class SinkLogger(Logger):
         self._make = make
         self._delivery: Delivery | None = None
         self._is_lost = False
-        if rank_zero_only.rank == 0:
-            make().close()
+        _try(make)
 
     @property
     def name(self) -> str:
@@ -108,7 +112,7 @@ class SinkLogger(Logger):
 class PrometheusLogger(SinkLogger):
     """A page for a Prometheus server: see `PrometheusSender`.
 
-    It is there from the first metrics to the end, and then until it was scraped once more, for at most `linger` seconds.
+    It is there from the first metrics to the end, and then for at most `linger` seconds, until it is scraped again.
     """
 
     sink = "prometheus"

@@ -15,6 +15,7 @@ from atlas_lm.loggers.senders.metric import Bound, Metric, Sender
 log = logging.getLogger(__name__)
 
 QUEUE = 1024  # batches
+CLOSE = 2.0  # seconds
 ATTEMPTS = 4  # before the log says that a backend is down
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds; each pause is twice the one before
 
@@ -58,11 +59,15 @@ class Delivery:
                 return ""
             return self._error or f"no answer within {seconds:.0f} s"
 
-    def close(self, seconds: float = 2.0) -> None:
-        """Try what is left once more and end the thread; after `seconds` and the sender's `linger` it is left alone."""
+    def stop(self) -> None:
+        """Begin to close, without waiting for it: several close in the time of one."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
+
+    def close(self, seconds: float = CLOSE) -> None:
+        """Try what is left once more and end the thread; after `seconds` and the sender's `linger` it is left alone."""
+        self.stop()
         self._thread.join(seconds + self.sender.linger)
         if self._thread.is_alive():
             self._say(self._error or f"no answer within {seconds:.0f} s")
