@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from atlas_lm.loggers.senders.metric import Metric, require
@@ -20,15 +22,37 @@ def exported_name(name: str) -> str:
     return PREFIX + re.sub(r"\W", "_", name)
 
 
-class _Scrapes:
-    """Counts how often the page was read; adds nothing to it."""
+class _Page(ThreadingHTTPServer):
+    """The registry's figures as text, whatever format is asked for: as OpenMetrics the client writes the colon of our
+    names as an underscore, and Prometheus would store other names than people find on the page."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    daemon_threads = True
 
-    def collect(self) -> Iterable[Any]:
-        self.count += 1
-        return ()
+    def __init__(self, address: tuple[str, int], registry: Any) -> None:
+        self.registry = registry
+        self.scrapes = 0
+        super().__init__(address, _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Page
+
+    def do_GET(self) -> None:
+        import prometheus_client
+
+        if self.path.partition("?")[0] not in ("/", "/metrics"):
+            self.send_error(404)
+            return
+        body = prometheus_client.generate_latest(self.server.registry)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.server.scrapes += 1
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing: a line for each scrape."""
 
 
 class PrometheusSender:
@@ -49,24 +73,23 @@ class PrometheusSender:
             raise ValueError(f"port {port} of prometheus must be 0 to 65535")
         self.linger = linger
         self._registry = prometheus_client.CollectorRegistry()
-        self._scrapes = _Scrapes()
-        self._registry.register(self._scrapes)
-        self._scrapes.count = 0
         self._figures: dict[str, Any] = {}
         self._changed_at_scrape = 0
         try:
-            self._server, self._thread = prometheus_client.start_http_server(port, host, self._registry)
+            self._server = _Page((host, port), self._registry)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ValueError(f"port {port} of prometheus is in use: give another one, or end who has it") from error
             raise ValueError(f"prometheus cannot listen on {host}:{port} ({error.strerror}): give another") from error
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL,), daemon=True)
+        self._thread.start()
         self.port = self._server.server_port
         self.url = f"http://{host}:{self.port}/metrics"
 
     @property
     def scrapes(self) -> int:
         """How often the page was read so far."""
-        return self._scrapes.count
+        return self._server.scrapes
 
     def take(self, metrics: Sequence[Metric]) -> None:
         for metric in metrics:

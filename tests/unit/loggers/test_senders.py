@@ -78,6 +78,16 @@ def test_a_page_is_scraped(exporter: PrometheusSender) -> None:
     assert exporter.scrapes == 1
 
 
+@pytest.mark.parametrize("accept", ["application/openmetrics-text;version=1.0.0,text/plain;q=0.5", "*/*"])
+def test_a_server_gets_the_names_of_the_page(exporter: PrometheusSender, accept: str) -> None:
+    """A Prometheus server asks for OpenMetrics, as which the client would write other names."""
+    exporter.take(BATCH)
+    request = urllib.request.Request(exporter.url, headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        assert b'\natlas_lm:tokens_total{model_name="m"} 5.0\n' in answer.read()
+
+
 def test_a_gauge_that_is_not_finite_is_shown(exporter: PrometheusSender) -> None:
     exporter.take([Metric("loss", "gauge", (math.nan,), M)])
     assert math.isnan(page(exporter)['atlas_lm:loss{model_name="m"}'])
