@@ -32,7 +32,8 @@ def command(folder: Path, outputs: Path, port: int) -> list[str]:
     """What runs the dashboard."""
     settings = {
         "server.port": str(port), "server.address": HOST, "server.headless": "true", "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false", "global.developmentMode": "false",
+        "browser.gatherUsageStats": "false", "client.toolbarMode": "minimal",
+        "global.developmentMode": "false",
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
     return [sys.executable, "-m", "streamlit", "run", str(APP), *flags, "--", str(folder), str(outputs)]

@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from atlas_lm.loggers.jsonl import NOT_YET
 from atlas_lm.loggers.senders.datadog import DatadogSender
 from atlas_lm.loggers.senders.delivery import Delivery
 from atlas_lm.loggers.senders.metric import Metric, Sender, labelled
@@ -38,7 +39,7 @@ def metrics_of(values: Mapping[str, float], step: int, model_name: str) -> list[
     """
     labels = labelled(model_name=model_name)
     numbers = {name: float(value) for name, value in values.items()}
-    broken = sum(not math.isfinite(value) for value in numbers.values())
+    broken = sum(not math.isfinite(value) for name, value in numbers.items() if name not in NOT_YET)
     return [
         Metric("logging_step", "gauge", (float(step),), labels, help="Lightning's logging step; it only grows"),
         Metric(

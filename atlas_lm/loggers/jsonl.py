@@ -40,6 +40,7 @@ FIELDS = {
     "tokens_per_second": "perf/tokens_per_second",
     "rollback_count": "spike_rollback/rollbacks",
 }
+NOT_YET = {"spike_rollback/ema"}  # metrics of a healthy run that are NaN at first: there is nothing before to average
 FORMER_NAMES = {  # of version 0.1, and those of now, which begin with the name of the callback's file
     "guard/skipped_steps": "nonfinite_guard/skipped_steps",
     "guard/outliers": "outlier_guard/outliers",

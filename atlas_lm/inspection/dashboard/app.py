@@ -38,9 +38,9 @@ def draw_lines(rows: Sequence[dict[str, Any]], y: str, by: str, title: str, mark
         alt.Chart(alt.Data(values=list(rows)))
         .mark_line(point=len(rows) < 400)
         .encode(
-            x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1)),
+            x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y(f"{y}:Q", title=title, scale=alt.Scale(zero=False)),
-            color=alt.Color(f"{by}:N", title=None, legend=alt.Legend(orient="top")),
+            color=alt.Color(f"{by}:N", title=None, legend=alt.Legend(orient="bottom", columns=3, labelLimit=0)),
             tooltip=[{"field": name, "type": "nominal"} for name in rows[0]] if rows else [],
         )
     )
@@ -56,7 +56,7 @@ def draw_heat(rows: Sequence[dict[str, Any]], x: str, y: str, title: str) -> Non
         alt.Chart(alt.Data(values=list(rows)))
         .mark_rect()
         .encode(
-            x=alt.X(f"{x}:O", axis=alt.Axis(labelOverlap=True)),
+            x=alt.X(f"{x}:O", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
             y=alt.Y(f"{y}:O", sort="descending"),
             color=alt.Color("value:Q", title=None, scale=alt.Scale(scheme="viridis")),
             tooltip=[f"{x}:O", f"{y}:O", "value:Q"],

@@ -80,7 +80,8 @@ def load(path: Path) -> Found:
 def run_folders(outputs: Path) -> list[Path]:
     """Training runs, the newest first, each once whatever links point to it."""
     files = [path for depth in ("*/*", "*/*/*") for path in outputs.glob(f"{depth}/{CONFIG}")]
-    return sorted({path.parent.resolve() for path in files}, key=lambda run: _age(run / CONFIG))
+    runs = {path.parent.resolve() for path in files if not path.parent.name.startswith(".")}  # Hydra keeps its own
+    return sorted(runs, key=lambda run: _age(run / CONFIG))
 
 
 def short(path: Path, folders: Iterable[Path]) -> str:

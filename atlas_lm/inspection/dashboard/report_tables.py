@@ -118,7 +118,7 @@ def coloured(tokens: list[str], surprisal: Column, flags: dict[int, list[str]], 
         about += f" · {', '.join(marks)}" if marks else ""
         text = html.escape(token.replace("\n", "↵\n")) or "∅"
         parts.append(f'<span title="{html.escape(about, quote=True)}" style="{style}">{text}</span>')
-    style = "background:#fff;padding:10px;line-height:1.9;font-family:monospace;border-radius:4px;"
+    style = "background:#fff;padding:10px;line-height:1.9;font-family:monospace;max-height:420px;overflow:auto;"
     return f'<div class="tokens" style="{style}">{"".join(parts)}</div>'
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atlas_lm.loggers.jsonl import NOT_YET
+
 Row = dict[str, Any]
 
 CHARTS = {  # title → the metrics that share an axis
@@ -56,7 +58,7 @@ def events(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
             if value > before[name]:
                 found.append({"step": row.get("step"), "event": event, "so far": int(value)})
             before[name] = value
-        if row.get("nonfinite"):
-            names = ", ".join(row["nonfinite"])
-            found.append({"step": row.get("step"), "event": f"not finite: {names}", "so far": None})
+        names = [name for name in row.get("nonfinite", []) if name not in NOT_YET]
+        if names:
+            found.append({"step": row.get("step"), "event": f"not finite: {', '.join(names)}", "so far": None})
     return found

@@ -62,7 +62,9 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 def test_runs_are_found_once(tmp_path: Path) -> None:
     run = tmp_path / "x" / "2026-11-27"
     run.mkdir(parents=True)
-    (run / "config.yaml").touch()
+    for folder in (run, run / ".hydra"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").touch()
     (tmp_path / "x" / "latest").symlink_to("2026-11-27")
     assert finding.run_folders(tmp_path) == [run.resolve()]
     assert finding.short(run.resolve(), [tmp_path]) == "x/2026-11-27"
@@ -165,10 +167,11 @@ def test_two_reports_side_by_side() -> None:
 
 def test_charts_and_events_of_a_run() -> None:
     logged = [
-        {"train/loss": 5.0, "spike_rollback/count": 0.0, "spike_rollback/rollbacks": 0.0},
+        {"train/loss": 5.0, "spike_rollback/count": 0.0, "spike_rollback/rollbacks": 0.0,
+         "spike_rollback/ema": float("nan")},
         {"train/loss": 4.0, "niah_probe/accuracy": 0.9, "spike_rollback/count": 1.0, "spike_rollback/rollbacks": 1.0},
         {"train/loss": float("nan"), "nonfinite_guard/skipped_steps": 2.0, "spike_rollback/count": 1.0},
-    ]
+    ]  # fmt: skip
     rows = [row(10 * i, 0.0, metrics, i) for i, metrics in enumerate(logged)]
     found = run_tables.charts(rows)
     assert [(p["step"], p["value"]) for p in found["loss (nats per token)"]] == [(0, 5.0), (10, 4.0)]

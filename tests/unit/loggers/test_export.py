@@ -25,7 +25,8 @@ def test_every_name_becomes_one_that_backends_take(name: str, neutral: str) -> N
 
 
 def test_what_is_not_finite_is_counted() -> None:
-    found = {metric.name: metric for metric in metrics_of({"a": math.nan, "b": math.inf, "c": 1.0}, 7, "m")}
+    values = {"a": math.nan, "b": math.inf, "c": 1.0, "spike_rollback/ema": math.nan}
+    found = {metric.name: metric for metric in metrics_of(values, 7, "m")}
     assert found["nonfinite_metrics_total"].values == (2.0,)
     assert found["logging_step"].values == (7.0,)
     assert {metric.labels for metric in found.values()} == {(("model_name", "m"),)}
