@@ -21,7 +21,13 @@ from atlas_lm.training.preemption import REQUEUE
 
 log = logging.getLogger(__name__)
 
-LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # which package each needs; the extra has its name
+LOGGERS = {  # the package that each needs, and the extra that installs it
+    "WandbLogger": ("wandb", "wandb"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+    "PrometheusLogger": ("prometheus_client", "prometheus"),
+    "DatadogLogger": ("datadog_api_client", "datadog"),
+    "OtlpLogger": ("opentelemetry.exporter.otlp.proto.http", "otlp"),
+}
 
 
 def prepare_process(seed: int) -> None:
@@ -96,12 +102,12 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
 def check_loggers(cfg: DictConfig) -> None:
     """ValueError for a logger whose package is not installed; Lightning would find out after the data is read."""
     for name, entry in cfg.logger.items():
-        module = LOGGERS.get(str(entry["_target_"]).rpartition(".")[2])
+        module, extra = LOGGERS.get(str(entry["_target_"]).rpartition(".")[2], ("", ""))
         try:
-            if module is not None:
+            if module:
                 importlib.import_module(module)
         except ImportError:
-            raise ValueError(f"logger.{name} needs {module}: pip install 'atlas-lm[{module}]'") from None
+            raise ValueError(f"logger.{name} needs {module}: pip install 'atlas-lm[{extra}]'") from None
 
 
 def refuse_sweep_over_ranks(ranks: int) -> None:

@@ -108,11 +108,17 @@ def test_mlflow_in_local_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_what_is_not_installed_is_said(name: str, tmp_path: Path) -> None:
-    ended = train(tmp_path, f"logger={name}", without=name)
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("wandb", "wandb"), ("mlflow", "mlflow"), ("prometheus", "prometheus_client"),
+        ("datadog", "datadog_api_client"), ("otlp", "opentelemetry.exporter.otlp.proto.http"),
+    ],
+)  # fmt: skip
+def test_what_is_not_installed_is_said(name: str, package: str, tmp_path: Path) -> None:
+    ended = train(tmp_path, f"logger={name}", without=package)
     assert ended.returncode == 1
-    assert f"error: logger.{name} needs {name}: pip install 'atlas-lm[{name}]'" in ended.stderr
+    assert f"error: logger.{name} needs {package}: pip install 'atlas-lm[{name}]'" in ended.stderr
 
 
 @pytest.mark.slow
