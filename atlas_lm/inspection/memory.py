@@ -1,0 +1,207 @@
+"""The health of fast weights while a model writes: how far they moved, how strongly they write, what they still hold.
+
+Residuals are asked of the memory itself, by the code that answers a text: the keys of earlier tokens are its queries,
+with gates under which nothing is written or forgotten.
+"""
+
+# B batch, T tokens, H heads, D head dim, M model width
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas_lm.inspection import metrics
+from atlas_lm.inspection.schema import MemoryColumns
+from atlas_lm.memory.chunked import scan
+from atlas_lm.memory.fast_memory import FastMemory, unchanging
+from atlas_lm.memory.features import Features
+from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
+from atlas_lm.memory.state import MemoryState, Tokens
+from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.block import MemoryBranch
+
+DEEP_EVERY = 4  # rows from one with residuals and ranks to the next: these cost more than all others
+WINDOWS = (1, 2, 4)  # of attention: how long ago the tokens were written whose residuals are asked for
+
+
+def labels_of(model: AtlasLM, layers: Sequence[int]) -> list[str]:
+    """The names of the memories of these layers: the global one first, then the local ones."""
+    return [f"layer {i} {name}" for i in layers for name, _, _ in _memories(model, i)]
+
+
+def _memories(model: AtlasLM, i: int) -> list[tuple[str, FastMemory, Features]]:
+    branch: Any = model.blocks[i].memory
+    if not isinstance(branch, MemoryBranch):
+        return []
+    hierarchy: Any = branch.hierarchy
+    found = [] if hierarchy.global_memory is None else [("global", hierarchy.global_memory, hierarchy.features)]
+    local = hierarchy.features_of_local()
+    return found + [(f"local {n}", memory, local) for n, memory in enumerate(hierarchy.local_memories)]
+
+
+def residuals(
+    memory: FastMemory, features: Features, state: MemoryState, k_HTD: Tensor, v_HTD: Tensor, lags: Sequence[int]
+) -> Tensor:
+    """‖M(k) − v‖ ÷ ‖v‖, the mean over heads, of tokens so long ago: (lags,), NaN beyond the tokens that are there.
+
+    k and v (H, T, D) end with the token read last. Lag 0 is the token written last: one that is read at the weights of
+    its chunk's start has not written the unfinished chunk yet.
+    """
+    T = k_HTD.size(1)
+    pending = state.filled if memory.rule.read == "chunk" else 0
+    index = [T - 1 - pending - lag for lag in lags]
+    inside = [i for i in index if i >= 0]
+    found = k_HTD.new_full((len(lags),), math.nan, dtype=torch.float32)
+    if not inside:
+        return found
+    k, v = k_HTD[:, inside].unsqueeze(0), v_HTD[:, inside].unsqueeze(0)
+    phi = features(k)
+    x_BTM = k.new_zeros(1, len(inside), 1)
+    restart = None if state.tail.restart is None else torch.zeros_like(k[..., 0], dtype=torch.bool)
+    tokens = Tokens(k, phi, v, unchanging(x_BTM, k.size(1)), restart)
+    answers, _ = scan(memory.rule, state, memory.weights(), k, phi, tokens)
+    found[[i >= 0 for i in index]] = metrics.residual(answers[0], v[0]).mean(0).float()
+    return found
+
+
+class MemoryHealth:
+    """Collects what passes show, and measures at intervals. Nothing of it grows but the rows of figures."""
+
+    def __init__(self, model: AtlasLM, layers: Sequence[int], continuous: bool = True) -> None:
+        self.model = model
+        self.continuous = continuous  # every token is seen; else keys of tokens some windows ago are not there
+        self.layers = [i for i in layers if _memories(model, i)]
+        self.columns = MemoryColumns(labels=labels_of(model, self.layers))
+        window = model.config.window
+        self.columns.lags = [0, *(window * n for n in WINDOWS)] if self.layers else []
+        chunks = [memory.rule.chunk for i in self.layers for _, memory, _ in _memories(model, i)]
+        self._kept = max(self.columns.lags, default=0) + max(chunks, default=0)
+        self._inputs: dict[int, list[Tensor]] = {}
+        self._fused: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._gates: dict[int, list[Tensor]] = {}
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # the last keys and values (H, T, D)
+        self._states: dict[int, HierarchyState] = {}
+        self._before: dict[int, HierarchyState] = {}
+        self._rows = 0
+
+    def hooks(self, i: int) -> list[Any]:
+        """Handles of those on a block's memory."""
+        block: Any = self.model.blocks[i]
+        return [
+            block.memory.hierarchy.register_forward_pre_hook(self._keep_pairs(i)),
+            block.fusion.register_forward_hook(self._keep_fused(i)),
+        ]
+
+    def _keep_pairs(self, i: int) -> Callable[..., None]:
+        def hook(_: Any, arguments: Any) -> None:
+            x, _, k, v = arguments[:4]
+            self._inputs.setdefault(i, []).append(x[0])
+            before = self._pairs.get(i)
+            if before is not None:
+                k, v = (torch.cat([old, new[0]], dim=1) for old, new in zip(before, (k, v), strict=True))
+            else:
+                k, v = k[0], v[0]
+            self._pairs[i] = k[:, -self._kept :], v[:, -self._kept :]
+
+        return hook
+
+    def _keep_fused(self, i: int) -> Callable[..., None]:
+        def hook(_: Any, arguments: Any, output: Any) -> None:
+            self._fused.setdefault(i, []).append((arguments[0][0], arguments[1][0]))
+            self._gates.setdefault(i, []).append(output[1][0])
+
+        return hook
+
+    def after(self, i: int, state: Any) -> None:
+        """The state of a block's memory after a pass."""
+        if i in self.layers:
+            self._states[i] = state
+
+    def measure(self, step: int, deep: bool | None = None) -> None:
+        """A row of figures over everything since the row before. `deep`: with residuals and ranks."""
+        if not self.layers:
+            return
+        missing = [i for i in self.layers if not self._inputs.get(i) or not self._fused.get(i) or i not in self._states]
+        if missing:
+            raise RuntimeError(f"the hooks on the memory of layer {missing[0]} did not fire: its health would be empty")
+        deep = self._rows % DEEP_EVERY == 0 if deep is None else deep
+        tokens = step - self.columns.steps[-1] if self.columns.steps else 0
+        retrieve = deep and (self.continuous or not self._rows)
+        figures: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        residual: list[list[float]] = []
+        for i in self.layers:
+            x_1TM = torch.cat(self._inputs[i]).unsqueeze(0)
+            attended, remembered = (torch.cat(parts) for parts in zip(*self._fused[i], strict=True))
+            saturated = metrics.saturation(torch.cat(self._gates[i]).flatten())
+            ratio = metrics.output_ratio(remembered, attended)
+            branch: Any = self.model.blocks[i].memory
+            for n, (_, memory, features) in enumerate(_memories(self.model, i)):
+                state = _state_of(self._states[i], n, branch.hierarchy)
+                former = self._before.get(i)
+                before = None if former is None else _state_of(former, n, branch.hierarchy)
+                row = _row(memory, state, before, x_1TM, tokens)
+                row["saturated_gates"], row["output_ratio"] = saturated, ratio
+                row["effective_rank"] = metrics.effective_rank(_widest(state.change)).mean() if deep else _NONE
+                for name, values in figures.items():
+                    values.append(row[name])
+                lags = self.columns.lags
+                if retrieve:
+                    residual.append(residuals(memory, features, state, *self._pairs[i], lags).tolist())
+                else:
+                    residual.append([math.nan] * len(lags))
+        self.columns.steps.append(step)
+        table = torch.stack([torch.stack([v.float() for v in figures[name]]) for name in _COLUMNS]).tolist()
+        for name, values in zip(_COLUMNS, table, strict=True):
+            getattr(self.columns, name).append([_finite(v) for v in values])
+        self.columns.residual.append([[_finite(v) for v in row] for row in residual])
+        self._before, self._rows = dict(self._states), self._rows + 1
+        self._inputs, self._fused, self._gates = {}, {}, {}
+
+
+_COLUMNS = (
+    "weight_norm", "relative_change", "write_strength", "half_life", "saturated_gates", "output_ratio", "radius_share",
+    "effective_rank",
+)  # fmt: skip
+_NONE = torch.tensor(math.nan)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _state_of(state: HierarchyState, n: int, hierarchy: Hierarchy | Any) -> MemoryState:
+    if hierarchy.global_memory is None:
+        return state.local_memories[n]
+    whole: Any = state.global_memory
+    return whole if n == 0 else state.local_memories[n - 1]
+
+
+def _widest(change: tuple[Tensor, ...]) -> Tensor:
+    """The matrix with the most entries: (H, rows, columns)."""
+    return max(change, key=lambda x: x.numel())[0]
+
+
+def _row(
+    memory: FastMemory, state: MemoryState, before: MemoryState | None, x_1TM: Tensor, tokens: int
+) -> dict[str, Tensor]:
+    """The figures of one memory: means over heads, of the whole state."""
+    gates = memory.open(x_1TM)
+    change = tuple(x[0] for x in state.change)
+    moved = _NONE
+    if before is not None and tokens:
+        past = tuple(x[0] for x in before.change)
+        moved = metrics.relative_change(past, change, memory.weights()).mean() / tokens
+    radius = memory.rule.radius
+    mean_square = torch.stack([x.float().square().mean((-2, -1)) for x in change])
+    return {
+        "weight_norm": metrics.weight_norm(change).mean(),
+        "relative_change": moved,
+        "write_strength": gates.eta.mean(),
+        "half_life": metrics.half_life(gates.alpha.flatten()),
+        "radius_share": mean_square.max().sqrt() / radius,
+    }
