@@ -61,7 +61,10 @@ class Live(NamedTuple):
 
 @dataclass
 class Sent:
-    """What live figures have already counted of a generation, so that its report does not count it again."""
+    """What live figures have already counted of a generation, so that its report does not count it again.
+
+    Values are counted without None, as callers may leave those out.
+    """
 
     tokens: int = 0
     entropy_bits: int = 0
@@ -71,7 +74,7 @@ class Sent:
     def add(self, live: Live) -> None:
         self.tokens += live.tokens
         for name in ("entropy_bits", "surprisal_bits", "inter_token_latency_seconds"):
-            setattr(self, name, getattr(self, name) + len(getattr(live, name)))
+            setattr(self, name, getattr(self, name) + len(_known(getattr(live, name))))
 
 
 def live_metrics(model_name: str, live: Live) -> list[Metric]:
@@ -90,14 +93,14 @@ def report_metrics(report: Report, sent: Sent) -> list[Metric]:
     """Of a finished generation, without what was `sent` while it ran."""
     model = labelled(model_name=report.model.name)
     steps, latency = report.steps, report.latency
+    waits = _known(steps.latency_seconds[1:])[sent.inter_token_latency_seconds :]
     found = [
         Metric("reports_total", "counter", (1.0,), model, "{report}", "generations that were reported"),
         *_tokens(model, "prompt", len(report.prompt.tokens)),
         *_tokens(model, "generation", max(0, len(steps.token_ids) - sent.tokens)),
-        *_histogram("token_entropy_bits", steps.entropy_bits[sent.entropy_bits :], model, "bit", BITS),
-        *_histogram("token_surprisal_bits", steps.surprisal_bits[sent.surprisal_bits :], model, "bit", BITS),
-        *_histogram("inter_token_latency_seconds", steps.latency_seconds[1:][sent.inter_token_latency_seconds :], model,
-                    "s", TOKEN_SECONDS),
+        *_histogram("token_entropy_bits", _known(steps.entropy_bits)[sent.entropy_bits :], model, "bit", BITS),
+        *_histogram("token_surprisal_bits", _known(steps.surprisal_bits)[sent.surprisal_bits :], model, "bit", BITS),
+        *_histogram("inter_token_latency_seconds", waits, model, "s", TOKEN_SECONDS),
         *_histogram("time_to_first_token_seconds", [latency.time_to_first_token], model, "s", FIRST_TOKEN_SECONDS),
         *_histogram("e2e_request_latency_seconds", [latency.total], model, "s", REQUEST_SECONDS),
     ]  # fmt: skip
@@ -142,13 +145,17 @@ def without_gen_ai(metrics: Sequence[Metric]) -> list[Metric]:
     return [metric for metric in metrics if metric.name not in IN_GEN_AI]
 
 
+def _known(values: Numbers) -> list[float]:
+    return [float(value) for value in values if value is not None]
+
+
 def _tokens(model: Labels, what: str, count: int) -> list[Metric]:
     return [Metric(f"{what}_tokens_total", "counter", (float(count),), model, "{token}", f"tokens of the {what}")]
 
 
 def _histogram(name: str, values: Numbers, labels: Labels, unit: str, buckets: tuple[float, ...]) -> list[Metric]:
-    known = tuple(float(value) for value in values if value is not None)
-    return [Metric(name, "histogram", known, labels, unit, name.replace("_", " "), buckets)] if known else []
+    known = _known(values)
+    return [Metric(name, "histogram", tuple(known), labels, unit, name.replace("_", " "), buckets)] if known else []
 
 
 def _gauge(name: str, value: float | None, labels: Labels, unit: str, about: str) -> list[Metric]:

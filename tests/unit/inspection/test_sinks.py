@@ -126,6 +126,20 @@ def test_what_was_said_live_is_not_counted_again(prometheus: Sinks) -> None:
     assert {name: both[name] for name in alone} == {name: 2 * value for name, value in alone.items()}
 
 
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_steps_without_a_figure_shift_nothing(prometheus: Sinks, leaves_out: bool) -> None:
+    """NaN is None in a report; a caller may hand it on or leave it out."""
+    report = a_report(steps=6)
+    report.steps.entropy_bits[1] = None
+    live = [x for x in report.steps.entropy_bits[:4] if x is not None or not leaves_out]
+    prometheus.step("tiny", Live(4, live))
+    found = _of(prometheus, report)
+    assert found[f"atlas_lm:token_entropy_bits_count{{{MODEL}}}"] == 5
+    assert found[f"atlas_lm:token_entropy_bits_sum{{{MODEL}}}"] == sum(
+        x for x in report.steps.entropy_bits if x is not None
+    )
+
+
 def _of(sinks: Sinks, report: schema.Report) -> dict[str, float]:
     sinks.report(report)
     return scraped(sinks)
