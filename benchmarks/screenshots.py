@@ -22,7 +22,7 @@ from typing import Any
 from atlas_lm.files import ROOT
 from atlas_lm.inspection.serve import command
 
-SIZE = 1280, 960  # pixels of the window
+SIZE = 1280, 1100  # pixels of the window
 WAIT = 60.0  # seconds for a page
 
 
@@ -81,11 +81,14 @@ class Browser:
 
     def take(self, path: Path, top: str = "") -> None:
         """A picture, with the element that has this text at its top."""
-        if top:
-            xpath = f"//*[normalize-space(text())='{top}']"
-            self.driver.execute_script(
-                "arguments[0].scrollIntoView(true)", self.driver.find_elements("xpath", xpath)[-1]
-            )
+        until = time.monotonic() + WAIT
+        while top:
+            found = self.driver.find_elements("xpath", f"//*[normalize-space(text())='{top}']")
+            if found:
+                self.driver.execute_script("arguments[0].scrollIntoView(true)", found[-1])
+                break
+            assert time.monotonic() < until, f"{top!r} is not on the page"
+            time.sleep(0.1)
         time.sleep(1.5)  # charts are drawn after the page is there
         self.driver.save_screenshot(str(path))
 

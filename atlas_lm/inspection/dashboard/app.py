@@ -16,7 +16,7 @@ from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.listing import examine
 
 LISTED = 200  # of the newest reports; a folder with more of them is given as the argument
-HEIGHT = 260  # pixels of a chart
+HEIGHT = 300  # pixels of a chart
 REPORTS, COMPARE, RUNS = "Reports", "Compare", "Training runs"
 
 
@@ -39,15 +39,15 @@ def draw_lines(rows: Sequence[dict[str, Any]], y: str, by: str, title: str, mark
         .mark_line(point=len(rows) < 400)
         .encode(
             x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, format="d")),
-            y=alt.Y(f"{y}:Q", title=title, scale=alt.Scale(zero=False)),
-            color=alt.Color(f"{by}:N", title=None, legend=alt.Legend(orient="bottom", columns=3, labelLimit=0)),
+            y=alt.Y(f"{y}:Q", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color(f"{by}:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=0)),
             tooltip=[{"field": name, "type": "nominal"} for name in rows[0]] if rows else [],
         )
     )
     if marks:
         flagged = alt.Data(values=[{"step": step} for step in marks])
         chart += alt.Chart(flagged).mark_rule(color="#b00020", opacity=0.5).encode(x="step:Q")
-    st.altair_chart(chart.properties(height=HEIGHT))
+    st.altair_chart(chart.properties(height=HEIGHT, title=title))
 
 
 def draw_heat(rows: Sequence[dict[str, Any]], x: str, y: str, title: str) -> None:

@@ -122,7 +122,7 @@ class Delivery:
             if self._is_said:
                 return
             log.warning(
-                "sink %s does not take what is sent (%s): tried %d times; nothing else stops, and it is tried on",
+                "sink %s does not take what is sent (%s): tried %d times, and on until the end",
                 self.sender.name, why, max(1, self._failures),
             )  # fmt: skip
             self._is_said = True

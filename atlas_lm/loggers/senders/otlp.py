@@ -20,17 +20,17 @@ EXPORTER = "opentelemetry.exporter.otlp.proto.http.metric_exporter"  # its log
 
 
 class _Words(logging.Filter):
-    """Keeps what the exporter logs while this thread exports: the reason of a failure is nowhere else."""
+    """Keeps what the exporter logs at first while this thread exports: the reason of a failure is nowhere else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.thread: int | None = None
-        self.last = ""
+        self.first = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.thread != self.thread:
             return True
-        self.last = record.getMessage()
+        self.first = self.first or record.getMessage()
         return False
 
 
@@ -98,13 +98,13 @@ class OtlpSender:
         data = self._reader.get_metrics_data()
         if data is None:
             return
-        self._words.thread = threading.get_ident()
+        self._words.thread, self._words.first = threading.get_ident(), ""
         try:
             result = self._exporter.export(data)
         finally:
             self._words.thread = None
         if result is not MetricExportResult.SUCCESS:
-            raise RuntimeError(self._words.last or "the export failed")
+            raise RuntimeError(self._words.first or "the export failed")
 
     def close(self) -> None:
         logging.getLogger(EXPORTER).removeFilter(self._words)
