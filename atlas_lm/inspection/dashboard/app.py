@@ -10,12 +10,13 @@ from typing import Any
 import altair as alt
 import streamlit as st
 
-from atlas_lm.inspection.dashboard import finding, report_tables, run_tables
+from atlas_lm.inspection.dashboard import finding, report_tables, run_tables, thinning
 from atlas_lm.inspection.schema import Report
 from atlas_lm.loggers.jsonl import read_rows
 from atlas_lm.runs.listing import examine
 
 LISTED = 200  # of the newest reports; a folder with more of them is given as the argument
+RULES = 200  # of flagged steps in a chart
 HEIGHT = 300  # pixels of a chart
 REPORTS, COMPARE, RUNS = "Reports", "Compare", "Training runs"
 
@@ -34,8 +35,9 @@ def load_rows(path: str, changed: tuple[int, int]) -> list[dict[str, Any]]:
 
 def draw_lines(rows: Sequence[dict[str, Any]], y: str, by: str, title: str, marks: Sequence[int] = ()) -> None:
     """Lines over steps; `marks`: steps with a red rule."""
+    rows = thinning.thin_lines(rows, y, by)
     chart: Any = (
-        alt.Chart(alt.Data(values=list(rows)))
+        alt.Chart(alt.Data(values=rows))
         .mark_line(point=len(rows) < 400)
         .encode(
             x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, format="d")),
@@ -45,7 +47,7 @@ def draw_lines(rows: Sequence[dict[str, Any]], y: str, by: str, title: str, mark
         )
     )
     if marks:
-        flagged = alt.Data(values=[{"step": step} for step in marks])
+        flagged = alt.Data(values=[{"step": step} for step in marks[:: 1 + len(marks) // RULES]])
         chart += alt.Chart(flagged).mark_rule(color="#b00020", opacity=0.5).encode(x="step:Q")
     st.altair_chart(chart.properties(height=HEIGHT, title=title))
 
@@ -53,7 +55,7 @@ def draw_lines(rows: Sequence[dict[str, Any]], y: str, by: str, title: str, mark
 def draw_heat(rows: Sequence[dict[str, Any]], x: str, y: str, title: str) -> None:
     """A heat map of `value`."""
     chart = (
-        alt.Chart(alt.Data(values=list(rows)))
+        alt.Chart(alt.Data(values=thinning.thin_heat(rows, x, y)))
         .mark_rect()
         .encode(
             x=alt.X(f"{x}:O", axis=alt.Axis(labelOverlap=True, labelAngle=0)),

@@ -31,9 +31,11 @@ COUNTERS = {  # that only grow; each growth is an event
 
 
 def series(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Row]:
-    """Points of these metrics over the logging step, which no rollback sets back."""
+    """Points of these metrics over the logging step, which no rollback sets back; without what names share."""
+    ends = [name.rpartition("/")[2] for name in names]
+    short = dict(zip(names, ends if len(set(ends)) == len(ends) else names, strict=True))
     return [
-        {"step": row["step"], "metric": name, "value": row[name], "timeline": row.get("timeline", 0)}
+        {"step": row["step"], "metric": short[name], "value": row[name], "timeline": row.get("timeline", 0)}
         for row in rows
         for name in names
         if row.get(name) is not None and row.get("step") is not None

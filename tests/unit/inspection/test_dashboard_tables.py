@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atlas_lm.inspection import schema
-from atlas_lm.inspection.dashboard import finding, report_tables, run_tables
+from atlas_lm.inspection.dashboard import finding, report_tables, run_tables, thinning
 from atlas_lm.loggers.jsonl import row
 from tests.support.reports import a_report
 
@@ -186,3 +186,34 @@ def test_every_metric_that_is_drawn_exists() -> None:
 
     drawn = {name for names in run_tables.CHARTS.values() for name in names} | set(run_tables.COUNTERS)
     assert drawn <= set(METRICS)
+
+
+# Less than there is
+
+
+def test_a_long_line_keeps_its_peaks() -> None:
+    rows = [{"step": i, "of": "a", "value": 1.0} for i in range(10_000)]
+    rows[4321]["value"], rows[77]["value"], rows[9999]["value"] = 50.0, -3.0, None
+    found = thinning.thin_lines([*rows, {"step": 0, "of": "b", "value": 2.0}], "value", "of")
+    assert len(found) <= thinning.POINTS + 1
+    assert {4321, 77} <= {r["step"] for r in found}
+    assert [r["step"] for r in found if r["of"] == "a"] == sorted(r["step"] for r in found if r["of"] == "a")
+    assert thinning.thin_lines(rows[:100], "value", "of") == rows[:100]
+
+
+def test_a_wide_heat_map_is_averaged() -> None:
+    rows = [{"step": i, "layer": j, "value": float(i)} for i in range(2000) for j in range(3)]
+    rows[0]["value"] = None
+    found = thinning.thin_heat(rows, "step", "layer")
+    assert len(found) <= 3 * thinning.COLUMNS
+    cells = {(r["step"], r["layer"]): r["value"] for r in found}
+    assert cells[0, 0] == sum(range(1, 14)) / 13
+    assert cells[0, 1] == sum(range(14)) / 14
+    assert thinning.thin_heat(rows[:30], "step", "layer") == rows[:30]
+
+
+def test_lines_have_short_names_where_those_differ() -> None:
+    rows = [row(0, 0.0, {"train/loss": 1.0, "val/loss": 2.0, "gate_monitor/mean": 0.5, "gate_monitor/std": 0.1})]
+    found = run_tables.charts(rows)
+    assert [p["metric"] for p in found["loss (nats per token)"]] == ["train/loss", "val/loss"]
+    assert [p["metric"] for p in found["gates"]] == ["mean", "std"]
