@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -10,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import finished_run, small_run
+from tests.support import ROOT
+from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, finished_run, only_run, small_run, write_corpus
 from tests.support.receivers import free_port, receiving
 
 
@@ -114,3 +117,34 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, in_tmp: Path, capsys: pytest.
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert f"port {port} " in line
     assert "in use" in line
+
+
+def test_a_run_leaves_its_port_to_the_next_one(tmp_path: Path, in_tmp: Path) -> None:
+    """As in a sweep, where one process trains several: also after one that failed."""
+    pytest.importorskip("prometheus_client")
+    port = free_port()
+    words = ["callbacks=basic", "logger=prometheus", f"logger.prometheus.port={port}"]
+    assert small_run(tmp_path, *words, "optim.lr=1e30", "callbacks.nonfinite_guard.max_consecutive=0") == 1
+    for name in ("first", "second"):
+        with scraping(port) as found:
+            assert small_run(tmp_path, *words, f"name={name}", "logger.prometheus.linger=20") == 0
+        assert f'atlas_lm:train_loss{{model_name="{name}"}}' in found
+
+
+@pytest.mark.slow
+def test_of_two_ranks_one_exports(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    port = free_port()
+    words = ["trainer.devices=2", "trainer.strategy=ddp", "logger=prometheus", f"logger.prometheus.port={port}"]
+    command = [
+        sys.executable, "train.py", "data=text", write_corpus(tmp_path / "corpus"), *SMALL_MODEL, *SMALL_DATA,
+        *FEW_STEPS, "name=x", "callbacks=basic", f"paths.outputs={tmp_path / 'outputs'}", *words,
+        "logger.prometheus.linger=20",
+    ]  # fmt: skip
+    with scraping(port) as found:
+        ended = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    expected = logged(only_run(tmp_path / "outputs"))
+    assert found['atlas_lm:train_loss{model_name="x"}'] == pytest.approx(expected["train/loss"])
+    assert found['atlas_lm:val_loss{model_name="x"}'] == pytest.approx(expected["val/loss"])
+    assert "sink " not in ended.stderr
