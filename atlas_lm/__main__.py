@@ -14,6 +14,7 @@ COMMANDS = {  # each is a module of atlas_lm/cli with a `main(arguments)`; impor
     "doctor": "what training will take of a GPU's memory, before it is queued",
     "evaluate": "what the memories of runs are worth: position, horizon, state, chunks, needles",
     "export": "a model for Hugging Face transformers, and back",
+    "inspect": "what a model does while it generates: entropy, attention, memory health, flags",
     "prepare": "tokenize a corpus once, to shards for data=tokens",
 }
 

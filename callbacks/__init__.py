@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from callbacks.chunk_size_scheduler import ChunkSizeScheduler
     from callbacks.gate_monitor import GateMonitor
+    from callbacks.generation_health import GenerationHealth
     from callbacks.hang_watch import HangWatch
     from callbacks.interrupt import Interrupt
     from callbacks.loss_weight_schedule import LossWeightSchedule
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ChunkSizeScheduler",
     "GateMonitor",
+    "GenerationHealth",
     "HangWatch",
     "Interrupt",
     "LossWeightSchedule",
@@ -49,6 +51,7 @@ __all__ = [
 _HOME = {
     "ChunkSizeScheduler": "chunk_size_scheduler",
     "GateMonitor": "gate_monitor",
+    "GenerationHealth": "generation_health",
     "HangWatch": "hang_watch",
     "Interrupt": "interrupt",
     "LossWeightSchedule": "loss_weight_schedule",

@@ -149,21 +149,19 @@ def inspect_ids(
     return build(trace, subject.info, plan, subject.names, written, thresholds, version)
 
 
-def read_texts(
+def clean_reports(
     subject: Subject, texts: Sequence[str], plan: Plan, prompt_tokens: int, tick: Callable[[], None]
 ) -> list[Report]:
-    """Reports of texts that are read, not written: the first tokens as the prompt, the next `plan.tokens` forced.
+    """Reports of what the model writes after the first tokens of clean texts, each with draws of its own.
 
     ValueError: a text is too short for that.
     """
     found = []
-    for text in texts:
-        ids = subject.encode(text)
-        needed = prompt_tokens + plan.tokens
-        if len(ids) < needed:
-            raise ValueError(f"a text of {len(ids)} tokens is too short: {needed} are needed")
-        forced = tuple(ids[prompt_tokens:needed])
-        of_this = Plan(**{**vars(plan), "forced": forced})
-        found.append(inspect_ids(subject, ids[:prompt_tokens], "", of_this, Thresholds(), ""))
+    for seed, text in enumerate(texts):
+        ids = subject.encode(text)[:prompt_tokens]
+        if len(ids) < prompt_tokens:
+            raise ValueError(f"a text of {len(ids)} tokens is too short for prompts of {prompt_tokens}")
+        of_this = Plan(**{**vars(plan), "seed": seed})
+        found.append(inspect_ids(subject, ids, "", of_this, Thresholds(), ""))
         tick()
     return found

@@ -1,0 +1,392 @@
+"""What a model does while it generates: python -m atlas_lm inspect run=stage1 prompt="def "
+
+python -m atlas_lm inspect model=<folder> prompt="…"       # any causal or seq2seq model of transformers
+python -m atlas_lm inspect calibrate run=stage1            # thresholds of its flags, from clean text
+python -m atlas_lm inspect compare A B                     # two reports side by side
+python -m atlas_lm inspect dashboard                       # all reports and training runs in a browser
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from atlas_lm import __version__
+from atlas_lm.cli.arguments import parse
+from atlas_lm.config.names import nearest
+from atlas_lm.files import write_atomically
+from atlas_lm.runs.load import load, load_data
+from atlas_lm.runs.resolve import resolve_run
+
+try:
+    from atlas_lm.inspection import page, schema, sinks
+    from atlas_lm.inspection.calibrate import QUANTILE, calibrate
+    from atlas_lm.inspection.capture import Plan, Trace
+    from atlas_lm.inspection.health import Thresholds
+    from atlas_lm.inspection.schema import Report
+    from atlas_lm.inspection.subject import AtlasSubject, Subject, clean_reports, inspect_text, load_hugging_face
+except ImportError as error:
+    if error.name is None or not error.name.startswith("pydantic"):
+        raise
+    raise ValueError("inspect needs pydantic: pip install 'atlas-lm[inspect]'") from error
+
+if TYPE_CHECKING:
+    from atlas_lm.inspection.sinks import Sinks
+
+COMMAND = "python -m atlas_lm inspect"
+FOLDER, THRESHOLDS = "inspection", "thresholds.json"  # in a run folder
+
+
+@dataclass
+class Options:
+    """Generate from a prompt and report what the model did: entropy, attention, memory health, flags."""
+
+    run: str = ""
+    """Run folder, experiment or checkpoint of ours; or give model=."""
+    model: str = ""
+    """Folder of a model of transformers."""
+    gguf: str = ""
+    """File of quantised weights in that folder."""
+    prompt: str = ""
+    """Text to continue."""
+    tokens: int = 64
+    """Tokens to write."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_k: int = 50
+    """Tokens to draw from."""
+    top_p: float = 1.0
+    """Probability of the tokens to draw from; below 1 for models of transformers alone."""
+    seed: int = 0
+    """Of the draws."""
+    capture: str = "full"
+    """full: every step; sampled: every 16th; off: logits alone."""
+    layers: str = "all"
+    """Layers to capture, counted from 0, with commas between them."""
+    thresholds: str = ""
+    """File that `inspect calibrate` wrote; that of the run if none is given."""
+    sink: str = "local"
+    """local, prometheus, datadog, otlp, with commas between them."""
+    port: int = 9400
+    """Of the page for Prometheus; 0: a free one."""
+    linger: float = 0.0
+    """Seconds to wait at the end until that page has been scraped."""
+    out: str = ""
+    """Folder for what is written; inspection/<time> in the run folder, or here, if none is given."""
+    outputs: str = "outputs"
+    """Folder of all runs."""
+
+    def __post_init__(self) -> None:
+        check_subject(self.run, self.model)
+        if self.run and self.top_p < 1:
+            raise ValueError(f"top_p={self.top_p} is for model=: our own generation draws from the top_k likeliest")
+
+
+@dataclass
+class Calibration:
+    """Thresholds of a model's flags: quantiles over what it writes after clean text."""
+
+    run: str = ""
+    """Run folder or experiment of ours, after whose held-out text it writes; or give model= and text=."""
+    model: str = ""
+    """Folder of a model of transformers."""
+    gguf: str = ""
+    """File of quantised weights in that folder."""
+    text: str = ""
+    """File of clean text, for model=."""
+    texts: int = 64
+    """Pieces of text to write after."""
+    prompt_tokens: int = 64
+    """Tokens of each."""
+    tokens: int = 64
+    """Tokens to write; as many as in the generations that are to be inspected, and likewise for what follows."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_k: int = 50
+    """Tokens to draw from."""
+    capture: str = "full"
+    """full, sampled or off."""
+    layers: str = "all"
+    """Layers to capture."""
+    quantile: float = 0.99
+    """Share of clean texts on which each flag stays silent."""
+    out: str = ""
+    """File to write; inspection/thresholds.json in the run folder, or here, if none is given."""
+    outputs: str = "outputs"
+    """Folder of all runs."""
+
+    def __post_init__(self) -> None:
+        check_subject(self.run, self.model)
+        if self.model and not self.text:
+            raise ValueError("text= is missing: a file of clean text for the model to read")
+        if self.texts < 8 or self.prompt_tokens < 1 or self.tokens < 1:
+            raise ValueError(
+                f"texts={self.texts} must be at least 8, prompt_tokens={self.prompt_tokens} and tokens={self.tokens} "
+                "at least 1"
+            )
+
+
+@dataclass
+class Comparison:
+    """Two reports side by side."""
+
+    reports: list[str] = field(default_factory=list)
+    """Two files report.json, or folders with one."""
+
+
+@dataclass
+class Dashboard:
+    """All reports and training runs in a browser."""
+
+    folder: str = "."
+    """Where to search for reports."""
+    port: int = 8501
+    """To serve on."""
+    outputs: str = "outputs"
+    """Folder of all runs."""
+
+
+def check_subject(run: str, model: str) -> None:
+    """ValueError unless one of the two is given."""
+    if bool(run) == bool(model):
+        raise ValueError("give run=<one of ours> or model=<folder of transformers>, one of them")
+
+
+def layers_of(text: str) -> tuple[int, ...] | None:
+    """ValueError: no whole numbers with commas between them."""
+    if text == "all":
+        return None
+    if not all(part.isdigit() for part in text.split(",")):
+        raise ValueError(f"layers={text} must be all, or numbers with commas between them, such as 0,3,5")
+    return tuple(map(int, text.split(",")))
+
+
+def open_subject(o: Options | Calibration) -> tuple[Subject, Path]:
+    """The model, and the folder where its reports belong."""
+    if o.model:
+        return load_hugging_face(o.model, o.gguf), Path(FOLDER)
+    model, tokenizer = load(o.run, o.outputs)
+    folder = Path(o.run).parent.parent if Path(o.run).is_file() else resolve_run(o.run, o.outputs)
+    return AtlasSubject(model, tokenizer, folder.parent.name), folder / FOLDER
+
+
+def read_thresholds(path: Path) -> Thresholds:
+    """ValueError: there is no such file, or it holds none."""
+    try:
+        return Thresholds.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"thresholds={path}: there is no such file; {COMMAND} calibrate writes one") from None
+    except ValueError as error:
+        raise ValueError(f"thresholds={path} holds none ({str(error).splitlines()[0]}): calibrate again") from error
+
+
+def main(arguments: list[str]) -> None:
+    """See the module. ValueError: bad arguments, or what they name is not there."""
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "calibrate": calibrate_main, "compare": compare_main, "dashboard": dashboard_main,
+    }  # fmt: skip
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        name = arguments[0]
+        if name not in commands:
+            raise ValueError(
+                f"inspect {name} is unknown{nearest(name, commands)}: there are {', '.join(commands)}, and "
+                "run=… prompt=… alone"
+            )
+        commands[name](arguments[1:])
+        return
+    inspect_main(arguments)
+
+
+def inspect_main(arguments: list[str]) -> None:
+    o = parse(Options, arguments, COMMAND)
+    sinks.check_sinks(o.sink)
+    plan = Plan(o.tokens, o.temperature, o.top_k, o.top_p, o.seed, o.capture, layers_of(o.layers))
+    if not o.prompt and o.model:
+        raise ValueError("prompt= is missing: text for the model to continue")
+    subject, home = open_subject(o)
+    if o.thresholds:
+        thresholds = read_thresholds(Path(o.thresholds))
+    elif (home / THRESHOLDS).is_file():
+        thresholds = read_thresholds(home / THRESHOLDS)
+    else:
+        thresholds = Thresholds()
+    out = Path(o.out) if o.out else home / time.strftime("%Y-%m-%d_%H-%M-%S")
+    opened = sinks.open_sinks(o.sink, out, write_page, port=o.port, linger=o.linger)
+    try:
+        with bar() as progress:
+            task = progress.add_task("tokens", total=plan.tokens)
+            live = Streaming(opened, subject.info.name)
+
+            def on_flush(trace: Trace) -> None:
+                progress.update(task, completed=len(trace.steps.token_ids))
+                live.flush(trace)
+
+            report = inspect_text(subject, o.prompt, plan, thresholds, __version__, on_flush)
+        print(o.prompt + report.text)
+        print()
+        print(summary(report))
+        for line in opened.report(report):
+            print(line)
+    finally:
+        opened.close()
+
+
+class Streaming:
+    """What was written since the last flush goes to the sinks that are live."""
+
+    def __init__(self, opened: Sinks, name: str) -> None:
+        self.opened, self.name, self.sent = opened, name, 0
+
+    def flush(self, trace: Trace) -> None:
+        if not self.opened.is_live:
+            return
+        steps, memory = trace.steps, trace.memory
+        some = slice(self.sent, len(steps.token_ids))
+        self.opened.step(
+            self.name,
+            sinks.Live(
+                tokens=some.stop - some.start,
+                entropy_bits=[x for x in steps.entropy_bits[some] if x is not None],
+                surprisal_bits=[x for x in steps.surprisal_bits[some] if x is not None],
+                inter_token_latency_seconds=[
+                    x for i, x in enumerate(steps.latency_seconds[some], some.start) if x is not None and i
+                ],
+                memory=last_row(memory),
+            ),
+        )
+        self.sent = some.stop
+
+
+def last_row(memory: schema.MemoryColumns) -> dict[str, dict[str, float]]:
+    """The newest figures of each memory by its label."""
+    found: dict[str, dict[str, float]] = {label: {} for label in memory.labels}
+    for name in ("weight_norm", "relative_change", "write_strength", "half_life", "saturated_gates", "output_ratio"):
+        rows = getattr(memory, name)
+        for label, value in zip(memory.labels, rows[-1] if rows else [], strict=False):
+            if value is not None:
+                found[label][name] = value
+    return found
+
+
+def write_page(report: Report, path: Path) -> None:
+    write_atomically(path, page.page(report))
+
+
+def bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
+    )
+
+
+def summary(report: Report) -> str:
+    """A few lines: what was raised, and the cheap scores beside it."""
+    lines = []
+    for flag in report.flags:
+        if flag.fired:
+            steps = f" (steps {', '.join(map(str, flag.steps[:8]))}{' …' if len(flag.steps) > 8 else ''})"
+            lines.append(f"raised: {flag.name}: {flag.message}{steps if flag.steps else ''}")
+    quiet = [flag.name for flag in report.flags if not flag.fired]
+    lines.append(f"not raised: {', '.join(quiet)}")
+    if not report.thresholds.get("centre"):
+        lines.append(f"thresholds are general ones: {COMMAND} calibrate fits them to this model")
+    b = report.baselines
+    lines.append(
+        f"perplexity {page.shown(b.perplexity)}, entropy {page.shown(b.mean_entropy_bits)} bits (at most "
+        f"{page.shown(b.max_entropy_bits)}), {1 / (report.latency.inter_token_mean or 1):.0f} tokens/s"
+    )
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
+
+
+def calibrate_main(arguments: list[str]) -> None:
+    o = parse(Calibration, arguments, f"{COMMAND} calibrate")
+    plan = Plan(o.tokens, o.temperature, o.top_k, capture=o.capture, layers=layers_of(o.layers))
+    if not 0.5 <= o.quantile < 1:
+        raise ValueError(f"quantile={o.quantile} must be in [0.5, 1), such as {QUANTILE}")
+    subject, home = open_subject(o)
+    texts = clean_texts(o, subject, o.prompt_tokens)
+    with bar() as progress:
+        task = progress.add_task("texts", total=len(texts))
+        reports = clean_reports(subject, texts, plan, o.prompt_tokens, lambda: progress.advance(task))
+    thresholds = calibrate(reports, o.quantile)
+    path = Path(o.out) if o.out else home / THRESHOLDS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, thresholds.model_dump_json(indent=1) + "\n")
+    print(f"wrote {path}: thresholds from {len(texts)} texts of {o.tokens} tokens, each silent on {o.quantile:.0%}")
+
+
+def clean_texts(o: Calibration, subject: Subject, tokens: int) -> list[str]:
+    """Pieces of clean text, spread over all there is. ValueError: there is too little."""
+    if o.model:
+        raw = Path(o.text).read_text(encoding="utf-8")
+    else:
+        folder = resolve_run(o.run, o.outputs)
+        from atlas_lm.checkpoints.io import read_checkpoint
+        from atlas_lm.runs.resolve import resolve_checkpoint
+
+        data = load_data(folder, read_checkpoint(resolve_checkpoint(o.run, o.outputs), lazily=True))
+        raw = (data.held_out_bytes() or b"").decode("utf-8", "replace")
+    return pieces_of(raw, subject, o.texts, tokens)
+
+
+def pieces_of(raw: str, subject: Subject, texts: int, tokens: int) -> list[str]:
+    """So many pieces of at least so many tokens, from places spread evenly. ValueError: the text is too short."""
+    sample = raw[: 64 * tokens]
+    per_token = len(sample) / max(1, len(subject.encode(sample))) if sample else 1.0
+    length = int(per_token * tokens * 1.25) + 4
+    if len(raw) < texts * length:
+        raise ValueError(
+            f"{len(raw):,} characters of clean text are too few for texts={texts} of {tokens} tokens: about "
+            f"{texts * length:,} are needed; lower texts= or tokens="
+        )
+    apart = (len(raw) - length) // max(1, texts - 1)
+    found = []
+    for i in range(texts):
+        piece = raw[i * apart : i * apart + length]
+        while len(subject.encode(piece)) < tokens and i * apart + len(piece) < len(raw):
+            piece = raw[i * apart : i * apart + 2 * len(piece)]
+        found.append(piece)
+    return found
+
+
+def read_report(path: str) -> Report:
+    """Of a file, or of a folder with one."""
+    file = Path(path) / sinks.JSON if Path(path).is_dir() else Path(path)
+    try:
+        return schema.read(file)
+    except FileNotFoundError:
+        raise ValueError(f"no report {str(file)!r}: correct the path") from None
+
+
+def compare_main(arguments: list[str]) -> None:
+    o = parse(Comparison, arguments, f"{COMMAND} compare")
+    if len(o.reports) != 2:
+        raise ValueError(f"compare takes two reports, got {len(o.reports)}: {COMMAND} compare A B")
+    print(compared(*(read_report(path) for path in o.reports)))
+
+
+def compared(a: Report, b: Report) -> str:
+    """A table: flags, baselines and every figure of the summary, with the difference."""
+    rows: list[Sequence[str]] = [("", f"A: {a.model.name} {a.created}", f"B: {b.model.name} {b.created}", "B − A")]
+    flags = {report.id: {flag.name: flag for flag in report.flags} for report in (a, b)}
+    for name in dict.fromkeys([*flags[a.id], *flags[b.id]]):
+        states = [("raised" if f.fired else "no") if (f := flags[r.id].get(name)) else "–" for r in (a, b)]
+        rows.append((f"flag {name}", *states, "" if states[0] == states[1] else "differs"))
+    of_a, of_b = ({**r.baselines.model_dump(), **r.summary} for r in (a, b))
+    for name in dict.fromkeys([*of_a, *of_b]):
+        x, y = of_a.get(name), of_b.get(name)
+        rows.append((name, page.shown(x), page.shown(y), "–" if x is None or y is None else f"{y - x:+.4g}"))
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def dashboard_main(arguments: list[str]) -> None:
+    o = parse(Dashboard, arguments, f"{COMMAND} dashboard")
+    from atlas_lm.inspection.serve import serve
+
+    serve(Path(o.folder), Path(o.outputs), o.port)
