@@ -170,7 +170,7 @@ def take_pictures(folder: Path, outputs: Path, to: Path) -> None:
         browser.take(to / "dashboard_report.png", top="report")
         browser.open("Compare")
         browser.wait_for("A: ", "B: ")
-        browser.take(to / "dashboard_compare.png", top="A")
+        browser.take(to / "dashboard_compare.png", top="Compare")
         browser.open("Training runs")
         browser.wait_for("Spikes, rollbacks and skipped steps")
         browser.take(to / "dashboard_run.png", top="Spikes, rollbacks and skipped steps")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def serve(folder: Path, outputs: Path, port: int = 8501) -> None:
         )
     check_port(port)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # as this process finds the package
-    ended = subprocess.run(command(folder, outputs, port), env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-    if ended.returncode:
-        raise SystemExit(ended.returncode)
+    child = subprocess.Popen(command(folder, outputs, port), env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # no server is left behind
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        child.terminate()
+        child.wait()
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)

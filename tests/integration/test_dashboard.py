@@ -3,7 +3,12 @@
 import importlib.util
 import os
 import shutil
+import signal
+import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +18,9 @@ from atlas_lm.inspection import schema
 from atlas_lm.inspection.dashboard import run_tables
 from atlas_lm.loggers.jsonl import read_rows
 from benchmarks.screenshots import Browser, browsing, dashboard, take_pictures
+from tests.support import ROOT
 from tests.support.launching import with_all_safeguards
+from tests.support.receivers import free_port
 from tests.support.reports import a_report
 
 HAS_STREAMLIT, HAS_SELENIUM = (importlib.util.find_spec(name) is not None for name in ("streamlit", "selenium"))
@@ -116,3 +123,29 @@ def test_pictures_are_taken(folder: Path, run: Path, tmp_path: Path) -> None:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
         assert width >= 1200
         assert height >= 700
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_no_server_is_left_behind(sent: signal.Signals, folder: Path) -> None:
+    port = free_port()
+    start = f"from pathlib import Path; from atlas_lm.inspection.serve import serve; p = Path({str(folder)!r})"
+    command = [sys.executable, "-c", f"{start}; serve(p, p, {port})"]
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        server = subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    until = time.monotonic() + 60
+    while not answers(port):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    server.send_signal(sent)
+    server.wait(30)
+    assert not answers(port)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0

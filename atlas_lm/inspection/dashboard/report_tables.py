@@ -113,7 +113,7 @@ def coloured(tokens: list[str], surprisal: Column, flags: dict[int, list[str]], 
         bits = _at(surprisal, i - first) if i >= first else None
         about = f"step {i}: " + ("no surprisal" if bits is None else f"{bits:.2f} bits")
         marks = flags.get(i, [])
-        style = f"background:{colour(bits)};color:#111;border-radius:2px;white-space:pre-wrap;"
+        style = f"background:{colour(bits)};color:#111;border-radius:2px;white-space:pre-wrap;overflow-wrap:anywhere;"
         style += "border-bottom:3px solid #b00020;" if marks else ""
         about += f" · {', '.join(marks)}" if marks else ""
         text = html.escape(token.replace("\n", "↵\n")) or "∅"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from atlas_lm.loggers.senders.metric import Metric, require
+
+log = logging.getLogger(__name__)
 
 PREFIX = "atlas_lm:"
 PORT = 9464  # of OpenTelemetry's exporter for Prometheus
@@ -32,6 +36,12 @@ class _Page(ThreadingHTTPServer):
         self.registry = registry
         self.scrapes = 0
         super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A server that did not wait for the page scrapes again: no traceback for that."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log.warning("the page for Prometheus failed: %s: %s", type(error).__name__, error)
 
 
 class _Handler(BaseHTTPRequestHandler):

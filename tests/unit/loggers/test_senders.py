@@ -2,6 +2,8 @@
 
 import json
 import math
+import socket
+import struct
 import urllib.request
 from collections.abc import Iterator
 
@@ -86,6 +88,19 @@ def test_a_server_gets_the_names_of_the_page(exporter: PrometheusSender, accept:
     with urllib.request.urlopen(request, timeout=5) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
         assert b'\natlas_lm:tokens_total{model_name="m"} 5.0\n' in answer.read()
+
+
+def test_a_server_that_hangs_up_leaves_no_traceback(
+    exporter: PrometheusSender, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exporter.take([Metric(f"m{i}", "gauge", (1.0,), M) for i in range(3000)])  # more than a socket's buffer
+    reset = struct.pack("ii", 1, 0)
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", exporter.port)) as scraper:
+            scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page(exporter)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_gauge_that_is_not_finite_is_shown(exporter: PrometheusSender) -> None:
