@@ -72,10 +72,16 @@ class Options:
     """File that `inspect calibrate` wrote; that of the run if none is given."""
     sink: str = "local"
     """local, prometheus, datadog, otlp, with commas between them."""
-    port: int = 9400
+    port: int = sinks.PORT
     """Of the page for Prometheus; 0: a free one."""
+    host: str = "127.0.0.1"
+    """On which that page is served; 0.0.0.0 lets other machines scrape it."""
     linger: float = 0.0
     """Seconds to wait at the end until that page has been scraped."""
+    datadog: str = ""
+    """http(s)://… of another server than Datadog's."""
+    otlp: str = ""
+    """http(s)://<collector>:4318; OTEL_EXPORTER_OTLP_ENDPOINT or this machine if none is given."""
     out: str = ""
     """Folder for what is written; inspection/<time> in the run folder, or here, if none is given."""
     outputs: str = "outputs"
@@ -216,7 +222,9 @@ def inspect_main(arguments: list[str]) -> None:
     else:
         thresholds = Thresholds()
     out = Path(o.out) if o.out else home / time.strftime("%Y-%m-%d_%H-%M-%S")
-    opened = sinks.open_sinks(o.sink, out, write_page, port=o.port, linger=o.linger)
+    opened = sinks.open_sinks(
+        o.sink, out, write_page, port=o.port, host=o.host, linger=o.linger, datadog=o.datadog, otlp=o.otlp
+    )
     try:
         with bar() as progress:
             task = progress.add_task("tokens", total=plan.tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from atlas_lm.inspection.schema import Flag, Report
+from atlas_lm.inspection.schema import Flag, MemoryColumns, Report
 from atlas_lm.inspection.summary import largest, mid_layer_ratios
 
 LARGEST = 3  # deviations that `unusual` is the mean of
@@ -36,7 +36,7 @@ class Thresholds(BaseModel):
     silent_ratio: float = 0.01
     """Memory's ÷ attention's output below which a memory is silent."""
     silent_change: float = 0.0
-    """Change of W per token, ‖ΔW‖ ÷ ‖W‖, the mean over a generation, up to which a memory is silent."""
+    """Change of W per token, ‖ΔW‖ ÷ ‖W‖, up to which a memory is silent over as many tokens as it writes at a time."""
     saturated_share: float = 0.9
     """Of the bound on fast weights, or of fusion gates, above which a memory is saturated."""
     diverging_change: float = 0.5
@@ -155,16 +155,30 @@ def _of_memories(report: Report, name: str, pick: Any) -> tuple[float | None, st
 
 def _silent(report: Report, t: Thresholds) -> Flag:
     ratio, label = _of_memories(report, "output_ratio", min)
-    change, unchanged = _of_memories(report, "relative_change", max)
     quiet = ratio is not None and ratio < t.silent_ratio
-    # a memory of long chunks may not have finished one; none at all that changes is silent
-    frozen = change is not None and change <= t.silent_change and len(report.memory.steps) > 1
-    message = f"{label} answers {ratio or 0:.3g} of what attention does" if quiet else f"{unchanged} does not change"
+    still = frozen(report.memory, t.silent_change)
+    message = f"{label} answers {ratio or 0:.3g} of what attention does" if quiet else f"{', '.join(still)}: no write"
     return Flag(
-        name="memory_silent", fired=quiet or frozen, value=change if frozen and not quiet else ratio,
-        threshold=t.silent_change if frozen and not quiet else t.silent_ratio,
-        message=message if quiet or frozen else "",
+        name="memory_silent", fired=quiet or bool(still), value=0.0 if still and not quiet else ratio,
+        threshold=t.silent_change if still and not quiet else t.silent_ratio,
+        message=message if quiet or still else "",
     )  # fmt: skip
+
+
+def frozen(memory: MemoryColumns, most: float) -> list[str]:
+    """The memories that changed by no more than `most` a token over the last tokens, so many that one write was due."""
+    found = []
+    for n, (label, chunk) in enumerate(zip(memory.labels, memory.chunks, strict=False)):
+        tokens = 0
+        for row in range(len(memory.steps) - 1, 0, -1):
+            change = memory.relative_change[row][n]
+            if change is None or change > most:
+                break
+            tokens += memory.steps[row] - memory.steps[row - 1]
+            if tokens >= chunk:
+                found.append(label)
+                break
+    return found
 
 
 def _saturated(report: Report, t: Thresholds) -> Flag:

@@ -79,7 +79,10 @@ class MemoryHealth:
         self.columns = MemoryColumns(labels=labels_of(model, self.layers))
         window = model.config.window
         self.columns.lags = [0, *(window * n for n in WINDOWS)] if self.layers else []
-        chunks = [memory.rule.chunk for i in self.layers for _, memory, _ in _memories(model, i)]
+        rules = [memory.rule for i in self.layers for _, memory, _ in _memories(model, i)]
+        chunks = [rule.chunk for rule in rules]
+        # the delta rule finishes with every token
+        self.columns.chunks = [1 if rule.update == "delta" else rule.chunk for rule in rules]
         self._kept = max(self.columns.lags, default=0) + max(chunks, default=0)
         self._inputs: dict[int, list[Tensor]] = {}
         self._fused: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -114,6 +114,7 @@ class MemoryColumns(_Part):
     """Health of fast weights. Rows: the steps in `steps`; columns: the memories in `labels`."""
 
     labels: list[str] = []
+    chunks: list[int] = []  # tokens from one write of each memory to its next
     steps: list[int] = []
     weight_norm: Table = []  # ‖W − W_init‖
     relative_change: Table = []  # ‖ΔW‖ ÷ ‖W‖ since the row before, per token

@@ -40,7 +40,7 @@ def a_report(name: str = "tiny", steps: int = 4) -> schema.Report:
             head_concentration=[[0.5, 0.4], [0.8, 0.9]],
         ),
         memory=schema.MemoryColumns(
-            labels=["layer 1 global"], steps=[0, steps - 1], weight_norm=[[1.0], [1.5]],
+            labels=["layer 1 global"], chunks=[1], steps=[0, steps - 1], weight_norm=[[1.0], [1.5]],
             relative_change=[[None], [0.1]], write_strength=[[0.5], [0.6]], half_life=[[900.0], [800.0]],
             saturated_gates=[[0.1], [0.1]], output_ratio=[[0.4], [0.5]], radius_share=[[0.01], [0.02]],
             effective_rank=[[3.0], [4.0]], lags=[0, 64], residual=[[[0.2, None]], [[0.3, 0.7]]],

@@ -132,7 +132,7 @@ def test_memory_over_time() -> None:
     ]  # fmt: skip
     assert {r["lag"]: r["value"] for r in report_tables.residual_rows(report) if r["step"] == 3} == {0: 0.3, 64: 0.7}
     assert set(report_tables.OF_MEMORY) == set(schema.MemoryColumns.model_fields) - {
-        "labels", "steps", "lags", "residual",
+        "labels", "chunks", "steps", "lags", "residual",
     }  # fmt: skip
 
 

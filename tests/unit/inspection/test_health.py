@@ -83,7 +83,9 @@ def test_memory_flags():
     assert judged(report)["memory_silent"].fired
     report = a_report()
     report.memory.relative_change = [[None], [0.0]]
-    assert "does not change" in judged(report)["memory_silent"].message
+    assert "no write" in judged(report)["memory_silent"].message
+    report.memory.chunks = [64]  # no write was due in three tokens
+    assert not judged(report)["memory_silent"].fired
     report = a_report()
     report.memory.radius_share = [[0.2], [1.8]]
     assert judged(report)["memory_saturated"].fired
