@@ -65,7 +65,7 @@ class Options:
     seed: int = 0
     """Of the draws."""
     capture: str = "full"
-    """full: every step; sampled: every 16th; off: logits alone."""
+    """full: every step; sampled: every 32nd; off: logits alone."""
     layers: str = "all"
     """Layers to capture, counted from 0, with commas between them."""
     thresholds: str = ""

@@ -26,23 +26,28 @@ from atlas_lm.model.block import MemoryBranch
 from atlas_lm.model.sampling import draw
 from atlas_lm.model.session import Session
 
+SAMPLED_ROWS = 128  # steps at least from one row of the memories' health to the next with capture=sampled
 QUERIES = 256  # whose weights are computed at a time
 
 
-def window_weights(qkv_TC: Tensor, state: AttentionState, heads: int, window: int) -> list[tuple[Tensor, Tensor, int]]:
-    """The attention weights of T tokens that follow `state`, in pieces: (H, t, K), the keys that each sees (t,), and
-    the position of the first key; those that a query does not see weigh 0. `qkv_TC`: (T, 3·H·D) after the convolution.
+def window_weights(
+    qkv_LTC: Tensor, states: Sequence[AttentionState], heads: int, window: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """The attention weights of T tokens that follow the layers' states, in pieces: (L, H, t, K), the keys that each
+    sees (t,), and the position of the first key; those that a query does not see weigh 0. `qkv_LTC`: (L, T, 3·H·D)
+    after the convolution. All layers at once: their states are of one age.
     """
-    q, k, _ = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in qkv_TC.chunk(3, dim=-1))
+    state = states[0]
+    q, k, _ = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in qkv_LTC.chunk(3, dim=-1))
     q, k = (rotate(x, state.position, state.base) for x in (q, k))
-    keys_HKD = torch.cat([state.k[0].to(k.dtype), k], dim=1)
-    valid_K = torch.cat([state.valid, state.valid.new_ones(q.size(1))])
+    keys_LHKD = torch.cat([torch.cat([s.k for s in states]).to(k.dtype), k], dim=2)
+    valid_K = torch.cat([state.valid, state.valid.new_ones(q.size(2))])
     pieces = []
-    for first in range(0, q.size(1), QUERIES):
-        part = q[:, first : first + QUERIES]
-        some = slice(first, first + part.size(1) + window - 1)
-        scores = part @ keys_HKD[:, some].mT * part.size(-1) ** -0.5
-        ones = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device)
+    for first in range(0, q.size(2), QUERIES):
+        part = q[:, :, first : first + QUERIES]
+        some = slice(first, first + part.size(2) + window - 1)
+        scores = part @ keys_LHKD[:, :, some].mT * part.size(-1) ** -0.5
+        ones = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
         may = ones.triu() & ones.tril(window - 1) & valid_K[some]
         weights = scores.masked_fill(~may, -torch.inf).softmax(-1)
         pieces.append((weights, may.sum(-1), state.position - (window - 1) + first))
@@ -58,11 +63,11 @@ class _Call(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Of one layer."""
+    """Of all captured layers."""
 
-    weights_HtK: Tensor
+    weights_LHtK: Tensor
     seen_t: Tensor
-    hidden_tM: Tensor
+    hidden_LtM: Tensor
 
 
 class AtlasCapture:
@@ -72,19 +77,26 @@ class AtlasCapture:
         self.model = model
         self.chosen = plan.chosen(len(model.blocks)) if plan.every else []
         self.continuous = plan.every == 1
-        self.memory = MemoryHealth(model, self.chosen, self.continuous)
+        self.memory = MemoryHealth(model, self.chosen)
         self._handles: list[Any] = []
         self._qkv: dict[int, Tensor] = {}
         self._calls: dict[int, list[_Call]] = {i: [] for i in self.chosen}
         self._steps: list[int] = []
         self._unmeasured: int | None = None
-        self._first: list[_Row] = []  # of step 0, by layer: the last token of the prompt
+        self._first: _Row | None = None  # of step 0: the last token of the prompt
 
-    def measure_memory(self, deep: bool | None = None) -> None:
-        """A row of the memories' health, at the step captured last; none where no step was since the last row."""
-        if self._unmeasured is not None:
-            self.memory.measure(self._unmeasured, deep)
-            self._unmeasured = None
+    def measure_memory(self, last: bool = False) -> None:
+        """A row of the memories' health, at the step captured last, where it is time for one. `last`: it is the end.
+
+        Only where every token is seen are there residuals and ranks of what was written; they cost most.
+        """
+        rows = self.memory.columns.steps
+        if self._unmeasured is None or (
+            not last and not self.continuous and rows and self._unmeasured - rows[-1] < SAMPLED_ROWS
+        ):
+            return
+        self.memory.measure(self._unmeasured, (True if last else None) if self.continuous else False)
+        self._unmeasured = None
 
     def attach(self) -> None:
         """From here on passes are captured."""
@@ -133,58 +145,61 @@ class AtlasCapture:
         steps, self._steps = self._steps, []
         if not steps:
             return Rows([], None, None, None)
-        first, self._first = self._first, []
-        weights, hidden, keys = [], [], None
-        for n, i in enumerate(self.chosen):
-            calls, self._calls[i] = self._calls[i], []
-            if len(calls) + bool(first) != len(steps):
-                raise RuntimeError(f"the hook on layer {i} fired {len(calls)} times in {len(steps)} steps")
-            rows = [first[n]] if first else []
-            if self.continuous and calls:  # one row of tokens
-                joined = torch.cat([call.qkv_TC for call in calls])
-                rows += self._rows(
-                    i, calls[0]._replace(qkv_TC=joined, hidden_TM=torch.cat([c.hidden_TM for c in calls]))
-                )
-            else:
-                rows += [row for call in calls for row in self._rows(i, call)]
-            widest = max(row.weights_HtK.size(2) for row in rows)
-            weights.append(
-                torch.cat([nnf.pad(row.weights_HtK, (widest - row.weights_HtK.size(2), 0)) for row in rows], dim=1)
-            )
-            keys = torch.cat([row.seen_t for row in rows])
-            hidden.append(torch.cat([row.hidden_tM for row in rows]))
-        return Rows(steps, torch.stack(weights), keys, torch.stack(hidden))
+        first, self._first = self._first, None
+        rows = [] if first is None else [first]
+        by_layer = self._taken(len(steps) - len(rows))
+        if by_layer and self.continuous:  # one row of tokens
+            by_layer = [[_joined(calls)] for calls in by_layer]
+        rows += [row for calls in zip(*by_layer, strict=True) for row in self._rows(calls)]
+        widest = max(row.weights_LHtK.size(3) for row in rows)
+        padded = [nnf.pad(row.weights_LHtK, (widest - row.weights_LHtK.size(3), 0)) for row in rows]
+        seen, hidden = torch.cat([row.seen_t for row in rows]), torch.cat([row.hidden_LtM for row in rows], dim=1)
+        return Rows(steps, torch.cat(padded, dim=2), seen, hidden)
 
-    def _rows(self, i: int, call: _Call) -> list[_Row]:
-        attention: Any = self.model.blocks[i].attention
-        pieces = window_weights(call.qkv_TC, call.attention, attention.heads, attention.window)
-        hidden = call.hidden_TM.split([piece.size(1) for piece, _, _ in pieces])
-        return [_Row(piece, seen, states) for (piece, seen, _), states in zip(pieces, hidden, strict=True)]
+    def _taken(self, times: int) -> list[list[_Call]]:
+        """The calls of each layer, which are dropped; none where there were none. RuntimeError: not so many."""
+        by_layer = []
+        for i in self.chosen:
+            calls, self._calls[i] = self._calls[i], []
+            if len(calls) != times:
+                raise RuntimeError(f"the hook on layer {i} fired {len(calls)} times in {times} passes")
+            by_layer.append(calls)
+        return by_layer if times else []
+
+    def _rows(self, calls: Sequence[_Call]) -> list[_Row]:
+        """Of one pass: a call for each layer."""
+        attention: Any = self.model.blocks[self.chosen[0]].attention
+        qkv, hidden = torch.stack([call.qkv_TC for call in calls]), torch.stack([call.hidden_TM for call in calls])
+        pieces = window_weights(qkv, [call.attention for call in calls], attention.heads, attention.window)
+        parts = hidden.split([piece.size(2) for piece, _, _ in pieces], dim=1)
+        return [_Row(piece, seen, states) for (piece, seen, _), states in zip(pieces, parts, strict=True)]
 
     def prompt(self, text: str, names: list[str], ids_T: Tensor, logits_TV: Tensor) -> Prompt:
         """What the passes over the prompt, just made, computed. Its last token is the row of step 0."""
         found = Prompt(text=text, tokens=names, surprisal_bits=_surprisals(logits_TV, ids_T))
-        below: Tensor | None = None
-        for i in self.chosen:
-            calls, self._calls[i] = self._calls[i], []
-            if not calls:
-                raise RuntimeError(f"the hook on layer {i} did not fire: its metrics would be empty")
-            attention: Any = self.model.blocks[i].attention
-            layer, start = _PromptLayer(ids_T.numel()), calls[0].attention.position
-            for call in calls:
-                pieces = window_weights(call.qkv_TC, call.attention, attention.heads, attention.window)
-                for weights, seen, first in pieces:
-                    layer.add(weights, seen, first - start)
-            layer.into(found, attention.window)
-            hidden_TM = torch.cat([call.hidden_TM for call in calls])
-            self._first.append(_Row(weights[:, -1:, -attention.window :].clone(), seen[-1:], hidden_TM[-1:].clone()))
-            states = metrics.hidden_metrics(hidden_TM)
-            found.norm.append(float(states.norm.mean()))
-            found.nonfinite.append(int(states.nonfinite.sum()))
-            if below is not None:
-                found.transformation.append(float(metrics.transformation(below, hidden_TM)))
-            below = hidden_TM
+        attention: Any = self.model.blocks[self.chosen[0]].attention
+        passes = max(len(self._calls[i]) for i in self.chosen)
+        by_layer = self._taken(max(1, passes))
+        sums, start = _PromptSums(ids_T.numel()), by_layer[0][0].attention.position
+        for calls in zip(*by_layer, strict=True):
+            qkv = torch.stack([call.qkv_TC for call in calls])
+            pieces = window_weights(qkv, [call.attention for call in calls], attention.heads, attention.window)
+            for weights, seen, first in pieces:
+                sums.add(weights, seen, first - start)
+        sums.into(found, attention.window)
+        hidden_LTM = torch.stack([torch.cat([call.hidden_TM for call in calls]) for calls in by_layer])
+        last = weights[:, :, -1:, -attention.window :].clone()
+        self._first = _Row(last, seen[-1:], hidden_LTM[:, -1:].clone())
+        states = metrics.hidden_metrics(hidden_LTM)
+        found.norm, found.nonfinite = states.norm.mean(-1).tolist(), states.nonfinite.sum(-1).tolist()
+        found.transformation = metrics.transformation(hidden_LTM[:-1], hidden_LTM[1:]).tolist()
         return found
+
+
+def _joined(calls: list[_Call]) -> _Call:
+    """Passes that follow each other, as one."""
+    qkv, hidden = torch.cat([call.qkv_TC for call in calls]), torch.cat([call.hidden_TM for call in calls])
+    return _Call(hidden, qkv, calls[0].attention)
 
 
 def _surprisals(logits_TV: Tensor, ids_T: Tensor) -> list[float | None]:
@@ -192,35 +207,35 @@ def _surprisals(logits_TV: Tensor, ids_T: Tensor) -> list[float | None]:
     return metrics.surprisal_bits(logits_TV[:-1], ids_T[1:]).tolist() if ids_T.numel() > 1 else []
 
 
-class _PromptLayer:
-    """Sums over the pieces of a prompt, of one layer."""
+class _PromptSums:
+    """Sums over the pieces of a prompt, of all captured layers."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens, self.queries = tokens, 0
         self.entropy = self.concentration = self.seen = torch.zeros(())
         self.mass: Tensor | None = None
 
-    def add(self, weights_HtK: Tensor, seen_t: Tensor, first: int) -> None:
+    def add(self, weights_LHtK: Tensor, seen_t: Tensor, first: int) -> None:
         """A piece of weights; `first`: the position of its first key."""
-        of = metrics.head_metrics(weights_HtK, seen_t)
-        n = weights_HtK.size(1)
+        of = metrics.head_metrics(weights_LHtK, seen_t)
+        n = weights_LHtK.size(2)
         self.queries += n
-        self.entropy = self.entropy + of.entropy_bits.mean(0).sum()
-        self.concentration = self.concentration + of.concentration.mean(0).sum()
-        self.seen = self.seen + metrics.seen_keys(weights_HtK) * n
+        self.entropy = self.entropy + of.entropy_bits.mean(1).sum(-1)
+        self.concentration = self.concentration + of.concentration.mean(1).sum(-1)
+        self.seen = self.seen + metrics.seen_keys(weights_LHtK) * n
         if self.mass is None:
-            self.mass = weights_HtK.new_zeros(weights_HtK.size(0), self.tokens)
-        inside = slice(max(0, -first), weights_HtK.size(2))
-        mass = weights_HtK.sum(1)[:, inside][:, : self.tokens - max(0, first)]
-        self.mass[:, max(0, first) : max(0, first) + mass.size(1)] += mass
+            self.mass = weights_LHtK.new_zeros(*weights_LHtK.shape[:2], self.tokens)
+        inside = slice(max(0, -first), weights_LHtK.size(3))
+        mass = weights_LHtK.sum(2)[..., inside][..., : self.tokens - max(0, first)]
+        self.mass[..., max(0, first) : max(0, first) + mass.size(-1)] += mass
 
     def into(self, prompt: Prompt, window: int) -> None:
-        """A row of every column."""
+        """The columns."""
         assert self.mass is not None
-        prompt.entropy_mean.append(float(self.entropy) / self.queries)
-        prompt.concentration_mean.append(float(self.concentration) / self.queries)
-        prompt.seen_keys.append((self.seen / self.queries).tolist())
-        prompt.basin.append(metrics.relative_basin(self.mass, window).tolist())
+        prompt.entropy_mean = (self.entropy / self.queries).tolist()
+        prompt.concentration_mean = (self.concentration / self.queries).tolist()
+        prompt.seen_keys = (self.seen / self.queries).tolist()
+        prompt.basin = metrics.relative_basin(self.mass, window).tolist()
 
 
 @torch.inference_mode()
@@ -258,7 +273,7 @@ def inspect(
         with recorder.timed():
             if plan.every:
                 recorder.trace.prompt = capture.prompt(text, names(ids), prompt_T, logits_TV)
-                capture.memory.measure(0, deep=True)
+                capture.memory.measure(0, deep=capture.continuous)
             else:
                 bits = _surprisals(logits_TV, prompt_T)
                 recorder.trace.prompt = Prompt(text=text, tokens=names(ids), surprisal_bits=bits)
@@ -297,5 +312,5 @@ def inspect(
         handle.remove()
         capture.detach()
     with recorder.timed():
-        capture.measure_memory(deep=True)
+        capture.measure_memory(last=True)
     return recorder.finish()

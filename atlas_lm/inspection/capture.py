@@ -2,7 +2,7 @@
 
 A model's adapter (`atlas.py`, `hugging_face.py`) keeps references to what at most `AT_ONCE` steps computed anyway; then
 this page reduces them in one go and they are dropped. So what is kept grows by scalars alone, and a step pays for a
-sixteenth of the calls that its metrics take. Nothing that a model computes is changed.
+small share of the calls that its metrics take. Nothing that a model computes is changed.
 """
 
 # B batch, V vocabulary, N steps, L layers, H heads, K keys, M model width, P periods
@@ -22,8 +22,8 @@ from atlas_lm.inspection import metrics
 from atlas_lm.inspection.repetition import Repetition
 from atlas_lm.inspection.schema import LayerColumns, MemoryColumns, Prompt, Steps, Table
 
-AT_ONCE = 16  # steps whose rows wait to be reduced together
-SAMPLED_EVERY = 16  # steps from one captured step to the next with capture=sampled
+AT_ONCE = 32  # steps whose rows wait to be reduced together
+SAMPLED_EVERY = 32  # steps from one captured step to the next with capture=sampled
 TOP_K = 10
 CAPTURES = ("full", "sampled", "off")
 
@@ -37,7 +37,7 @@ class Plan:
     top_k: int = 50
     top_p: float = 1.0
     seed: int = 0
-    capture: str = "full"  # full: every step; sampled: every 16th; off: logits alone
+    capture: str = "full"  # full: every step; sampled: every 32nd; off: logits alone
     layers: tuple[int, ...] | None = None  # None: all
     forced: tuple[int, ...] | None = None  # token ids that are read in place of those that would be drawn
 
@@ -149,9 +149,10 @@ class Recorder:
         logits_NV = torch.stack(self._logits)
         ids = [int(token) for token in self._tokens]
         tokens_N = torch.tensor(ids, device=logits_NV.device)
-        found = metrics.logit_metrics(logits_NV, TOP_K)
-        bits = metrics.surprisal_bits(logits_NV, tokens_N)
-        columns = torch.stack([found.entropy_bits, found.perplexity, found.margin, found.top_k_mass, bits]).tolist()
+        found = metrics.logit_metrics(logits_NV, TOP_K, tokens_N)
+        columns = torch.stack(
+            [found.entropy_bits, found.perplexity, found.margin, found.top_k_mass, found.surprisal_bits]
+        ).tolist()
         steps = self.trace.steps
         for column, values in zip(
             (steps.entropy_bits, steps.perplexity, steps.margin, steps.top_k_mass, steps.surprisal_bits),

@@ -72,9 +72,8 @@ def residuals(
 class MemoryHealth:
     """Collects what passes show, and measures at intervals. Nothing of it grows but the rows of figures."""
 
-    def __init__(self, model: AtlasLM, layers: Sequence[int], continuous: bool = True) -> None:
+    def __init__(self, model: AtlasLM, layers: Sequence[int]) -> None:
         self.model = model
-        self.continuous = continuous  # every token is seen; else keys of tokens some windows ago are not there
         self.layers = [i for i in layers if _memories(model, i)]
         self.columns = MemoryColumns(labels=labels_of(model, self.layers))
         window = model.config.window
@@ -134,7 +133,6 @@ class MemoryHealth:
             raise RuntimeError(f"the hooks on the memory of layer {missing[0]} did not fire: its health would be empty")
         deep = self._rows % DEEP_EVERY == 0 if deep is None else deep
         tokens = step - self.columns.steps[-1] if self.columns.steps else 0
-        retrieve = deep and (self.continuous or not self._rows)
         figures: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         residual: list[list[float]] = []
         for i in self.layers:
@@ -153,7 +151,7 @@ class MemoryHealth:
                 for name, values in figures.items():
                     values.append(row[name])
                 lags = self.columns.lags
-                if retrieve:
+                if deep:
                     residual.append(residuals(memory, features, state, *self._pairs[i], lags).tolist())
                 else:
                     residual.append([math.nan] * len(lags))

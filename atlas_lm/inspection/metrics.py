@@ -38,10 +38,12 @@ class LogitMetrics(NamedTuple):
     top_k_mass: Tensor
     top_k_probabilities: Tensor  # (…, k), largest first
     top_k_tokens: Tensor  # (…, k)
+    surprisal_bits: Tensor  # of the tokens that are given, else of the likeliest
 
 
-def logit_metrics(logits_BV: Tensor, k: int = 10) -> LogitMetrics:
-    """(…, V) raw logits, before temperature, top-k or top-p. Over the full vocabulary.
+def logit_metrics(logits_BV: Tensor, k: int = 10, tokens_B: Tensor | None = None) -> LogitMetrics:
+    """(…, V) raw logits, before temperature, top-k or top-p, and the tokens (…) that were chosen. Over the full
+    vocabulary.
 
     A logit of −∞ is a token of probability 0; NaN or +∞ makes every figure of its row NaN.
     """
@@ -50,7 +52,9 @@ def logit_metrics(logits_BV: Tensor, k: int = 10) -> LogitMetrics:
     entropy = torch.special.entr(p_BV).sum(-1) * BITS  # 0 log 0 = 0
     top, tokens = p_BV.topk(min(k, p_BV.size(-1)), dim=-1)
     margin = top[..., 0] - top[..., 1] if top.size(-1) > 1 else top[..., 0]
-    return LogitMetrics(entropy, torch.exp2(entropy), margin, top.sum(-1), top, tokens)
+    chosen = tokens[..., 0] if tokens_B is None else tokens_B
+    bits = -logp_BV.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) * BITS
+    return LogitMetrics(entropy, torch.exp2(entropy), margin, top.sum(-1), top, tokens, bits)
 
 
 def surprisal_bits(logits_BV: Tensor, tokens_B: Tensor) -> Tensor:

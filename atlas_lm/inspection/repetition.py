@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.nn import functional as nnf
 
@@ -39,18 +40,22 @@ class Repetition:
         self._hidden: Tensor | None = None  # (at most 2 · longest, M)
 
     def update(self, tokens: list[int], hidden_NM: Tensor | None = None) -> Loops:
-        """The next N tokens, and the hidden states that they were predicted from. Which loop each of them ends."""
-        found = Loops([], [], [])
-        periods = np.arange(1, self.longest + 1)
-        for token in tokens:
-            same = self._tokens[::-1] == token  # [p − 1]: the token p earlier
-            self._runs = np.where(same, self._runs + 1, 0)
-            self._tokens = np.append(self._tokens[1:], token)
-            # a run of r tokens at lag p is a text of r + p tokens with period p
-            enough = (self._runs >= (TIMES - 1) * periods) & (self._runs + periods >= FEWEST)
-            period = int(periods[enough][0]) if enough.any() else 0
-            found.period.append(period)
-            found.tokens.append(int(self._runs[period - 1]) + period if period else 0)
+        """The next N tokens, at least one, and the hidden states that they were predicted from. Which loop each ends."""
+        P, n = self.longest, len(tokens)
+        text = np.concatenate([self._tokens, np.asarray(tokens, dtype=np.int64)])
+        # [t, p − 1]: whether token t equals the one p earlier
+        same = sliding_window_view(text, P + 1)[:, :-1][:, ::-1] == text[P:, None]
+        t = np.arange(n)[:, None]
+        broken = np.maximum.accumulate(np.where(same, -1, t), axis=0)  # the last token that did not, −1: none yet
+        runs = np.where(broken < 0, self._runs + t + 1, t - broken)
+        self._tokens, self._runs = text[-P:], runs[-1]
+        periods = np.arange(1, P + 1)
+        # a run of r tokens at lag p is a text of r + p tokens with period p
+        enough = (runs >= (TIMES - 1) * periods) & (runs + periods >= FEWEST)
+        shortest = enough.argmax(1)
+        period = np.where(enough.any(1), shortest + 1, 0)
+        length = np.where(period > 0, runs[np.arange(n), shortest] + period, 0)
+        found = Loops(period.tolist(), length.tolist(), [])
         found.cosine.extend(self._cosines(found.period, hidden_NM))
         return found
 
