@@ -40,7 +40,7 @@ class Repetition:
         self._hidden: Tensor | None = None  # (at most 2 · longest, M)
 
     def update(self, tokens: list[int], hidden_NM: Tensor | None = None) -> Loops:
-        """The next N tokens, at least one, and the hidden states that they were predicted from. Which loop each ends."""
+        """N more tokens, at least one, and the hidden states that they were predicted from. Which loop each ends."""
         P, n = self.longest, len(tokens)
         text = np.concatenate([self._tokens, np.asarray(tokens, dtype=np.int64)])
         # [t, p − 1]: whether token t equals the one p earlier
