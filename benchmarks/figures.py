@@ -124,11 +124,11 @@ def table(rows: list[Figure]) -> str:
 
 
 def inserted(page: str, text: str, begin: str = BEGIN) -> str:
-    """`page` with `text` between the markers. ValueError: it has not exactly one of each."""
-    if page.count(begin) != 1 or page.count(END) != 1 or page.index(begin) > page.index(END):
+    """`page` with `text` between the marker and the end after it. ValueError: not exactly one of each."""
+    head, _, rest = page.partition(begin)
+    if page.count(begin) != 1 or END not in rest:
         raise ValueError(f"the page needs one line {begin!r} and, after it, one {END!r}")
-    head, tail = page.partition(begin)[0], page.partition(END)[2]
-    return f"{head}{begin}\n{text}\n{END}{tail}"
+    return f"{head}{begin}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
