@@ -15,6 +15,7 @@ COMMANDS = {  # each is a module of atlas_lm/cli with a `main(arguments)`; impor
     "evaluate": "what the memories of runs are worth: position, horizon, state, chunks, needles",
     "export": "a model for Hugging Face transformers, and back",
     "prepare": "tokenize a corpus once, to shards for data=tokens",
+    "embed": "embed the passages of a corpus once, for data=embeddings",
 }
 
 

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atlas_lm.config.parsing import read_json
-from atlas_lm.data.interfaces import Split, split_of
+from atlas_lm.data.interfaces import UNKNOWN_EMBEDDER, Split, split_of
 from atlas_lm.data.tokens import AGAIN, canonical, checksum, verify
 
 FORMAT = "atlas-lm embeddings 1"
 INDEX = "index.json"
 NORM = 1e-2  # by how much the length of a vector may differ from 1: half precision keeps it within 1e-3
 DOCUMENT_IDS = ("document_ids", "article_ids", "doc_ids")  # of an npz: one per window
-UNKNOWN = "unknown"  # the embedder of an npz that does not say
 
 
 class Piece(NamedTuple):
@@ -39,7 +38,7 @@ class FrameSet:
 
     vectors_FD: np.ndarray  # float32, unit length
     pieces: tuple[Piece, ...]  # in the order of the file
-    embedder: str  # hash of the model, or `UNKNOWN`
+    embedder: str  # hash of the model, or `UNKNOWN_EMBEDDER`
     path: str
     order_errors: int = 0  # windows of an npz that stand before one that they follow
 
@@ -170,11 +169,8 @@ def _read_npz(path: Path, context: int, validation_fraction: float, test_fractio
         split = split_of(name.encode(), validation_fraction, test_fraction)
         pieces.append(Piece(name, split, at, at + context + last - first))
         at = pieces[-1].stop
-    embedder = arrays.get("embedder")
-    return FrameSet(
-        np.concatenate(parts).astype(np.float32), tuple(pieces), UNKNOWN if embedder is None else str(embedder),
-        str(path), errors,
-    )  # fmt: skip
+    embedder = str(arrays.get("embedder", UNKNOWN_EMBEDDER))
+    return FrameSet(np.concatenate(parts).astype(np.float32), tuple(pieces), embedder, str(path), errors)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -24,9 +24,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from atlas_lm.data.interfaces import Sample, SequenceDataset, Split, check_fractions
+from atlas_lm.data.interfaces import UNKNOWN_EMBEDDER, Sample, SequenceDataset, Split, check_fractions
 from atlas_lm.latent.audit import Audit, audit
-from atlas_lm.latent.frames import UNKNOWN, FrameSet, Piece, check_documents, read_frames
+from atlas_lm.latent.frames import FrameSet, Piece, check_documents, read_frames
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,12 @@ class EmbeddingSource:
             found = self.frames.documents(split, least)  # type: ignore[arg-type]
         return [torch.from_numpy(np.array(vectors)) for vectors in found]
 
-    def module_arguments(self) -> dict[str, Any]:
+    def module_arguments(self, seq_len: int | None) -> dict[str, Any]:
         """What a `LatentModule` has to know of the data."""
-        return {"dim": self.frames.dim, "embedder": self.frames.embedder, "context": self.context}
+        history = self.context if seq_len is None else seq_len
+        return {
+            "dim": self.frames.dim, "embedder": self.frames.embedder, "context": self.context, "history": history,
+        }  # fmt: skip
 
     def dataset(self, split: Split, seq_len: int | None) -> EmbeddingDataset:
         """Runs of `seq_len` frames; None: of a context."""
@@ -177,7 +180,7 @@ def _check_same_embedder(frames: FrameSet, other: FrameSet) -> None:
         raise ValueError(
             f"{other.path!r} has {other.dim} dimensions and {frames.path!r} {frames.dim}: embed both with one model"
         )
-    if frames.embedder != other.embedder and UNKNOWN not in (frames.embedder, other.embedder):
+    if frames.embedder != other.embedder and UNKNOWN_EMBEDDER not in (frames.embedder, other.embedder):
         raise ValueError(
             f"{other.path!r} was embedded by the model {other.embedder} and {frames.path!r} by {frames.embedder}: "
             "embed both with one model"
