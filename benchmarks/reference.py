@@ -31,7 +31,7 @@ from atlas_lm.files import ROOT, write_atomically
 CONF = ROOT / "conf"
 FOLDER = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by python -m benchmarks.reference: change the code, not this page -->"
-SUBCOMMANDS = {"gates": ("phase2", "phase4", "chunk_sizes")}
+SUBCOMMANDS = {"gates": ("phase2", "phase4", "chunk_sizes"), "latent": ("five_cat",)}
 
 RUN_FOLDER = {  # pattern below the run folder → what it is
     "report.json": "the verdict on the run, for programs: status, losses, bits per byte beside gzip and xz, tokens/s, "
@@ -56,6 +56,7 @@ RUN_FOLDER = {  # pattern below the run folder → what it is
     "this number",
     "tokenizer.json": "the run's own copy of its tokenizer; none for bytes",
     "train.log": "what was logged",
+    "five_cat.*": "what `python -m atlas_lm latent five_cat` found: tables, values and a picture",
     "exit_gates.json": "what `python -m atlas_lm gates` measured, by phase",
     "calibration.json": "the threshold that `python -m atlas_lm calibrate` derived",
     "calibration.png": "the histogram of the deltas that it stands on",

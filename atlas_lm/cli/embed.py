@@ -30,8 +30,6 @@ def main(words: Sequence[str]) -> None:
     arguments = parse_arguments(words, embed)
     if not arguments.get("model"):
         raise ValueError("model= is missing: give the folder or the name of a sentence-transformers model")
-    if "load" in arguments:
-        raise ValueError("load= is no setting of embed")
     written = embed(**arguments)
     for split, frames in written.frames.items():
         print(f"{split}: {frames} frames")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,6 @@ def embed(
     max_chars: int = 1000,
     block: int = 512,
     batch: int = 32,
-    load: Callable[[str, int], Any] = Embedder,
     **options: Any,
 ) -> Written:
     """Embed every document of a text source, passage by passage.
@@ -76,7 +75,7 @@ def embed(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     text, folder = build_source(source, options), Path(out)
-    embedder = load(model, batch)
+    embedder = Embedder(model, batch)
     settings = {
         "source": source, "options": options, "unit": unit, "min_chars": min_chars, "max_chars": max_chars,
         "block": block, "embedder": {"name": model, "hash": embedder.hash},

@@ -163,8 +163,8 @@ class LatentModule(OptimizedModule):
     # Validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        cosine_N = self._target_cosines(self(batch).y, batch)
-        self.val_cosine.update(cosine_N.mean(), weight=len(cosine_N))
+        # one by one: with nan_strategy="disable" torchmetrics takes all weights for 1
+        self.val_cosine.update(self._target_cosines(self(batch).y, batch))
 
     def on_validation_epoch_end(self) -> None:
         cosine = self.val_cosine.compute()

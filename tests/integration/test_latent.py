@@ -1,6 +1,9 @@
 """Next-vector prediction through train.py: resumed bit for bit, rolled back, guarded, and refused in one line."""
 
+import json
 import math
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from atlas_lm.cli import generate, latent
 from atlas_lm.latent.module import LatentModule
 from atlas_lm.loggers.jsonl import read_rows
 from tests.support.latent_toys import turning_documents, write_npz
@@ -42,7 +46,9 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("experiment", ["latent_p2", "latent_memory"])
-@pytest.mark.parametrize("batch", [9, 23, 31])
+@pytest.mark.parametrize(
+    "batch", [pytest.param(9, marks=pytest.mark.slow), 23, pytest.param(31, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_bit_for_bit_the_whole_one(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, batch: int
 ) -> None:
@@ -141,7 +147,7 @@ def test_forced_drift_takes_the_guards_away(in_tmp: Path, monkeypatch: pytest.Mo
     assert report_of(only_run(in_tmp / "outputs"))["drift"] == 1
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_no_clean_run_backs_off(in_tmp: Path, seed: int) -> None:
     assert fit(in_tmp, "latent_p2", *OFTEN, *GUARDED, f"seed={seed}", "optim.total_steps=110") == 0
     rows = records(only_run(in_tmp / "outputs"))
@@ -188,3 +194,97 @@ def test_what_does_not_fit_is_said_in_one_line(in_tmp: Path, capsys: pytest.Capt
 def test_text_is_not_for_this_module(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("data=recall", "module=latent") == 1
     assert "data=embeddings goes with module=latent" in capsys.readouterr().err
+
+
+# python -m atlas_lm latent five_cat
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of P2 and of the memory on the same vectors."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["train.py"])
+        write_npz(folder / "other.npz", turning_documents(20, seed=5))
+        of_both = ["data.source.out_of_domain=other.npz", "optim.total_steps=80"]
+        assert fit(folder, "latent_p2", *of_both, name="p2") == 0
+        assert fit(folder, "latent_memory", *of_both, "data.batch_size=4", "data.seq_len=24", name="memory") == 0
+    return folder
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as the working directory."""
+    shutil.copytree(trained, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_runs_are_tested_beside_the_oracle_and_the_baselines(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:  # ridge knows the rotation
+        latent.main(["five_cat", "run=p2,memory", "samples=200"])
+    assert ending.value.code == 1
+    out = capsys.readouterr().out
+    written = only_run(runs / "outputs", "p2")
+    content = json.loads((written / "five_cat.json").read_text())
+    names = [row["name"] for row in content["rows"]]
+    assert names == [
+        "oracle", "train mean", "last frame", "context mean", "scalar mix", "ridge", "kNN", "p2",
+        "p2, shuffled context", "p2, reversed context", "memory", "memory, shuffled context",
+        "memory, reversed context", "memory, context alone",
+    ]  # fmt: skip
+    by_name = {row["name"]: row for row in content["rows"]}
+    assert all(by_name["oracle"]["passed"].values())
+    assert not all(by_name["last frame"]["passed"].values())
+    assert content["verdicts"]["p2"]["holds"] is False
+    assert by_name["p2"]["held_out"]["chance"]["recall_at_5"] == pytest.approx(5 / 19)
+    assert (written / "five_cat.md").read_text().strip() in out
+    assert (written / "five_cat.png").stat().st_size > 5000
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("verdict:")] == ["p2", "memory"]
+
+
+def test_what_a_run_logged_is_what_the_tests_find(runs: Path) -> None:
+    """The last validation and five_cat on the validation split measure the same thing in the same way."""
+    with pytest.raises(SystemExit):
+        latent.main(["five_cat", "run=p2", "samples=50", "split=validation", "out=found"])
+    content = json.loads((runs / "found" / "five_cat.json").read_text())
+    row = next(row for row in content["rows"] if row["name"] == "p2")
+    report = report_of(only_run(runs / "outputs", "p2"))
+    assert row["held_out"]["cosine"][0] == pytest.approx(report["val_cosine"], abs=1e-5)
+    assert row["held_out"]["recall_at_5"][0] == pytest.approx(report["val_recall_at_5"], abs=1e-6)
+    assert row["held_out"]["accuracy"][0] == pytest.approx(report["val_contrastive_accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [(["run=p2"], "five_cat"), (["five_cat"], "run="), (["five_cat", "run=nope"], "nope"),
+     (["five_cat", "run=p2", "split=train"], "split=train"), (["five_cat", "run=p2", "samples=0"], "samples=0")],
+)  # fmt: skip
+def test_wrong_arguments_are_named(runs: Path, words: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        latent.main(words)
+
+
+def test_vectors_that_have_changed_are_refused(runs: Path) -> None:
+    for name in ("vectors.npz", "other.npz"):
+        write_npz(runs / name, turning_documents(80, dim=9))
+    with pytest.raises(ValueError, match="9 dimensions"):
+        latent.main(["five_cat", "run=p2"])
+    (runs / "vectors.npz").unlink()
+    with pytest.raises(ValueError, match="not there"):
+        latent.main(["five_cat", "run=p2"])
+
+
+def test_a_run_that_predicts_tokens_is_refused(runs: Path, basic_run: Path) -> None:
+    with pytest.raises(ValueError, match="predicts tokens"):
+        latent.main(["five_cat", f"run={basic_run}"])
+    with pytest.raises(ValueError, match="model"):
+        generate.main(["run=p2", "prompt=x"])
+
+
+def test_a_configuration_that_names_another_class_is_refused(runs: Path) -> None:
+    path = only_run(runs / "outputs", "p2") / "config.yaml"
+    path.write_text(path.read_text().replace("atlas_lm.latent.source.EmbeddingSource", "os.system"))
+    with pytest.raises(ValueError, match="EmbeddingSource"):
+        latent.main(["five_cat", "run=p2"])
