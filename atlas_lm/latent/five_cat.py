@@ -135,10 +135,12 @@ def measure(predictor: Predictor, sets: Sets, centre_D: Tensor, whole: bool = Tr
     return found
 
 
-def centre_of(predictor: Predictor, documents: Sequence[Tensor], context: int, most: int = 40) -> Tensor:
-    """(D,): the mean of a predictor's answers on some training documents."""
+def centre_of(predictor: Predictor, documents: Sequence[Tensor], context: int, most: int = 12) -> Tensor:
+    """(D,): the mean of a predictor's answers on some training documents, spread over all."""
     with torch.no_grad():
-        return torch.cat([predictor.document(x)[context - 1 : -1].float() for x in documents[:most]]).mean(0)
+        return torch.cat(
+            [predictor.document(x)[context - 1 : -1].float() for x in documents[:: -(-len(documents) // most)]]
+        ).mean(0)
 
 
 def _bin(found: Measured, sets: Sets) -> None:

@@ -57,11 +57,14 @@ class LatentModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As AtlasLM: what blocks add to the stream shrinks with their number."""
+        """As AtlasLM: what blocks add to the stream shrinks with their number. A residual head begins with none."""
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in (block.out, block.ffn.down):
                 linear.weight.mul_((2 * self.config.layers) ** -0.5)
+        if self.alpha is not None:
+            nn.init.zeros_(self.leave.weight)
+            nn.init.zeros_(self.leave.bias)
 
     def initial_state(self, batch: int) -> Any:
         """The state of `batch` documents of which nothing has been read."""

@@ -33,6 +33,7 @@ from atlas_lm.training.flat_storage import lay_side_by_side
 from atlas_lm.training.optimized import OptimizedModule, plain
 
 Batch = dict[str, Tensor]
+COLLAPSE = 0.02  # of the data's effective rank, that predictions have at most when they are one point or a few
 
 
 class LatentModule(OptimizedModule):
@@ -208,7 +209,9 @@ class LatentModule(OptimizedModule):
             for name, words in (("cosine", "cosine"), ("contrastive_accuracy", "contrastive accuracy"),
                                 ("recall_at_5", "R@5"))
         )  # fmt: skip
-        collapsed = "; COLLAPSED" if values["val_effective_rank"] < 0.1 else ""
+        collapsed = "; COLLAPSED" if values["val_effective_rank"] < COLLAPSE else ""
+        if values["drift"]:
+            collapsed += "; DRIFTED: its predictions are nearest to another frame than the next one"
         values["quality"] = (
             f"next vector (the last frame's in brackets): {each}; effective rank {values['val_effective_rank']:.2f} of "
             f"the data's{collapsed}"

@@ -209,6 +209,9 @@ def test_a_collapse_is_in_the_verdict() -> None:
     healthy, flat = (build().report_values({**found, "val/effective_rank": rank}) for rank in (0.8, 0.01))
     assert "COLLAPSED" not in healthy["quality"]
     assert "COLLAPSED" in flat["quality"]
+    assert "DRIFTED" not in healthy["quality"]
+    drifted = build().report_values({**found, "val/effective_rank": 0.8, "five_cat_probe/drift": 1.0})
+    assert "DRIFTED" in drifted["quality"]
 
 
 def test_hyperparameters_are_plain() -> None:
