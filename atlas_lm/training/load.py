@@ -23,6 +23,11 @@ def build_module(content: dict[str, Any], path: Path, **optim: Any) -> Any:
 
     CheckpointError: the content describes no model that this version can build, or has not its weights.
     """
+    if "embedder" in content.get(MODEL[0], {}):
+        raise CheckpointError(
+            f"{str(path)!r} predicts vectors, not tokens: test it with python -m atlas_lm latent five_cat, or choose "
+            "another run"
+        )
     try:
         arguments = dict(content[MODEL[0]])
         module = AtlasModule(**{**arguments, "optim": {**arguments["optim"], **optim}})

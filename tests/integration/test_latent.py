@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_lm.cli import generate, latent
+from atlas_lm.cli import evaluate, generate, latent
 from atlas_lm.latent.module import LatentModule
 from atlas_lm.loggers.jsonl import read_rows
 from tests.support.latent_toys import turning_documents, write_npz
@@ -279,8 +279,10 @@ def test_vectors_that_have_changed_are_refused(runs: Path) -> None:
 def test_a_run_that_predicts_tokens_is_refused(runs: Path, basic_run: Path) -> None:
     with pytest.raises(ValueError, match="predicts tokens"):
         latent.main(["five_cat", f"run={basic_run}"])
-    with pytest.raises(ValueError, match="model"):
+    with pytest.raises(ValueError, match=r"not trained on text|predicts vectors"):
         generate.main(["run=p2", "prompt=x"])
+    with pytest.raises(ValueError, match="predicts vectors"):
+        evaluate.main(["run=p2"])
 
 
 def test_a_configuration_that_names_another_class_is_refused(runs: Path) -> None:
