@@ -215,7 +215,7 @@ def v3_lines(found: dict[str, Any]) -> str:
         "cosine after epoch 3",
         "lowest from epoch 4 on",
         "last",
-        "guards / main loss, gradients",
+        "guards / main loss, gradients, epoch 4",
     ]
     lines = [tables.line(header), "|---" * len(header) + "|"]
     for label, curves in found.items():
