@@ -26,8 +26,13 @@ from atlas_lm.runs.lifecycle import (
 )
 from atlas_lm.runs.report import Report, judge
 from atlas_lm.runs.resume import load_starting_weights, rewind_loggers
-from atlas_lm.training.module import AtlasModule
-from atlas_lm.training.trainer import build_trainer, prepare_process, requeue_exit_code, warn_unusual_settings
+from atlas_lm.training.trainer import (
+    build_module,
+    build_trainer,
+    prepare_process,
+    requeue_exit_code,
+    warn_unusual_settings,
+)
 
 
 def train(cfg: DictConfig) -> Report:
@@ -53,8 +58,7 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
     warn_unusual_settings(config, dm)
-    of_text = dm.vocab_size, dm.validation_bytes_per_token, dm.tokenizer_fingerprint
-    module = AtlasModule(config.model, config.optim, *of_text)
+    module = build_module(config, dm)
     point = load_starting_weights(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
     stats = stats_of(cfg, dm.held_out_fingerprint, resumes)

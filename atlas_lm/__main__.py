@@ -13,9 +13,11 @@ COMMANDS = {  # each is a module of atlas_lm/cli with a `main(arguments)`; impor
     "gates": "judge a run by the exit gates of its phase; measure and lock chunk sizes",
     "doctor": "what training will take of a GPU's memory, before it is queued",
     "evaluate": "what the memories of runs are worth: position, horizon, state, chunks, needles",
+    "latent": "what a predictor of the next vector is worth: five tests, beside an oracle and baselines",
     "export": "a model for Hugging Face transformers, and back",
     "inspect": "what a model does while it generates: entropy, attention, memory health, flags",
     "prepare": "tokenize a corpus once, to shards for data=tokens",
+    "embed": "embed the passages of a corpus once, for data=embeddings",
 }
 
 

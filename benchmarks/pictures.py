@@ -14,7 +14,8 @@ PLAIN, ATTENTION, MEMORY, GATE = "#e3e7ec", "#bfd7f2", "#f6d9a8", "#c9e6c4"
 RUNGS = (  # colour, name, what happens there, the safeguards
     ("#cfe3f7", "see", "measured, logged, judged",
      "niah_probe, memory_contribution, gate_monitor, persistent_memory_check, rank_agreement, hang_watch"),
-    ("#d5ecd0", "clip", "a step is made smaller", "proactive_clipping, chunk_size_scheduler, loss_weight_schedule"),
+    ("#d5ecd0", "clip", "a step is made smaller",
+     "proactive_clipping, chunk_size_scheduler, loss_weight_schedule, five_cat_probe"),
     ("#f3eab8", "skip", "a step is dropped", "nonfinite_guard, outlier_guard, weight_integrity"),
     ("#f8d8a6", "roll back", "an earlier state, other data", "spike_rollback"),
     ("#f4bfb4", "stop", "all ranks, everything saved", "the fourth spike, and every limit: report, exit code 1"),

@@ -31,7 +31,7 @@ from atlas_lm.files import ROOT, write_atomically
 CONF = ROOT / "conf"
 FOLDER = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by python -m benchmarks.reference: change the code, not this page -->"
-SUBCOMMANDS = {"gates": ("phase2", "phase4", "chunk_sizes")}
+SUBCOMMANDS = {"gates": ("phase2", "phase4", "chunk_sizes"), "latent": ("five_cat",)}
 
 RUN_FOLDER = {  # pattern below the run folder → what it is
     "report.json": "the verdict on the run, for programs: status, losses, bits per byte beside gzip and xz, tokens/s, "
@@ -56,6 +56,7 @@ RUN_FOLDER = {  # pattern below the run folder → what it is
     "this number",
     "tokenizer.json": "the run's own copy of its tokenizer; none for bytes",
     "train.log": "what was logged",
+    "five_cat.*": "what `python -m atlas_lm latent five_cat` found: tables, values and a picture",
     "exit_gates.json": "what `python -m atlas_lm gates` measured, by phase",
     "calibration.json": "the threshold that `python -m atlas_lm calibrate` derived",
     "calibration.png": "the histogram of the deltas that it stands on",
@@ -77,6 +78,7 @@ class Metric(NamedTuple):
 
 STEP, PROBE, CHECK, VALIDATION = "logging steps", "at probes", "at evaluations", "validations"
 EVENT = "when it happens"
+EMBEDDINGS = "with data=embeddings"
 METRICS = {
     "train/loss": Metric("nats per token", "mean loss of the batch", "module", STEP),
     "train/ppl": Metric("", "its exponential", "module", STEP),
@@ -127,6 +129,29 @@ METRICS = {
     "proactive_clipping/clips": Metric("", "steps so far whose gradient was clipped", "proactive_clipping", STEP),
     "loss_weight_schedule/<name>": Metric("", "weight of an auxiliary loss", "loss_weight_schedule", STEP),
     "nonfinite_guard/skipped_steps": Metric("", "steps dropped for NaN or infinity so far", "nonfinite_guard", EVENT),
+    "train/cosine": Metric("cosine", "of each prediction and the next frame, mean of the batch", "module", EMBEDDINGS),
+    "val/cosine": Metric("cosine", "the same over the validation frames; val/loss is 1 less it", "module", EMBEDDINGS),
+    "val/contrastive_accuracy": Metric("share", "of the document's other frames that lie farther from the prediction "
+                                       "than the next one; chance 1/2", "module", EMBEDDINGS),
+    "val/recall_at_<k>": Metric("share", "of predictions whose next frame is among the nearest k of its document",
+                                "module", EMBEDDINGS),
+    "val/effective_rank": Metric("share", "effective rank of the predictions over that of the frames; small is a "
+                                 "collapse", "module", EMBEDDINGS),
+    "val/spread": Metric("share", "variance per dimension over that of the frames", "module", EMBEDDINGS),
+    "last_frame/<measure>": Metric("", "the same of the last frame in place of a prediction", "module", EMBEDDINGS),
+    "latent/alpha": Metric("", "α of the residual head", "module", EMBEDDINGS),
+    "latent/guard_ratio": Metric("share", "gradient norm of all guards together over the main loss's, before the cap",
+                                 "module", EMBEDDINGS),
+    "latent/guard_scale": Metric("", "what the cap multiplies it by", "module", EMBEDDINGS),
+    "five_cat_probe/cosine": Metric("cosine", "of predictions and the next frame, on the probe's rows",
+                                    "five_cat_probe", EMBEDDINGS),
+    "five_cat_probe/peak": Metric("frames", "offset of the frame that predictions are nearest to, over `among`; 1 is "
+                                  "the next one", "five_cat_probe", EMBEDDINGS),
+    "five_cat_probe/margin": Metric("cosine", "by how much the next frame is nearer than any other of `among`",
+                                    "five_cat_probe", EMBEDDINGS),
+    "five_cat_probe/peak_seen": Metric("frames", "the offset over −3 … +3", "five_cat_probe", EMBEDDINGS),
+    "five_cat_probe/margin_seen": Metric("cosine", "the margin over −3 … +3", "five_cat_probe", EMBEDDINGS),
+    "five_cat_probe/drift": Metric("", "1 where the test finds drift", "five_cat_probe", EMBEDDINGS),
     "outlier_guard/outliers": Metric("", "steps dropped for an outlying loss so far", "outlier_guard", EVENT),
     "weight_integrity/corruptions": Metric("", "changes outside the optimizer so far", "weight_integrity", EVENT),
     "epoch": Metric("epochs", "logged by Lightning", "Lightning", STEP),
@@ -256,7 +281,7 @@ def dataclass_table(config: type, values: Any, prefix: str) -> str:
     """The fields of a dataclass with the default that conf/ gives them."""
     rows: list[tuple[str, ...]] = []
     for f in fields(config):
-        if is_dataclass(f.type) or f.name in ("data", "trainer", "logger", "callbacks"):
+        if is_dataclass(f.type) or f.name in ("module", "data", "trainer", "logger", "callbacks"):
             continue
         default = values.get(f.name, f.default)
         rows.append((code(f"{prefix}{f.name}"), kind_of(f), code(default), help_of(config, f)))
@@ -323,7 +348,13 @@ def config_page() -> str:
         "", "## model", "", "Defaults are those of `model=tiny`.", "",
         dataclass_table(model.ModelConfig, cfg["model"], "model."), "",
         rows_of("model=|dim|layers|heads|window|local chunks|shard", models),
-        "", "## optim", "", "Defaults are those of `optim=adamw`.", "",
+        "", "## module", "",
+    ]  # fmt: skip
+    for path in sorted(CONF.glob("module/*.yaml")):
+        table = file_table(path, "module.")
+        parts += [f"`module={path.stem}`: {head_comment(path)}", "", *([table, ""] if "module." in table else [])]
+    parts += [
+        "## optim", "", "Defaults are those of `optim=adamw`.", "",
         dataclass_table(schema.OptimConfig, cfg["optim"], "optim."), "", "## data", "",
     ]  # fmt: skip
     for path in sorted(CONF.glob("data/*.yaml")):

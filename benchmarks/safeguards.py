@@ -35,7 +35,7 @@ MODULE = "benchmarks.safeguards"
 CONF = Path(__file__).parents[1] / "conf"
 NOT_COUNTED = ("progress", "step_checkpoint", "interrupt", "random_state")  # any training has these
 # at intervals; all of their time is in their hooks
-PROBES = ("niah_probe", "memory_contribution", "memory_horizon", "spike_rollback")
+PROBES = ("niah_probe", "memory_contribution", "memory_horizon", "five_cat_probe", "spike_rollback")
 BLOCK = 10  # steps: one at which Lightning logs, and at which gates are measured, in each
 HOOKS = (
     "on_train_start", "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from callbacks.chunk_size_scheduler import ChunkSizeScheduler
+    from callbacks.five_cat_probe import FiveCatProbe
     from callbacks.gate_monitor import GateMonitor
     from callbacks.generation_health import GenerationHealth
     from callbacks.hang_watch import HangWatch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChunkSizeScheduler",
+    "FiveCatProbe",
     "GateMonitor",
     "GenerationHealth",
     "HangWatch",
@@ -50,6 +52,7 @@ __all__ = [
 # written here: a copy under another name works too.
 _HOME = {
     "ChunkSizeScheduler": "chunk_size_scheduler",
+    "FiveCatProbe": "five_cat_probe",
     "GateMonitor": "gate_monitor",
     "GenerationHealth": "generation_health",
     "HangWatch": "hang_watch",

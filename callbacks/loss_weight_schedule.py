@@ -2,8 +2,9 @@
 
 Watches:  the logged metric `watch`, averaged over ranks and steps, against its best average.
 Acts:     sets the weight of each named loss at the beginning of every step: held for the first `hold` of the run, then
-          decayed exponentially to 1/`decay`. If the average rises above its best by more than `tolerance`, or the
-          metric is not finite, all weights are 0 for `rest_steps` and come back `backoff` times as large.
+          decayed exponentially to 1/`decay`; or, with `stages`, as the epoch has it. If the average rises above its
+          best by more than `tolerance`, or the metric is not finite, all weights are 0 for `rest_steps` and come back
+          `backoff` times as large.
 Logs:     loss_weight_schedule/<name> at the steps at which Lightning logs.
 Requires: HasLossWeights. Keeps level, rest, average and best in the checkpoint.
 Source:   M15, C8: guard losses ten times the main loss have destroyed a run.
@@ -11,7 +12,7 @@ Source:   M15, C8: guard losses ten times the main loss have destroyed a run.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,15 +38,31 @@ class HasLossWeights(Protocol):
         ...
 
 
+def _by_epoch(stages: Sequence[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Epoch → weights, in order. ValueError: a stage without an epoch from 1 on, or two of one epoch."""
+    found: dict[int, dict[str, float]] = {}
+    for stage in sorted(stages, key=lambda stage: float(stage.get("epoch", 0))):
+        epoch = stage.get("epoch", 0)
+        if epoch != int(epoch) or epoch < 1 or epoch in found:
+            raise ValueError(
+                f"stages of loss_weight_schedule: {dict(stage)} must name an epoch of its own from 1 on, such as "
+                "{epoch: 6, direction: 0.002}"
+            )
+        found[int(epoch)] = {str(name): float(weight) for name, weight in stage.items() if name != "epoch"}
+    return found
+
+
 class LossWeightSchedule(Callback):
-    """`weights`: name of a loss → its weight at the start. `smoothing`: weight of the newest value in the average.
+    """`weights`: name of a loss → its weight at the start; null: leave it alone. `smoothing`: weight of the newest
+    value in the average. `stages`: of each the `epoch`, 1 the first, and the weights from then on, in place of
+    `weights` and their decay; 0 where one is absent.
 
     `watch` falls when training goes well; None: the schedule alone. ValueError: a value out of its range.
     """
 
     def __init__(
         self,
-        weights: Mapping[str, float],
+        weights: Mapping[str, float | None],
         total_steps: int,
         hold: float = 0.1,
         decay: float = 100.0,
@@ -55,9 +72,12 @@ class LossWeightSchedule(Callback):
         backoff: float = 0.5,
         smoothing: float = 0.1,
         every_n_steps: int = 1,
+        stages: Sequence[Mapping[str, float]] | None = None,
     ) -> None:
-        self.weights = {str(name): float(weight) for name, weight in weights.items()}
-        wrong = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
+        self.weights = {str(name): float(weight) for name, weight in weights.items() if weight is not None}
+        self.stages = _by_epoch(stages or [])
+        every = [*self.weights.items(), *(item for stage in self.stages.values() for item in stage.items())]
+        wrong = {name: weight for name, weight in every if not (math.isfinite(weight) and weight >= 0)}
         if wrong or not self.weights:
             raise ValueError(
                 f"weights={wrong or {}} of loss_weight_schedule must name losses with weights of at least 0"
@@ -72,7 +92,7 @@ class LossWeightSchedule(Callback):
         self.total_steps, self.hold, self.decay = total_steps, hold, decay
         self.tolerance, self.rest_steps, self.backoff, self.smoothing = tolerance, rest_steps, backoff, smoothing
         self.every_n_steps = every_n_steps
-        self.watch = watch if any(self.weights.values()) else None  # there is nothing to take away from weights of 0
+        self.watch = watch if any(weight for _, weight in every) else None  # nothing to take away from weights of 0
         self.reset()
 
     def reset(self) -> None:
@@ -89,6 +109,19 @@ class LossWeightSchedule(Callback):
             return 0.0
         progress = (step / self.total_steps - self.hold) / (1 - self.hold)
         return self.level * self.decay ** -min(1.0, max(0.0, progress))
+
+    def weights_at(self, step: int, epoch: int) -> dict[str, float]:
+        """The weight of each loss at optimizer step `step`, in epoch `epoch`, 1 the first."""
+        if not self.stages:
+            factor = self.factor(step)
+            return {name: weight * factor for name, weight in self.weights.items()}
+        begun = [stage for first, stage in self.stages.items() if first <= epoch]
+        level = 0.0 if step < self.resting_until else self.level
+        stage = begun[-1] if begun else self.weights
+        return {name: level * stage.get(name, 0.0) for name in self._names()}
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([*self.weights, *(name for stage in self.stages.values() for name in stage)]))
 
     def judge(self, value: float, step: int) -> bool:
         """Take in the metric as it is after `step` steps; whether the weights have to rest from now on.
@@ -122,7 +155,7 @@ class LossWeightSchedule(Callback):
             raise TypeError(
                 f"loss_weight_schedule needs {' and '.join(missing)}, which {type(pl_module).__name__} lacks"
             )
-        unknown = [name for name in self.weights if name not in pl_module.loss_weights]
+        unknown = [name for name in self._names() if name not in pl_module.loss_weights]
         if unknown:
             known = ", ".join(pl_module.loss_weights) or "none"
             raise ValueError(
@@ -136,11 +169,11 @@ class LossWeightSchedule(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Weights of this step, the same for all of an accumulation window."""
         assert isinstance(pl_module, HasLossWeights)
-        factor = self.factor(trainer.global_step)
-        for name, weight in self.weights.items():
-            pl_module.set_loss_weight(name, weight * factor)
+        weights = self.weights_at(trainer.global_step, trainer.current_epoch + 1)
+        for name, weight in weights.items():
+            pl_module.set_loss_weight(name, weight)
         if is_logging_step(trainer):
-            record(trainer, {f"loss_weight_schedule/{name}": weight * factor for name, weight in self.weights.items()})
+            record(trainer, {f"loss_weight_schedule/{name}": weight for name, weight in weights.items()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -75,6 +75,8 @@ class TrainConfig:
     """conf/model/"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """conf/optim/"""
+    module: dict[str, Any] = MISSING
+    """conf/module/: the LightningModule that trains a model; by default that of AtlasLM."""
     data: dict[str, Any] = MISSING
     """conf/data/: a LightningDataModule."""
     trainer: dict[str, Any] = MISSING

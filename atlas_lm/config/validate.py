@@ -35,7 +35,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} is required: give {missing[0]}=<value>")
-    for group in ("data", "trainer"):
+    for group in ("module", "data", "trainer"):
         _check_entry(cfg[group], group, [])
     for group in ("logger", "callbacks"):
         for name, entry in cfg[group].items():

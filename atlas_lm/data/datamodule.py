@@ -92,6 +92,17 @@ class TokenDataModule(lightning.LightningDataModule):
         """Hash of the tokenizer; "none" where the tokens are no text."""
         return "none" if self.tokenizer is None else self.tokenizer.fingerprint()
 
+    def module_arguments(self) -> dict[str, Any]:
+        """What the module has to know of the data, by the names of its parameters; a source may have its own."""
+        own = getattr(self.source, "module_arguments", None)
+        if own is not None:
+            return own(self._wanted_seq_len)
+        return {
+            "vocab_size": self.vocab_size,
+            "bytes_per_token": self.validation_bytes_per_token,
+            "tokenizer": self.tokenizer_fingerprint,
+        }
+
     @property
     def seq_len(self) -> int:
         """Tokens per sequence, T."""

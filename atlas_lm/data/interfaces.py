@@ -24,6 +24,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 # One sequence, and with a leading B one batch: input_ids (T,) int64, targets (T,) int64, document_start (T,) bool.
 Sample = dict[str, Tensor]
+UNKNOWN_EMBEDDER = "unknown"  # of vectors whose file does not say what has made them
 UNSCORED = -100  # a target that no loss counts, as in torch.nn.functional.cross_entropy
 
 

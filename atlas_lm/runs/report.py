@@ -9,7 +9,7 @@ import logging
 import lzma
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -27,6 +27,15 @@ Report = dict[str, Any]
 # the empty window that they begin with are most of what they need, whatever the model is worth. gzip's window.
 LEAST_BYTES = 32_768
 WORTHLESS = 8.0  # bits per byte: what the bytes take as they are
+
+
+@runtime_checkable
+class HasReportValues(Protocol):
+    """A module whose worth is not in bits per byte."""
+
+    def report_values(self, found: dict[str, float]) -> dict[str, Any]:
+        """What the last validation found, for the report; `quality`: the same in words, for the verdict."""
+        ...
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int) -> float:
@@ -93,6 +102,8 @@ def build(run: Path, trainer: Trainer, module: LightningModule, dm: TokenDataMod
         if "recall/accuracy" in found:
             values["recall_accuracy"] = found["recall/accuracy"]
             values["recall_chance"] = getattr(dm.source, "chance", None)
+        if isinstance(module, HasReportValues):
+            values.update(module.report_values({**stats.training, **found}))
     values = {name: finite(value) for name, value in values.items()}
     values["verdict"] = verdict(values)
     return values
@@ -173,6 +184,8 @@ def mishaps(report: Report) -> str:
 
 def quality(report: Report) -> str:
     """How good the model is, against what it has to beat."""
+    if report.get("quality"):
+        return str(report["quality"])
     bits, gzip_bits, xz_bits = (report[f"{name}_bits_per_byte"] for name in ("val", "gzip", "xz"))
     if bits is not None:
         size = report.get("val_bytes", LEAST_BYTES)
@@ -204,7 +217,8 @@ def shown(value: Any) -> str:
 
 def markdown(report: Report) -> str:
     """`report.md`."""
-    rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in report.items() if name != "verdict")
+    shows = {name: value for name, value in report.items() if name not in ("verdict", "quality")}
+    rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in shows.items())
     return (
         f"# {report['verdict']}\n\n| | |\n|---|---|\n{rows}\n\n"
         "Beside this file: `report.json` the same values, `config.yaml` the resolved configuration, `environment.json` "
@@ -217,7 +231,7 @@ def show(report: Report) -> None:
     table = Table(show_header=False, title=f"{report['status']}", title_justify="left")
     paths = ("run", "checkpoint")
     for name, value in report.items():
-        if value is not None and name not in ("status", "verdict", "error", *paths):
+        if value is not None and name not in ("status", "verdict", "quality", "error", *paths):
             table.add_row(name, shown(value))
     console = Console()
     console.print(table)

@@ -77,7 +77,8 @@ class RunStats(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the tokens of this batch; every rank's batch is equally large."""
-        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        items = batch["input_ids"] if "input_ids" in batch else batch["scored"]  # of embedded text: frames
+        self.tokens += items.numel() * trainer.world_size
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting training time."""

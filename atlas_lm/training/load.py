@@ -1,5 +1,6 @@
 """From a checkpoint to a model: whether it fits, its weights, the module that it describes."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from omegaconf import MISSING
 from atlas_lm.checkpoints.content import MODEL, CheckpointError
 from atlas_lm.checkpoints.io import read_checkpoint
 from atlas_lm.config.model import ModelConfig
+from atlas_lm.data.interfaces import UNKNOWN_EMBEDDER
 from atlas_lm.data.run_tokenizer import another_tokenizer
 from atlas_lm.training.module import AtlasModule
 
@@ -21,6 +23,11 @@ def build_module(content: dict[str, Any], path: Path, **optim: Any) -> Any:
 
     CheckpointError: the content describes no model that this version can build, or has not its weights.
     """
+    if "embedder" in content.get(MODEL[0], {}):
+        raise CheckpointError(
+            f"{str(path)!r} predicts vectors, not tokens: test it with python -m atlas_lm latent five_cat, or choose "
+            "another run"
+        )
     try:
         arguments = dict(content[MODEL[0]])
         module = AtlasModule(**{**arguments, "optim": {**arguments["optim"], **optim}})
@@ -39,7 +46,19 @@ def load_weights(module: LightningModule, path: Path) -> None:
     tokenizer = another_tokenizer(content.get(MODEL[0], {}), module.hparams, path)
     if tokenizer:
         raise CheckpointError(f"{str(path)!r} does not fit, {tokenizer}: set the tokenizer (or the shards) back")
+    embedder = another_embedder(content.get(MODEL[0], {}), module.hparams)
+    if embedder:
+        raise CheckpointError(f"{str(path)!r} does not fit, {embedder}: embed the text with the model of then")
     _fill(module, content, path)
+
+
+def another_embedder(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """How the embedder of a checkpoint's vectors differs from that of the run to start; None: it does not, there is
+    none, or it is unknown. `saved`, `wanted`: the hyperparameters of both modules."""
+    then, now = saved.get("embedder"), wanted.get("embedder")
+    if then == now or None in (then, now) or UNKNOWN_EMBEDDER in (then, now):
+        return None
+    return f"vectors of the embedder {now} but {then} in the checkpoint"
 
 
 def _fill(module: LightningModule, content: dict[str, Any], path: Path) -> None:
@@ -61,9 +80,7 @@ def check_same_model(path: Path, header: dict[str, Any], module: LightningModule
     found = differences(dict(saved.get(MODEL[1], {})), dict(wanted.get(MODEL[1], {})))
     if saved.get("vocab_size") != wanted.get("vocab_size"):
         found.append(f"a vocabulary of {wanted.get('vocab_size')} but {saved.get('vocab_size')} in the checkpoint")
-    tokenizer = another_tokenizer(saved, wanted, path)
-    if tokenizer:
-        found.append(tokenizer)
+    found += [x for x in (another_tokenizer(saved, wanted, path), another_embedder(saved, wanted)) if x]
     before, now = (dict(settings.get("optim", {})).get("name") for settings in (saved, wanted))
     if before != now:  # its moments mean nothing to another one
         found.append(f"optim.name={now} but {before} in the checkpoint")

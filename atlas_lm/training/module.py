@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as nnf
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
@@ -34,7 +31,7 @@ from atlas_lm.model.probes import (
 from atlas_lm.model.sampling import generate
 from atlas_lm.training.flat_storage import lay_side_by_side
 from atlas_lm.training.lightning_internals import logging_step
-from atlas_lm.training.optimizer import apply_settings, build_optimizer, build_schedule
+from atlas_lm.training.optimized import OptimizedModule, plain
 
 UNSCORED = -100
 SAMPLE_PROMPT, SAMPLE_TOKENS = "def ", 128  # what each validation writes a continuation of
@@ -52,12 +49,14 @@ def _with_polarisation(gate: Tensor, weight: float, cap: float, main: Tensor) ->
     return main + capped_polarisation_gradient(gate, main, weight, cap)
 
 
-class AtlasModule(L.LightningModule):
+class AtlasModule(OptimizedModule):
     """Trains an AtlasLM on batches of `input_ids`, `targets` (B, T), −100 unscored, and `document_start`.
 
     `bytes_per_token`: of the validation text; None where the tokens are no text (recall): accuracy is logged then.
     `tokenizer`: its fingerprint, for the checkpoints, so that nobody reads the weights with another one.
     """
+
+    model: AtlasLM
 
     def __init__(
         self,
@@ -73,8 +72,8 @@ class AtlasModule(L.LightningModule):
         # plain containers: a checkpoint must load with weights_only=True
         self.save_hyperparameters(
             {
-                "model": _plain(model),
-                "optim": _plain(optim),
+                "model": plain(model),
+                "optim": plain(optim),
                 "vocab_size": vocab_size,
                 "bytes_per_token": bytes_per_token,
                 "tokenizer": tokenizer,
@@ -88,8 +87,6 @@ class AtlasModule(L.LightningModule):
         self.val_loss, self.recall = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
         self.val_ppl = Perplexity(ignore_index=UNSCORED)
         self._last_step_ended: float | None = None
-        # cached norm: (id, version) of each gradient, the norm, the gradients; held, so that no other gets their ids
-        self._known_norm: tuple[list[tuple[int, int]], Tensor, list[Tensor]] | None = None
         self._gates: tuple[Tensor, ...] = ()  # of the last training step
         self.loss_weights = {"polarisation": 0.0}  # λ of M15, until a schedule sets it
 
@@ -103,12 +100,6 @@ class AtlasModule(L.LightningModule):
     def set_local_chunks(self, chunks: tuple[int, ...] | list[int]) -> None:
         """Change them at run time (M13)."""
         self.model.set_local_chunks(chunks)
-
-    def set_loss_weight(self, name: str, weight: float) -> None:
-        """Weight of an auxiliary loss from the next step on. KeyError: none of that name."""
-        if name not in self.loss_weights:
-            raise KeyError(f"there is no auxiliary loss {name!r}; there are {', '.join(self.loss_weights)}")
-        self.loss_weights[name] = weight
 
     def gate_values(self) -> tuple[Tensor, ...]:
         """The fusion gates of the last training step, by layer with a memory (batch, tokens, width)."""
@@ -210,45 +201,6 @@ class AtlasModule(L.LightningModule):
         )  # goes back at a rollback; the loggers' step not
         self._last_step_ended = now
 
-    def gradient_norm(self) -> Tensor:
-        """2-norm of this step's gradients before clipping, over all shards; computed when first asked for."""
-        norm = self._norm()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _norm(self) -> Tensor:
-        gradients = [p.grad for p in self._optimized() if p.grad is not None]
-        now = [(id(gradient), gradient._version) for gradient in gradients]  # a callback may drop or change some
-        if self._known_norm is None or self._known_norm[0] != now:
-            self._known_norm = now, torch.nn.utils.get_total_norm(gradients), gradients
-        return self._known_norm[1]
-
-    def _optimized(self) -> list[Tensor]:
-        """In the order in which Lightning clips them."""
-        return [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
-
-    def on_after_backward(self) -> None:
-        self._known_norm = None
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if any(p.grad is not None for p in self._optimized()):  # a guard may have taken them away: the step is skipped
-            self.log("optim/grad_norm", self.gradient_norm())
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """As Lightning clips by norm, with the norm that is known already."""
-        plugin = type(self.trainer.precision_plugin)
-        plain = plugin.clip_grad_by_norm is Precision.clip_grad_by_norm
-        plain &= plugin.clip_gradients in (Precision.clip_gradients, MixedPrecision.clip_gradients)
-        if plain and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grads_with_norm_(self._optimized(), gradient_clip_val, self._norm())
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self._known_norm = None
-
     def on_validation_start(self) -> None:
         self._last_step_ended = None  # a validation is no training time
 
@@ -330,17 +282,6 @@ class AtlasModule(L.LightningModule):
         checkpoint["local_chunks"] = list(self.local_chunks)
         checkpoint["sharded"] = self._trainer is not None and self._sharded()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed run trains with the optimizer's settings that it is given, not with those of its checkpoint."""
-        if "optimizer_states" not in checkpoint:  # of a rollback, which restores settings of this run
-            return
-        apply_settings(checkpoint, build_optimizer(self.model, self.optim_config), self.optim_config)
-        if self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer:
-            # a strategy that shards parameters has loaded the optimizer by itself, before this hook
-            for optimizer, state in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-                for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-                    group.update({name: value for name, value in saved.items() if name != "params"})
-
     def configure_model(self) -> None:
         """Shard parameters block by block where the strategy asks for it (trainer=fsdp)."""
         if not self._sharded() or isinstance(self.model, FSDPModule):  # Lightning asks again before it validates
@@ -350,13 +291,3 @@ class AtlasModule(L.LightningModule):
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
-
-    def configure_optimizers(self) -> Any:
-        lay_side_by_side(self.model)  # again, on the device where it has arrived
-        optimizer = build_optimizer(self.model, self.optim_config)
-        schedule = build_schedule(optimizer, self.optim_config)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _plain(config: ModelConfig | OptimConfig) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in vars(config).items()}

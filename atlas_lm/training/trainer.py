@@ -1,6 +1,7 @@
 """From a composed configuration to the objects of a run."""
 
 import importlib
+import inspect
 import logging
 import warnings
 
@@ -9,12 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import seed_everything
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.config.schema import TrainConfig
+from atlas_lm.config.validate import find_target
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.training.malloc import configure_malloc
 from atlas_lm.training.preemption import REQUEUE
@@ -118,6 +120,21 @@ def refuse_sweep_over_ranks(ranks: int) -> None:
             f"-m cannot be combined with {ranks} ranks in one process: start each run by itself, "
             "use trainer.devices=1, or a launcher with one job per run (hydra/launcher=submitit_slurm)"
         )
+
+
+def build_module(config: TrainConfig, dm: TokenDataModule) -> LightningModule:
+    """What `module` names, for this model and these data. ValueError: it is not for such data."""
+    kind = find_target(config.module["_target_"], "module")
+    settings = {name: value for name, value in config.module.items() if name != "_target_"}
+    known = inspect.signature(kind).parameters
+    given = dm.module_arguments()
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(
+            f"module={kind.__name__} has no use for the {unknown[0]} that this data has: data=embeddings goes with "
+            "module=latent, and all others with module=atlas"
+        )
+    return kind(model=config.model, optim=config.optim, **given, **settings)
 
 
 @rank_zero_only

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -26,6 +27,7 @@ from atlas_lm.cli import gates
 from atlas_lm.cli.source_arguments import parse_arguments
 from atlas_lm.data.prepare import prepare
 from atlas_lm.exit_gates import chunk_sizes
+from atlas_lm.latent.embed import embed
 from benchmarks import pictures
 from benchmarks.figures import NUMBERS
 from tests.support import ROOT
@@ -218,19 +220,25 @@ def wrong_arguments(words: list[str]) -> str | None:
         return None
     if name not in COMMANDS:
         return f"no command {name}"
-    if name == "prepare":
+    if name in ("prepare", "embed"):
         try:
-            parse_arguments(rest, prepare)
+            given = parse_arguments(rest, prepare if name == "prepare" else embed)
+            if name == "embed" and "model" not in given:
+                return "model= is missing"
         except ValueError as error:
             return str(error) if rest else None
         return None
     if name == "doctor":
         named = any(word.startswith("+experiment=") for word in rest)
         return wrong_overrides(rest if named else ["+experiment=stage1", *rest])
+    if name == "latent":
+        if rest and rest[0] not in ("five_cat", "--help"):
+            return f"latent has no {rest[0]}"
+        rest = rest[1:]
     if name == "gates":
         if rest and rest[0] not in (*gates.PHASES, "chunk_sizes"):
             return f"gates has no {rest[0]}"
-        options = chunk_sizes.Options if rest[:1] == ["chunk_sizes"] else gates.Options
+        options: Any = chunk_sizes.Options if rest[:1] == ["chunk_sizes"] else gates.Options
         rest = rest[1:]
     else:
         options = importlib.import_module(f"atlas_lm.cli.{name}").Options
@@ -292,6 +300,9 @@ def test_a_right_command_passes(command: str) -> None:
         ("python -m atlas_lm doctor model.windwo=3", "windwo"),
         ("python -m atlas_lm gates chunk_sizes step=1", "has no"),
         ("python -m atlas_lm prepare source=stdlib", "out= is missing"),
+        ("python -m atlas_lm embed source=stdlib out=x", "model= is missing"),
+        ("python -m atlas_lm latent six_cat run=x", "has no"),
+        ("python -m atlas_lm latent five_cat runs=x", "has no"),
         ("python -m benchmarks.nothing", "no module"),
         ("python -m benchmarks.faults --sed 2", "has no"),
         ("python -m benchmarks.safeguards callbacks.niah_prob.needles=4", "niah_prob"),

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.prepare import prepare
 from tests.support import ROOT
+from tests.support.latent_toys import write_npz
 from tests.support.launching import SMALL_DATA, SMALL_MODEL, launch, only_run, report_of, write_corpus
 
 CONF = ROOT / "conf"
@@ -53,9 +54,14 @@ def test_experiments(in_tmp: Path, name: str) -> None:
         assert launch(f"+experiment={name}", *SMALL_SIZES, *TWO_STEPS) == 1, "there is nothing to start from yet"
         shutil.rmtree(in_tmp / "outputs" / name)
         finished(in_tmp, f"+experiment={STARTS_FROM[name]}", *SMALL_SIZES, *TWO_STEPS)
-    found = finished(in_tmp, f"+experiment={name}", *SMALL_SIZES, *TWO_STEPS, name=name)
+    embedded = [f"data.source.path={write_npz(in_tmp / 'x.npz')}"] if name.startswith("latent") else []
+    found = finished(in_tmp, f"+experiment={name}", *SMALL_SIZES, *TWO_STEPS, *embedded, name=name)
     assert (in_tmp / "outputs" / name / "latest").exists(), "an experiment's `name` is that of its file"
-    if name.startswith(("recall", "needles")):
+    if name.startswith("latent"):
+        assert -1 <= found["val_cosine"] <= 1
+        assert 0 <= found["val_contrastive_accuracy"] <= 1
+        assert found["quality"] in found["verdict"]
+    elif name.startswith(("recall", "needles")):
         assert 0 <= found["recall_accuracy"] <= 1
         assert found["val_bits_per_byte"] is None
     else:
@@ -70,7 +76,8 @@ def test_the_twins(in_tmp: Path, memory: str) -> None:
 @pytest.mark.parametrize("name", names("model"))
 def test_models(in_tmp: Path, name: str) -> None:
     corpus = write_corpus(in_tmp / "corpus")
-    finished(in_tmp, "data=text", corpus, f"model={name}", *SMALL_SIZES, "data.seq_len=96", *TWO_STEPS)
+    probes = ["callbacks=basic"] if name == "latent" else []  # it has no memory that they could ask
+    finished(in_tmp, "data=text", corpus, f"model={name}", *SMALL_SIZES, "data.seq_len=96", *TWO_STEPS, *probes)
 
 
 @pytest.mark.parametrize("name", names("optim"))
@@ -90,6 +97,7 @@ def test_data(in_tmp: Path, name: str) -> None:
         "recall": ["data.source.samples=100"],
         "needles": ["data.source.needles=1", "data.seq_len=200"],
         "mix": SMALL_DATA,
+        "embeddings": ["module=latent", f"data.source.path={write_npz(in_tmp / 'x.npz')}", "callbacks=latent"],
     }
     if name == "tokens":
         prepare("text", in_tmp / "shards", files=[f"{in_tmp}/corpus/*.txt"], validation_fraction=0.3)

@@ -14,6 +14,7 @@ import pytest
 
 from atlas_lm.loggers.jsonl import read_rows
 from tests.support import ROOT
+from tests.support.latent_toys import write_npz
 from tests.support.launching import launch, only_run
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -26,9 +27,17 @@ COMMON = [
 TEXT = ["data=text", "data.source.files=['corpus/*.txt']", "data.seq_len=512", "data.batch_size=2"]
 FAST = ["optim.warmup_steps=1"]  # within its own warm-up recall would hardly move
 NEEDLES = ["data.source.text._target_=atlas_lm.data.text.TextSource", "+data.source.text.files=['corpus/*.txt']", *FAST]
+# vectors of our own making: an embedder's depend on the machine
+LATENT = [
+    "data.source.path=vectors.npz",
+    "trainer.check_val_every_n_epoch=null",
+    "optim.warmup_steps=1",
+    "callbacks.spike_rollback.rows=2",
+]
 SPECIFIC = {
     "stage1": TEXT, "stage1_twin": TEXT, "stage2": TEXT, "recall": FAST, "recall_twin": FAST,
     "needles": NEEDLES, "needles_twin": NEEDLES,
+    **dict.fromkeys(("latent_p1", "latent_p2", "latent_v3", "latent_memory"), LATENT),
 }  # fmt: skip
 STARTS_FROM = {"stage2": "stage1"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -46,6 +55,7 @@ def write_sums(folder: Path) -> None:
 def first_losses(experiment: str, steps: int = STEPS) -> list[float]:
     """Losses of a run in the working directory, which is stopped after `steps` of its STEPS."""
     write_sums(Path("corpus"))
+    write_npz(Path("vectors.npz"))
     if experiment in STARTS_FROM:
         before = STARTS_FROM[experiment]
         assert launch(f"+experiment={before}", *SPECIFIC[before], *COMMON, "optim.total_steps=2") == 0

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-import train
 from atlas_lm.checkpoints.io import read_checkpoint
 from atlas_lm.checkpoints.listing import newest_checkpoint
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.training.module import AtlasModule
 from tests.support.launching import only_run, report_of, small_run
 
 # Without the guard that would see the spoiled weights first: this is the ladder of those who watch the losses
@@ -23,14 +23,14 @@ EVALUATIONS = [
 
 def spoil(monkeypatch: pytest.MonkeyPatch, batches: set[int], fault: Any) -> None:
     """Let `fault(module, loss)` act on the loss of these training batches, counted over the whole run."""
-    step, seen = train.AtlasModule.training_step, []
+    step, seen = AtlasModule.training_step, []
 
     def spoiled(self: Any, batch: Any, index: int) -> Any:
         loss = step(self, batch, index)
         seen.append(index)
         return fault(self, loss) if len(seen) - 1 in batches else loss
 
-    monkeypatch.setattr(train.AtlasModule, "training_step", spoiled)
+    monkeypatch.setattr(AtlasModule, "training_step", spoiled)
 
 
 def weights_times_thirty(module: Any, loss: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import train
 from atlas_lm.runs.report import (
     LEAST_BYTES,
     bits_per_byte,
@@ -24,6 +23,7 @@ from atlas_lm.runs.report import (
     verdict,
 )
 from atlas_lm.runs.resolve import resolve_run
+from atlas_lm.training.module import AtlasModule
 from tests.support.launching import only_run, report_of, small_run
 
 KEYS = {
@@ -141,14 +141,14 @@ def test_the_last_step_is_validated_even_when_it_is_not_its_turn(in_tmp: Path) -
 
 
 def test_a_model_that_validates_to_nan_is_not_praised(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = train.AtlasModule.validation_step
+    step = AtlasModule.validation_step
 
     def poisoned(self: Any, *arguments: Any) -> Any:
         with torch.no_grad():
             next(iter(self.parameters())).fill_(math.nan)
         return step(self, *arguments)
 
-    monkeypatch.setattr(train.AtlasModule, "validation_step", poisoned)
+    monkeypatch.setattr(AtlasModule, "validation_step", poisoned)
     assert small_run(in_tmp, "trainer.num_sanity_val_steps=0") == 0
     found = report_of(only_run(in_tmp / "outputs"))
     assert found["val_loss"] is None
@@ -159,13 +159,13 @@ def test_a_model_that_validates_to_nan_is_not_praised(in_tmp: Path, monkeypatch:
 def test_a_failed_run_reports_and_is_not_the_latest(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train.AtlasModule.training_step
+    step = AtlasModule.training_step
 
     def poisoned(self: Any, batch: Any, index: int) -> Any:
         loss = step(self, batch, index)
         return loss * math.nan if self.global_step == 2 else loss
 
-    monkeypatch.setattr(train.AtlasModule, "training_step", poisoned)
+    monkeypatch.setattr(AtlasModule, "training_step", poisoned)
     at_once = "callbacks.nonfinite_guard.max_consecutive=0"
     assert small_run(in_tmp, "name=x", "callbacks.step_checkpoint.every_n_steps=1", at_once) == 1
     error = capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_failed(
         raise FloatingPointError("the reason")
 
     monkeypatch.setattr("atlas_lm.runs.report.write_atomically", full)
-    monkeypatch.setattr(train.AtlasModule, "training_step", broken)
+    monkeypatch.setattr(AtlasModule, "training_step", broken)
     assert small_run(in_tmp) == 1
     error = capsys.readouterr().err
     assert "error: the reason" in error

@@ -25,6 +25,7 @@ from atlas_lm.runs.lifecycle import archive_if_changed
 from atlas_lm.runs.lock import locked
 from atlas_lm.runs.report import judge
 from atlas_lm.runs.resolve import run_folder, sweep_folder, unfinished_run
+from atlas_lm.training.module import AtlasModule
 from callbacks.random_state import set_states, states
 from tests.support import ROOT
 from tests.support.launching import (
@@ -153,7 +154,7 @@ def test_a_run_that_dies_after_its_last_step_gets_its_verdict(
 @pytest.mark.slow
 def test_a_run_with_a_rollback_resumes_on_its_timeline(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled_then_dead(batches: dict[int, Any]) -> int:
-        step, seen = train.AtlasModule.training_step, []
+        step, seen = AtlasModule.training_step, []
 
         def trained(self: Any, data: Any, index: int) -> Any:
             seen.append(index)
@@ -161,7 +162,7 @@ def test_a_run_with_a_rollback_resumes_on_its_timeline(in_tmp: Path, monkeypatch
             return step(self, data, index)
 
         with monkeypatch.context() as patched:
-            patched.setattr(train.AtlasModule, "training_step", trained)
+            patched.setattr(AtlasModule, "training_step", trained)
             return small_run(in_tmp, f"name={name}", *OFTEN, "resume=auto")
 
     def spoil(module: Any) -> None:

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 import train
 from atlas_lm.checkpoints.io import AtomicCheckpointIO
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.training.module import AtlasModule
 from callbacks.gate_monitor import GateMonitor
 from callbacks.loss_weight_schedule import LossWeightSchedule
 from callbacks.spike_rollback import SpikeRollback
@@ -204,7 +205,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """A run that was interrupted, the same one resumed without a change, and the override that names their corpus."""
     home = tmp_path_factory.mktemp("resumed")
     corpus = write_corpus(home / "corpus")
-    step = train.AtlasModule.training_step
+    step = AtlasModule.training_step
     seen: list[int] = []
 
     def interrupted(self: Any, batch: Any, index: int) -> Any:
@@ -217,7 +218,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         patch.setattr(sys, "argv", ["train.py"])
         (home / "cut").mkdir()
         patch.chdir(home / "cut")
-        patch.setattr(train.AtlasModule, "training_step", interrupted)
+        patch.setattr(AtlasModule, "training_step", interrupted)
         assert launch("data=text", corpus, *SETTINGS) == 75
         shutil.copytree(home / "cut", home / "unchanged")
         patch.chdir(home / "unchanged")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import train
 from atlas_lm.checkpoints.io import AtomicCheckpointIO, SaveError
 from atlas_lm.checkpoints.listing import why_unusable
+from atlas_lm.training.module import AtlasModule
 from atlas_lm.training.trainer import resolve_precision
 from callbacks.rank_agreement import RanksDiverged
 from tests.support.launching import files_no_larger_than, finished_run, report_of, small_run
@@ -60,14 +60,14 @@ def run_of(in_tmp: Path, name: str) -> Path:
 
 
 def press_ctrl_c_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    training_step = train.AtlasModule.training_step
+    training_step = AtlasModule.training_step
 
     def pressed(self: Any, batch: Any, index: int) -> Any:
         if self.global_step == step:
             os.kill(os.getpid(), signal.SIGINT)
         return training_step(self, batch, index)
 
-    monkeypatch.setattr(train.AtlasModule, "training_step", pressed)
+    monkeypatch.setattr(AtlasModule, "training_step", pressed)
 
 
 def test_ctrl_c_then_resume_is_bitwise_the_uninterrupted_run(
@@ -262,7 +262,7 @@ def test_the_verdict_names_the_cause_that_a_safeguard_found(in_tmp: Path, monkey
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(lightning.Trainer, "fit", fails)
-    monkeypatch.setattr(train.AtlasModule, "training_step", breaks)
+    monkeypatch.setattr(AtlasModule, "training_step", breaks)
     assert small_run(in_tmp, "name=x") == 1
     report = report_of(run_of(in_tmp, "x"))
     assert report["status"] == "failed"

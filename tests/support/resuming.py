@@ -8,8 +8,8 @@ import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-import train
 from atlas_lm.loggers.jsonl import read_rows
+from atlas_lm.training.module import AtlasModule
 from tests.support.launching import report_of
 
 # Evaluations, saves, validations and epochs (14 batches) all fall on different steps, and together on some.
@@ -76,9 +76,9 @@ class Killed(BaseException):
     """Ends a run in this process as abruptly as possible: no handler of a run catches it."""
 
 
-def die_at(batch: int, monkeypatch: pytest.MonkeyPatch, how: Any) -> None:
+def die_at(batch: int, monkeypatch: pytest.MonkeyPatch, how: Any, kind: Any = AtlasModule) -> None:
     """`how()` in the middle of this training step."""
-    step, seen = train.AtlasModule.training_step, []
+    step, seen = kind.training_step, []
 
     def dying(self: Any, data: Any, index: int) -> Any:
         seen.append(index)
@@ -86,4 +86,4 @@ def die_at(batch: int, monkeypatch: pytest.MonkeyPatch, how: Any) -> None:
             how()
         return step(self, data, index)
 
-    monkeypatch.setattr(train.AtlasModule, "training_step", dying)
+    monkeypatch.setattr(kind, "training_step", dying)

@@ -204,3 +204,46 @@ def test_the_average_of_a_tensor_metric_stays_a_plain_number() -> None:
     state = weights.state_dict()
     assert all(type(value) in (int, float) for name, value in state.items() if name != "of")
     assert type(state["of"]) is str
+
+
+# Stages
+
+
+STAGES = [{"epoch": 3, "pull": 1.0}, {"epoch": 2, "pull": 0.5, "other": 0.25}]
+
+
+def test_stages_follow_the_epoch_and_do_not_decay() -> None:
+    weights = schedule(weights={"pull": 2.0}, stages=STAGES, decay=100.0)
+    assert [weights.weights_at(10**6, epoch) for epoch in (1, 2, 3, 9)] == [
+        {"pull": 2.0, "other": 0.0}, {"pull": 0.5, "other": 0.25}, {"pull": 1.0, "other": 0.0},
+        {"pull": 1.0, "other": 0.0},
+    ]  # fmt: skip
+
+
+def test_stages_rest_and_come_back_lower() -> None:
+    weights = schedule(stages=STAGES, rest_steps=3)
+    weights.judge(1.0, 1)
+    assert weights.judge(2.0, 5)
+    assert weights.weights_at(7, 3)["pull"] == 0
+    assert weights.weights_at(8, 3)["pull"] == 0.5
+
+
+def test_a_run_uses_the_weights_of_its_epoch(fit: Any) -> None:
+    module = Weighted()
+    fit(module, schedule(weights={"pull": 0.0}, stages=STAGES), limit_train_batches=2, max_steps=8)
+    assert module.used == [0, 0, 0.5, 0.5, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("stages", [[{"pull": 1.0}], [{"epoch": 0}], [{"epoch": 1.5}], [{"epoch": 2}, {"epoch": 2}]])
+def test_a_stage_without_an_epoch_of_its_own_is_refused(stages: Any) -> None:
+    with pytest.raises(ValueError, match="epoch"):
+        schedule(stages=stages)
+
+
+def test_a_stage_that_names_no_loss_is_refused(fit: Any) -> None:
+    with pytest.raises(ValueError, match="nope"):
+        fit(Weighted(), schedule(stages=[{"epoch": 2, "nope": 1.0}]))
+
+
+def test_a_weight_of_null_is_left_alone() -> None:
+    assert schedule(weights={"pull": 1.0, "other": None}).weights == {"pull": 1.0}

@@ -14,6 +14,7 @@ import torch
 
 import callbacks
 from callbacks.chunk_size_scheduler import ChunkSizeScheduler
+from callbacks.five_cat_probe import FiveCatProbe
 from callbacks.gate_monitor import GateMonitor
 from callbacks.hang_watch import HangWatch
 from callbacks.interrupt import Interrupt
@@ -35,6 +36,7 @@ from tests.support.toys import STEPS, Line, Lines
 
 MAKERS = {
     "chunk_size_scheduler": lambda d: ChunkSizeScheduler(8, STEPS, "step", step_every=2),
+    "five_cat_probe": lambda d: FiveCatProbe(2, from_epoch=1),
     "gate_monitor": lambda d: GateMonitor(2, 5, every_n_steps=1),
     "hang_watch": lambda d: HangWatch(20, 600),
     "interrupt": lambda d: Interrupt(f"{d}/interrupted.ckpt"),
@@ -89,6 +91,10 @@ class Everything(Line):
 
     def persistent_memory(self) -> list[Any]:
         return [self.layer.weight]
+
+    def offset_cosines(self, batch: Any, offsets: Any) -> Any:
+        found = torch.tensor([1.0 if k == 0 else 0.5 for k in offsets])
+        return found.repeat(len(batch), 1) * self.layer(batch).tanh().abs()
 
     def attention_reach(self) -> Any:
         return 1, 1

@@ -8,6 +8,7 @@ from atlas_lm.config.model import ModelConfig
 from atlas_lm.config.schema import OptimConfig
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.training.module import UNSCORED, AtlasModule, capped_polarisation_gradient
+from atlas_lm.training.optimized import OptimizedModule
 
 VOCABULARY = 11
 
@@ -158,7 +159,7 @@ def test_it_clips_as_lightning_does_with_the_norm_of_the_step(changes, monkeypat
     trainer = fit(module, Ask(), **changes)
     plain = make_module(0.0, 0.1)
     with monkeypatch.context() as patched:
-        patched.delattr(AtlasModule, "configure_gradient_clipping")
+        patched.delattr(OptimizedModule, "configure_gradient_clipping")
         fit(plain, **changes)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
     assert len({norm for norm, _ in asked}) == 3, "each step has its own"
