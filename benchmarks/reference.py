@@ -31,7 +31,11 @@ from atlas_lm.files import ROOT, write_atomically
 CONF = ROOT / "conf"
 FOLDER = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by python -m benchmarks.reference: change the code, not this page -->"
-SUBCOMMANDS = {"gates": ("phase2", "phase4", "chunk_sizes"), "latent": ("five_cat",)}
+SUBCOMMANDS = {
+    "gates": ("phase2", "phase4", "chunk_sizes"),
+    "latent": ("five_cat",),
+    "inspect": ("calibrate", "compare", "dashboard"),
+}
 
 RUN_FOLDER = {  # pattern below the run folder → what it is
     "report.json": "the verdict on the run, for programs: status, losses, bits per byte beside gzip and xz, tokens/s, "

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from atlas_lm.__main__ import COMMANDS
-from atlas_lm.cli import gates
+from atlas_lm.cli import gates, inspect
 from atlas_lm.cli.source_arguments import parse_arguments
 from atlas_lm.data.prepare import prepare
 from atlas_lm.exit_gates import chunk_sizes
@@ -235,10 +235,14 @@ def wrong_arguments(words: list[str]) -> str | None:
         if rest and rest[0] not in ("five_cat", "--help"):
             return f"latent has no {rest[0]}"
         rest = rest[1:]
-    if name == "gates":
+    if name == "inspect":
+        parts = {"calibrate": inspect.Calibration, "compare": inspect.Comparison, "dashboard": inspect.Dashboard}
+        options: Any = parts.get(rest[0] if rest else "", inspect.Options)
+        rest = rest[1:] if rest and rest[0] in parts else rest
+    elif name == "gates":
         if rest and rest[0] not in (*gates.PHASES, "chunk_sizes"):
             return f"gates has no {rest[0]}"
-        options: Any = chunk_sizes.Options if rest[:1] == ["chunk_sizes"] else gates.Options
+        options = chunk_sizes.Options if rest[:1] == ["chunk_sizes"] else gates.Options
         rest = rest[1:]
     else:
         options = importlib.import_module(f"atlas_lm.cli.{name}").Options
