@@ -1,5 +1,6 @@
 """Planted faults change what a model computes and nothing after them; scores and rates are what they say."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from atlas_lm.inspection.capture import Plan
 from atlas_lm.inspection.health import Thresholds
 from atlas_lm.inspection.subject import AtlasSubject, HuggingFaceSubject, inspect_ids
-from benchmarks import detection, inspection_faults, uncertainty
+from benchmarks import detection, inspection, inspection_faults, uncertainty
 from benchmarks.inspection_faults import PERMANENT, faults_of
 from tests.support.model_cases import build_model, make_tokens
 from tests.unit.inspection.test_hugging_face import causal
@@ -115,3 +116,21 @@ def test_directions_come_from_the_other_half():
     assert found["helps"]["direction"] == "low is unsure"
     backwards = uncertainty.judge([{"baseline: perplexity": float(r)} for r in right], right)
     assert backwards["baseline: perplexity"]["auroc"][0] == 0.0  # its direction is known, and not turned round
+
+
+def test_the_cost_of_an_inspection_and_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "PROMPT", "abcabc")
+    found = {"ours": inspection.cost(ours(), tokens=6, pairs=2)}
+    assert set(found["ours"]["cost"]) == {"full", "sampled"}
+    low, middle, high = found["ours"]["cost"]["full"]
+    assert low <= middle <= high
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    page = "before\n" + "\n".join(f"{inspection.MARK.format(name=n)}\nold\n<!-- end of figures -->\nbetween" for n in
+                                  ("detection", "uncertainty", "inspection"))  # fmt: skip
+    (tmp_path / inspection.PAGE).write_text(page)
+    (tmp_path / inspection.NUMBERS).write_text(json.dumps(found))
+    inspection.draw(tmp_path)
+    written = (tmp_path / inspection.PAGE).read_text()
+    assert written.count("old") == 2
+    assert "| ours |" in written
+    assert written.count("between") == 3
