@@ -37,13 +37,13 @@ def theirs():
 
 
 def written(subject, ids, **plan):
-    return inspect_ids(subject, ids, "", Plan(tokens=24, **plan), Thresholds(), "")
+    return inspect_ids(subject, ids, "", Plan(tokens=80, **plan), Thresholds(), "")
 
 
 @pytest.mark.parametrize("make", [ours, theirs])
 def test_every_fault_shows_and_leaves_the_model_as_it_was(make):
     subject, ids = make(), make_tokens(20, batch=1)[0].tolist()
-    forced = tuple(make_tokens(24, batch=1, seed=1)[0].tolist())
+    forced = tuple(make_tokens(80, batch=1, seed=1)[0].tolist())  # more than one row of the memories' health
     sound = written(subject, ids, forced=forced)
     faults = faults_of(subject)
     assert ("memory wiped" in faults) == (make is ours)

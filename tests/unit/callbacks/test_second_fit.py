@@ -16,6 +16,7 @@ import callbacks
 from callbacks.chunk_size_scheduler import ChunkSizeScheduler
 from callbacks.five_cat_probe import FiveCatProbe
 from callbacks.gate_monitor import GateMonitor
+from callbacks.generation_health import GenerationHealth
 from callbacks.hang_watch import HangWatch
 from callbacks.interrupt import Interrupt
 from callbacks.loss_weight_schedule import LossWeightSchedule
@@ -38,6 +39,7 @@ MAKERS = {
     "chunk_size_scheduler": lambda d: ChunkSizeScheduler(8, STEPS, "step", step_every=2),
     "five_cat_probe": lambda d: FiveCatProbe(2, from_epoch=1),
     "gate_monitor": lambda d: GateMonitor(2, 5, every_n_steps=1),
+    "generation_health": lambda d: GenerationHealth(Reads(), d, 2),
     "hang_watch": lambda d: HangWatch(20, 600),
     "interrupt": lambda d: Interrupt(f"{d}/interrupted.ckpt"),
     "loss_weight_schedule": lambda d: LossWeightSchedule({"aux": 1.0}, STEPS, watch="train/loss", rest_steps=2),
@@ -56,7 +58,15 @@ MAKERS = {
     "weight_integrity": lambda d: WeightIntegrity(),
 }  # fmt: skip
 TIMES = {"seconds", "trained", "guard/probe_seconds", "_began", "_trained", "_saved_at", "_started", "_shown", "ring",
+         "_seconds", "_since",
          "_stall", "perf/checkpoint_stall_seconds"}  # fmt: skip
+
+
+class Reads:
+    """An inspector that tells what it is given."""
+
+    def inspect(self, module: Any, batch: Any) -> Any:
+        return [({"loss": float(module.held_out_loss(batch))}, [], "{}")]
 
 
 class Everything(Line):
