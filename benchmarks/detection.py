@@ -6,7 +6,7 @@ place of what it would write. Thresholds come from other prompts (`inspect calib
 is raised, and the AUROC of `unusual`, of the flags' own figures and of the cheap scores, against the sound generations.
 
 python -m benchmarks.detection run=stage1
-python -m benchmarks.detection model=<folder> text=<file of clean text> out=docs/results/detection_smollm2.json
+python -m benchmarks.detection model=<folder> text=<file of clean text> out=<file>
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Options:
     """Folder of all runs."""
 
     def __post_init__(self) -> None:
-        check_subject(self.run, self.model)
+        check_subject(self.run, self.model, self.gguf)
         if self.run and self.top_p < 1:
             raise ValueError(f"top_p={self.top_p} is for model=: our own generation draws from the top_k likeliest")
 
@@ -107,8 +107,8 @@ class Calibration:
     """File of clean text, for model=."""
     texts: int = 64
     """Pieces of text to write after."""
-    prompt_tokens: int = 64
-    """Tokens of each."""
+    prompt_tokens: int = 128
+    """Tokens of the longest prompts; others are a quarter, half and three quarters as long."""
     tokens: int = 64
     """Tokens to write; as many as in the generations that are to be inspected, and likewise for what follows."""
     temperature: float = 0.8
@@ -127,7 +127,7 @@ class Calibration:
     """Folder of all runs."""
 
     def __post_init__(self) -> None:
-        check_subject(self.run, self.model)
+        check_subject(self.run, self.model, self.gguf)
         if self.model and not self.text:
             raise ValueError("text= is missing: a file of clean text for the model to read")
         if self.texts < 8 or self.prompt_tokens < 1 or self.tokens < 1:
@@ -157,8 +157,10 @@ class Dashboard:
     """Folder of all runs."""
 
 
-def check_subject(run: str, model: str) -> None:
-    """ValueError unless one of the two is given."""
+def check_subject(run: str, model: str, gguf: str = "") -> None:
+    """ValueError unless one of the two is given, and a file of weights with the second alone."""
+    if run and gguf:
+        raise ValueError(f"gguf={gguf} is a file of model=, and run= has weights of its own: leave it out")
     if bool(run) == bool(model):
         raise ValueError("give run=<one of ours> or model=<folder of transformers>, one of them")
 
@@ -212,7 +214,7 @@ def inspect_main(arguments: list[str]) -> None:
     o = parse(Options, arguments, COMMAND)
     sinks.check_sinks(o.sink)
     plan = Plan(o.tokens, o.temperature, o.top_k, o.top_p, o.seed, o.capture, layers_of(o.layers))
-    if not o.prompt and o.model:
+    if not o.prompt:
         raise ValueError("prompt= is missing: text for the model to continue")
     subject, home = open_subject(o)
     if o.thresholds:
@@ -397,4 +399,6 @@ def dashboard_main(arguments: list[str]) -> None:
     o = parse(Dashboard, arguments, f"{COMMAND} dashboard")
     from atlas_lm.inspection.serve import serve
 
+    if not Path(o.folder).is_dir():
+        raise ValueError(f"folder={o.folder}: there is no such folder; correct the path")
     serve(Path(o.folder), Path(o.outputs), o.port)

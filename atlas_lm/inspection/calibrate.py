@@ -12,6 +12,8 @@ from atlas_lm.inspection.schema import Report
 from atlas_lm.inspection.summary import numbers, summary_of
 
 ROUNDS = 1.4826  # standard deviations in a median absolute deviation
+TAILS = 2.563  # standard deviations between the quantiles 0.1 and 0.9 of a normal distribution
+SMALLEST = 0.05  # of a figure's median: its standard deviation at least
 QUANTILE = 0.99  # of clean texts that raise no flag, each flag by itself
 
 
@@ -67,8 +69,10 @@ def _with_usual(thresholds: Thresholds, summaries: list[dict[str, float | None]]
         values = [float(s[name] or 0.0) for s in half]
         centre[name] = statistics.median(values)
         spread = ROUNDS * statistics.median(abs(x - centre[name]) for x in values)
-        # a figure that clean text never changes is compared with a thousandth of itself
-        scale[name] = max(spread, 1e-3 * abs(centre[name]), 1e-6)
+        ordered = sorted(values)
+        tails = (_quantile(ordered, 0.9) - _quantile(ordered, 0.1)) / TAILS
+        # a figure that clean text hardly changes would find any other text impossible
+        scale[name] = max(spread, tails, SMALLEST * abs(centre[name]), 1e-3)
     usual = thresholds.model_copy(update={"centre": centre, "scale": scale})
     halves = [sorted(x for s in part if (x := unusual(s, usual)) is not None) for part in (half, summaries[1::2])]
     return usual.model_copy(update={"unusual": 1.1 * max(_quantile(scores, quantile) for scores in halves)})

@@ -61,13 +61,9 @@ def deviations(summary: dict[str, float | None], thresholds: Thresholds) -> dict
 
 
 def unusual(summary: dict[str, float | None], thresholds: Thresholds) -> float | None:
-    """The mean of the largest deviations; a figure that clean text has and this generation lacks counts as ∞."""
-    if not thresholds.centre:
-        return None
-    if any(summary.get(name) is None for name in thresholds.centre):
-        return math.inf
+    """The mean of the largest deviations, of the figures that are there: a capture of some layers has fewer."""
     found = sorted(deviations(summary, thresholds).values(), reverse=True)[:LARGEST]
-    return statistics.fmean(found)
+    return statistics.fmean(found) if found else None
 
 
 def flags_of(report: Report, thresholds: Thresholds) -> list[Flag]:
@@ -84,9 +80,8 @@ def flags_of(report: Report, thresholds: Thresholds) -> list[Flag]:
     value = unusual(report.summary, thresholds)
     if value is not None:
         far = sorted(deviations(report.summary, thresholds).items(), key=lambda item: -item[1])[:LARGEST]
-        lacking = [name for name in thresholds.centre if report.summary.get(name) is None]
         named = ", ".join(f"{name} ({by:.1f} σ)" for name, by in far)
-        message = f"far from clean text: {named}" if not lacking else f"not there: {', '.join(lacking[:LARGEST])}"
+        message = f"far from clean text: {named}"
         found.append(_flag("unusual", value, thresholds.unusual, [], message))
     return found
 
@@ -118,7 +113,7 @@ def _high_entropy(report: Report, t: Thresholds) -> Flag:
 
 def _collapse(report: Report, t: Thresholds) -> Flag:
     share = report.summary.get("collapsed_share")
-    message = f"{share or 0:.0%} of heads see one key: a property of the model, unless clean text has fewer"
+    message = f"{share or 0:.0%} of heads see one key: many models have some, fitted thresholds know how many"
     return _flag("attention_collapse", share, t.collapsed_share, [], message)
 
 

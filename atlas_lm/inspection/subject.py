@@ -154,13 +154,15 @@ def clean_reports(
 ) -> list[Report]:
     """Reports of what the model writes after the first tokens of clean texts, each with draws of its own.
 
-    ValueError: a text is too short for that.
+    Prompts are a quarter, half, three quarters and all of `prompt_tokens` long, in turn: some figures depend on where
+    in its chunk a memory is. ValueError: a text is too short for that.
     """
     found = []
     for seed, text in enumerate(texts):
-        ids = subject.encode(text)[:prompt_tokens]
+        ids = subject.encode(text)
         if len(ids) < prompt_tokens:
             raise ValueError(f"a text of {len(ids)} tokens is too short for prompts of {prompt_tokens}")
+        ids = ids[: max(1, prompt_tokens * (1 + seed % 4) // 4)]
         of_this = Plan(**{**vars(plan), "seed": seed})
         found.append(inspect_ids(subject, ids, "", of_this, Thresholds(), ""))
         tick()

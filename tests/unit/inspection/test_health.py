@@ -121,12 +121,19 @@ def test_calibrated_flags_are_silent_on_their_own_text_and_speak_on_another():
     assert {"high_entropy", "unusual"} <= {flag.name for flag in flags_of(odd, thresholds) if flag.fired}
 
 
-def test_a_figure_that_is_missing_is_unusual():
+def test_figures_that_were_not_captured_do_not_count():
     thresholds = calibrate(clean(20))
     summary = summary_of(clean(1)[0])
     assert unusual(summary, thresholds) < thresholds.unusual
-    summary["prompt_basin"] = None
-    assert unusual(summary, thresholds) == math.inf
+    assert unusual({**summary, "prompt_basin": None}, thresholds) < thresholds.unusual
+    assert unusual({}, thresholds) is None
+
+
+def test_a_figure_that_clean_text_never_changes_makes_nothing_impossible():
+    thresholds = calibrate(clean(20))
+    summary = summary_of(clean(1)[0])
+    moved = {**summary, "mean_margin": (summary["mean_margin"] or 0) * 1.05}
+    assert unusual(moved, thresholds) < 3
 
 
 @pytest.mark.parametrize(("n", "quantile", "named"), [(7, 0.99, "7"), (20, 1.0, "1.0"), (20, 0.1, "0.1")])
