@@ -306,7 +306,7 @@ def summary(report: Report) -> str:
         lines.append(f"thresholds are general ones: {COMMAND} calibrate fits them to this model")
     b = report.baselines
     lines.append(
-        f"perplexity {page.shown(b.perplexity)}, entropy {page.shown(b.mean_entropy_bits)} bits (at most "
+        f"perplexity of the text {page.shown(b.perplexity)}, entropy {page.shown(b.mean_entropy_bits)} bits (at most "
         f"{page.shown(b.max_entropy_bits)}), {1 / (report.latency.inter_token_mean or 1):.0f} tokens/s"
     )
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
