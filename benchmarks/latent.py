@@ -111,7 +111,10 @@ def drift_of(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def mean_of_seeds(rows: Sequence[Row], name: str) -> list[torch.Tensor]:
     """By document, each prediction's value averaged over the seeds: all were tested on the same text."""
-    return [torch.stack(list(parts)).mean(0) for parts in zip(*(row.held_out.by_document(name) for row in rows))]  # noqa: B905
+    return [
+        torch.stack(list(parts)).mean(0)
+        for parts in zip(*(row.held_out.by_document(name) for row in rows), strict=True)
+    ]
 
 
 def summary(rows: Sequence[Row], beaten: Sequence[Row]) -> dict[str, Any]:

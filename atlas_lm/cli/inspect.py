@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -27,16 +26,13 @@ try:
     from atlas_lm.inspection import page, schema, sinks
     from atlas_lm.inspection.calibrate import QUANTILE, calibrate
     from atlas_lm.inspection.capture import Plan, Trace
-    from atlas_lm.inspection.health import Thresholds
+    from atlas_lm.inspection.health import Thresholds, read_thresholds
     from atlas_lm.inspection.schema import Report
     from atlas_lm.inspection.subject import AtlasSubject, Subject, clean_reports, inspect_text, load_hugging_face
 except ImportError as error:
     if error.name is None or not error.name.startswith("pydantic"):
         raise
     raise ValueError("inspect needs pydantic: pip install 'atlas-lm[inspect]'") from error
-
-if TYPE_CHECKING:
-    from atlas_lm.inspection.sinks import Sinks
 
 COMMAND = "python -m atlas_lm inspect"
 FOLDER, THRESHOLDS = "inspection", "thresholds.json"  # in a run folder
@@ -183,16 +179,6 @@ def open_subject(o: Options | Calibration) -> tuple[Subject, Path]:
     return AtlasSubject(model, tokenizer, folder.parent.name), folder / FOLDER
 
 
-def read_thresholds(path: Path) -> Thresholds:
-    """ValueError: there is no such file, or it holds none."""
-    try:
-        return Thresholds.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"thresholds={path}: there is no such file; {COMMAND} calibrate writes one") from None
-    except ValueError as error:
-        raise ValueError(f"thresholds={path} holds none ({str(error).splitlines()[0]}): calibrate again") from error
-
-
 def main(arguments: list[str]) -> None:
     """See the module. ValueError: bad arguments, or what they name is not there."""
     commands: dict[str, Callable[[list[str]], None]] = {
@@ -249,7 +235,7 @@ def inspect_main(arguments: list[str]) -> None:
 class Streaming:
     """What was written since the last flush goes to the sinks that are live."""
 
-    def __init__(self, opened: Sinks, name: str) -> None:
+    def __init__(self, opened: sinks.Sinks, name: str) -> None:
         self.opened, self.name, self.sent = opened, name, 0
 
     def flush(self, trace: Trace) -> None:

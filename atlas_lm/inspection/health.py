@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +22,8 @@ LARGEST = 3  # deviations that `unusual` is the mean of
 class Thresholds(BaseModel):
     """Where flags begin."""
 
-    model_config = ConfigDict(extra="forbid")
+    # a model without a memory has no bound on its norm, and ∞ as null would not be read back
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     high_entropy_bits: float = 4.0
     """Bits above which a step counts as one of high entropy."""
@@ -49,6 +51,16 @@ class Thresholds(BaseModel):
     """Its median absolute deviation, in standard deviations."""
     unusual: float = math.inf
     """Mean of the three largest deviations from them above which a generation is unusual."""
+
+
+def read_thresholds(path: Path) -> Thresholds:
+    """Of a file that `python -m atlas_lm inspect calibrate` wrote. ValueError: there is none, or it holds none."""
+    try:
+        return Thresholds.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"thresholds={path}: there is no such file; inspect calibrate writes one") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"thresholds={path} cannot be read ({str(error).splitlines()[0]}): calibrate again") from error
 
 
 def deviations(summary: dict[str, float | None], thresholds: Thresholds) -> dict[str, float]:

@@ -6,6 +6,7 @@ import html
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -114,7 +115,7 @@ def _pictures(report: Report) -> list[tuple[str, Callable[[Axes], None]]]:
         ("output_ratio", "Memory's output ÷ attention's"), ("write_strength", "Memory: write strength"),
     ):  # fmt: skip
         if memory.labels and getattr(memory, name):
-            found.append((heading, lambda ax, name=name: by_memory(ax, report, name)))  # type: ignore[misc]
+            found.append((heading, partial(by_memory, report=report, name=name)))
     return found
 
 

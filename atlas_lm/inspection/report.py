@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,20 +24,26 @@ def build(
     steps.tokens = names(steps.token_ids)
     steps.top_tokens = [names([int(i) for i in row]) for row in steps.top_tokens]
     prompt = trace.prompt if trace.prompt is not None else Prompt(text="", tokens=[])
-    report = Report(
-        id=uuid.uuid4().hex, created=datetime.now(UTC).isoformat(timespec="seconds"), version=version, model=model,
-        settings=Settings(
-            capture=plan.capture, layers=plan.chosen(model.layers) if plan.every else [], every=plan.every,  # type: ignore[arg-type]
-            tokens=plan.tokens, temperature=plan.temperature, top_k=plan.top_k, top_p=plan.top_p, seed=plan.seed,
-        ),
-        prompt=prompt, text=text, steps=steps, layers=trace.layers, cross=trace.cross, memory=trace.memory,
-        latency=latency_of(trace), summary={}, baselines=baselines_of(trace), flags=[], warnings=trace.warnings,
+    # as a file gives them back: what is not finite is None, and no judgement takes NaN for a number
+    parts = [part.model_dump() for part in (prompt, steps, trace.layers, trace.cross, trace.memory)]
+    report = Report.model_validate(
+        {
+            **dict(zip(("prompt", "steps", "layers", "cross", "memory"), parts, strict=True)),
+            "id": uuid.uuid4().hex, "created": datetime.now(UTC).isoformat(timespec="seconds"), "version": version,
+            "model": model, "text": text, "latency": latency_of(trace), "baselines": baselines_of(trace),
+            "settings": Settings(
+                capture=plan.capture,  # type: ignore[arg-type]  # Plan has checked it
+                layers=plan.chosen(model.layers) if plan.every else [], every=plan.every, tokens=plan.tokens,
+                temperature=plan.temperature, top_k=plan.top_k, top_p=plan.top_p, seed=plan.seed,
+            ),
+            "summary": {}, "flags": [], "warnings": trace.warnings,
+        }
     )  # fmt: skip
-    report.summary = summary.summary_of(report)
+    report.summary = {name: value if value is None or math.isfinite(value) else None
+                      for name, value in summary.summary_of(report).items()}  # fmt: skip
     report.flags = health.flags_of(report, thresholds)
-    report.thresholds = thresholds.model_dump(mode="json")
-    # what is not finite is null
-    return Report.model_validate(report.model_dump())
+    report.thresholds = json.loads(thresholds.model_dump_json())  # ∞ as text
+    return report
 
 
 def baselines_of(trace: Trace) -> Baselines:
@@ -52,14 +60,15 @@ def baselines_of(trace: Trace) -> Baselines:
 
 def latency_of(trace: Trace) -> Latency:
     """Seconds, by what they were spent on: the steps overlap nothing, so the parts add up to the total."""
-    steps = trace.steps
-    waits = summary.numbers(steps.latency_seconds)
-    forward, capture = sum(summary.numbers(steps.forward_seconds)), sum(summary.numbers(steps.capture_seconds))
-    total = sum(waits)
+    waits = summary.numbers(trace.steps.latency_seconds)
+    forward = sum(summary.numbers(trace.steps.forward_seconds[1:]))  # the first pass is the prompt's
+    capture = sum(summary.numbers(trace.steps.capture_seconds))
+    named = trace.prompt_seconds + forward + capture
+    total = max(sum(waits), named)  # rows that wait at the end are reduced after the last token
     return Latency(
         total=total, time_to_first_token=waits[0] if waits else None, inter_token_mean=summary.mean(waits[1:]),
         by_operation={
-            "forward": forward, "of it the prompt": trace.prompt_seconds, "capture": capture,
-            "drawing and the rest": max(0.0, total - forward - capture),
+            "prompt": trace.prompt_seconds, "forward": forward, "capture": capture,
+            "drawing and the rest": total - named,
         },
     )  # fmt: skip

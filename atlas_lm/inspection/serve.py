@@ -54,7 +54,7 @@ def serve(folder: Path, outputs: Path, port: int = 8501) -> None:
     check_port(port)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # as this process finds the package
     child = subprocess.Popen(command(folder, outputs, port), env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # no server is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # the server ends too
     try:
         code = child.wait()
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from atlas_lm.inspection import atlas, hugging_face, memory
@@ -40,30 +41,31 @@ class Subject(Protocol):
         ...
 
 
+def info_of(model: Any, name: str) -> ModelInfo:
+    """Of one of ours."""
+    config = model.config
+    return ModelInfo(
+        kind="atlas_lm", name=name, parameters=sum(p.numel() for p in model.parameters()), layers=config.layers,
+        heads=config.heads, vocabulary=model.embed.num_embeddings,
+        memories=memory.labels_of(model, range(config.layers)),
+    )  # fmt: skip
+
+
 class AtlasSubject:
     """One of ours."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self.model, self.tokenizer = model, tokenizer
-        config = model.config
-        self.info = ModelInfo(
-            kind="atlas_lm", name=name, parameters=sum(p.numel() for p in model.parameters()), layers=config.layers,
-            heads=config.heads, vocabulary=model.embed.num_embeddings,
-            memories=memory.labels_of(model, range(config.layers)),
-        )  # fmt: skip
+        self.info = info_of(model, name)
 
     def encode(self, text: str) -> list[int]:
         """A document begins with the separator, as in training."""
         return [self.tokenizer.separator_id, *(int(i) for i in self.tokenizer.encode(text))]
 
     def names(self, ids: Sequence[int]) -> list[str]:
-        import numpy as np
-
         return [self.tokenizer.decode(np.array([i])) for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        import numpy as np
-
         return self.tokenizer.decode(np.array(list(ids), dtype=np.int64))
 
     def run(self, ids: Sequence[int], plan: Plan, text: str, on_flush: Flushed = lambda _: None) -> Trace:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from atlas_lm import __version__
-from atlas_lm.inspection import atlas, memory
+from atlas_lm.inspection import atlas
 from atlas_lm.inspection.capture import Plan
-from atlas_lm.inspection.health import Thresholds
+from atlas_lm.inspection.health import Thresholds, read_thresholds
 from atlas_lm.inspection.report import build
-from atlas_lm.inspection.schema import ModelInfo
+from atlas_lm.inspection.subject import info_of
 
 # Of the summary: what is worth a curve. Memories' are logged one by one.
 LOGGED = (
@@ -38,13 +38,7 @@ class TrainingInspector:
         if prompt_tokens < 1:
             raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1")
         self.prompt_tokens = prompt_tokens
-        self.thresholds = Thresholds()
-        if thresholds is not None:
-            try:
-                self.thresholds = Thresholds.model_validate_json(Path(thresholds).read_bytes())
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"thresholds={thresholds} cannot be read ({reason}): calibrate again") from error
+        self.thresholds = Thresholds() if thresholds is None else read_thresholds(Path(thresholds))
 
     def inspect(self, module: Any, batch: Any) -> Sequence[tuple[Mapping[str, float], Sequence[str], str]]:
         """See `callbacks.generation_health.Inspector`. TypeError: the module has no model of ours."""
@@ -54,12 +48,7 @@ class TrainingInspector:
         return [self._one(model, row) for row in batch["input_ids"][:, : self.prompt_tokens].tolist()]
 
     def _one(self, model: Any, ids: list[int]) -> tuple[dict[str, float], list[str], str]:
-        config = model.config
-        info = ModelInfo(
-            kind="atlas_lm", name=config.name, parameters=sum(p.numel() for p in model.parameters()),
-            layers=config.layers, heads=config.heads, vocabulary=model.embed.num_embeddings,
-            memories=memory.labels_of(model, range(config.layers)),
-        )  # fmt: skip
+        info = info_of(model, model.config.name)
         with torch.inference_mode():
             trace = atlas.inspect(model, ids, self.plan, _numbers)
         report = build(trace, info, self.plan, _numbers, "", self.thresholds, __version__)

@@ -63,7 +63,7 @@ TIMES = {"seconds", "trained", "guard/probe_seconds", "_began", "_trained", "_sa
 
 
 class Reads:
-    """An inspector that tells what it is given."""
+    """An inspector that reports the loss of its batch."""
 
     def inspect(self, module: Any, batch: Any) -> Any:
         return [({"loss": float(module.held_out_loss(batch))}, [], "{}")]
