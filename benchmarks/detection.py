@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from atlas_lm.cli import inspect as command
+from atlas_lm.cli import inspect_calibrate, inspect_subject
 from atlas_lm.cli.arguments import call, parse
 from atlas_lm.files import write_atomically
 from atlas_lm.inspection.calibrate import calibrate
@@ -67,7 +67,7 @@ class Options:
     """Folder of all runs."""
 
     def __post_init__(self) -> None:
-        command.check_subject(self.run, self.model)
+        inspect_subject.check_subject(self.run, self.model)
 
 
 def scores_of(report: Report, thresholds: Thresholds) -> dict[str, float]:
@@ -96,10 +96,10 @@ def with_interval(bad: Sequence[float], sound: Sequence[float], seed: int = 0) -
 
 def prompts_of(o: Options, subject: Subject) -> list[list[int]]:
     """Three times as many as a fault needs: for thresholds, sound ones, and those that faults are planted in."""
-    calibration = command.Calibration(
+    calibration = inspect_calibrate.Calibration(
         run=o.run, model=o.model, gguf=o.gguf, text=o.text, texts=max(8, 3 * o.prompts), outputs=o.outputs
     )
-    texts = command.clean_texts(calibration, subject, o.prompt_tokens)
+    texts = inspect_calibrate.clean_texts(calibration, subject, o.prompt_tokens)
     return [subject.encode(text)[: o.prompt_tokens] for text in texts]
 
 
@@ -193,8 +193,8 @@ def interval(found: Sequence[float] | None) -> str:
 
 def main(arguments: list[str]) -> None:
     o = parse(Options, arguments, "python -m benchmarks.detection")
-    subject, _ = command.open_subject(
-        command.Calibration(run=o.run, model=o.model, gguf=o.gguf, text=o.text or "-", outputs=o.outputs)
+    subject, _ = inspect_subject.open_subject(
+        inspect_calibrate.Calibration(run=o.run, model=o.model, gguf=o.gguf, text=o.text or "-", outputs=o.outputs)
     )
     content = measure(o, subject, lambda what: print(what, file=sys.stderr, flush=True))
     path = Path(o.out)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from atlas_lm.cli.arguments import call, parse
-from atlas_lm.cli.inspect import Calibration, open_subject
+from atlas_lm.cli.inspect_calibrate import Calibration
+from atlas_lm.cli.inspect_subject import open_subject
 from atlas_lm.files import ROOT, write_atomically
 from atlas_lm.inspection import hugging_face
 from atlas_lm.inspection.capture import Plan

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atlas_lm.inspection.hugging_face import find_stack
+from atlas_lm.inspection.layers import find_stack
 from atlas_lm.model.block import MemoryBranch
 from atlas_lm.model.session import Session
 

