@@ -138,7 +138,7 @@ class Latency(_Part):
 
 
 class Baselines(_Part):
-    """Cheap scores of one pass, to hold every other one against."""
+    """Cheap scores of one pass, to compare every other score with."""
 
     sequence_log2_probability: Number = None  # maximum sequence probability, as its logarithm
     perplexity: Number = None
