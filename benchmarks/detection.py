@@ -71,7 +71,7 @@ class Options:
 
 
 def scores_of(report: Report, thresholds: Thresholds) -> dict[str, float]:
-    """Every number that could tell a fault, larger for the worse where that is known; NaN where there is none."""
+    """Every number that could show a fault, larger for the worse where that is known; NaN where there is none."""
     baselines = report.baselines.model_dump()
     found = {f"baseline {name}": baselines[name] for name in CHEAP}
     found["unusual"] = unusual(report.summary, thresholds)

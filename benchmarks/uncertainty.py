@@ -144,7 +144,7 @@ def auroc(uncertainty: Sequence[float], quality: Sequence[float]) -> float:
 
 @dataclass
 class Options:
-    """Ask questions with known answers, and see which scores tell right ones from wrong ones."""
+    """Ask questions with known answers, and see which scores separate right answers from wrong ones."""
 
     model: str
     """Folder of a model of transformers."""

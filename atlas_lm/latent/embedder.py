@@ -1,4 +1,4 @@
-"""A sentence-transformers model, and what tells it from every other: the hash of its weights and tokenizer."""
+"""A sentence-transformers model, and what identifies it: the hash of its weights and tokenizer."""
 
 from __future__ import annotations
 

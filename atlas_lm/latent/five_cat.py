@@ -101,7 +101,7 @@ def offsets_of(context: int) -> list[int]:
 def measure(predictor: Predictor, sets: Sets, centre_D: Tensor, whole: bool = True) -> Measured:
     """All five on one set. `centre_D`: of this predictor's own predictions on training text, see `centre_of`.
 
-    `whole` False: A and B alone, and what tells of a collapse.
+    `whole` False: A and B alone, and the measures of a collapse.
     """
     found, context = Measured(), sets.context
     offsets = offsets_of(context)

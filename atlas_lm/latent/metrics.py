@@ -32,7 +32,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def centred(x: Tensor, centre: Tensor) -> Tensor:
-    """Directions from a centre: what all frames have in common tells none of them from another."""
+    """Directions from a centre: what all frames have in common distinguishes none of them."""
     return unit(x - centre)
 
 
