@@ -211,26 +211,34 @@ def test_sequences_within_attentions_reach_are_said_not_to_be_measured(
     assert len([r for r in caplog.records if "not measured" in r.message]) == 1
 
 
-def unused_on_both() -> Any:
+def judged_together(second: float) -> Any:
+    """What both ranks raise where the first has a gain of 0.3 more, and the second of so many times 0.3."""
     from tests.unit.callbacks.test_two_ranks import train
 
     class Uneven(Reader):
         def losses_after_restarts(self, batch: Any, restarts: Any, block: int) -> Tensor:
-            sign = 1.0 if self.trainer.global_rank == 0 else -1.2  # only together they are below 0
+            sign = 1.0 if self.trainer.global_rank == 0 else second
             found = super().losses_after_restarts(batch, restarts, block)
             found[:-1] += sign * 0.3
             return found
 
-    try:
-        train(Uneven(0.0), MemoryHorizon(every_n_steps=2, from_step=0, on_failure="stop"), limit_val_batches=1)
-    except MemoryUnused as error:
-        return str(error)
-    return None
+    probe = MemoryHorizon(every_n_steps=2, from_step=0, on_failure="stop")
+    return train(Uneven(0.0), probe, limit_val_batches=1)["raised"]
+
+
+def unused_on_both() -> Any:
+    return judged_together(-1.2)  # only together they are below 0
+
+
+def used_on_both() -> Any:
+    return judged_together(1.0)
 
 
 def test_two_ranks_judge_the_sequences_of_both() -> None:
-    [(first, second)] = run_on_two_ranks(unused_on_both)
-    assert first == second is not None
+    unused, used = run_on_two_ranks(unused_on_both, used_on_both)
+    assert unused[0] == unused[1], unused
+    assert unused[0][:2] == ("raised", "MemoryUnused")
+    assert used == [None, None]
 
 
 # The real model

@@ -39,7 +39,7 @@ def train(module: Line, *callbacks: Any, ckpt_path: Any = None, **changes: Any) 
         strategy=changes.pop("strategy", None) or DDPStrategy(timeout=timedelta(seconds=30)),
         max_steps=changes.pop("max_steps", STEPS), logger=False, enable_model_summary=False,
         enable_checkpointing=False, enable_progress_bar=False, default_root_dir=shared_folder(),
-        num_sanity_val_steps=0, limit_val_batches=0, log_every_n_steps=1, **changes,
+        num_sanity_val_steps=0, limit_val_batches=changes.pop("limit_val_batches", 0), log_every_n_steps=1, **changes,
     )  # fmt: skip
     raised = None
     try:
