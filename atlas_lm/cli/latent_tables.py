@@ -42,7 +42,8 @@ def measures_table(rows: Sequence[Row], other: bool) -> str:
             continue
         chance, cells = found.chance, []
         for name, of in intervals_of(found).items():
-            bounds = "" if name in ("recall_at_1", "recall_at_10", "reciprocal") else f" [{of.low:.3f}, {of.high:.3f}]"
+            bare = name in ("recall_at_1", "recall_at_10", "reciprocal") or math.isnan(of.low)
+            bounds = "" if bare else f" [{of.low:.3f}, {of.high:.3f}]"
             cells.append(f"{of.mean:.3f}{bounds}")
         passed = "".join(test for test, holds in row.passed.items() if holds)
         cells += [f"{found.effective_rank / found.data_rank:.2f}", f"{found.spread:.2f}", passed or "none"]

@@ -24,13 +24,16 @@ class Interval(NamedTuple):
 
 
 def interval(values_NT: Tensor, seed: int = 0) -> Interval:
-    """Of all values that are not NaN, (N, T) or (N,); NaN where there is none."""
+    """Of all values that are not NaN, (N, T) or (N,); NaN where there is none, and no bounds from a single sequence,
+    which says nothing of how far others differ."""
     values = values_NT.double().cpu().reshape(len(values_NT), -1)
     there = ~values.isnan()
     sums, counts = torch.where(there, values, 0.0).sum(1), there.sum(1).double()
     sums, counts = sums[counts > 0], counts[counts > 0]
     if not len(counts):
         return Interval(math.nan, math.nan, math.nan)
+    if len(counts) == 1:
+        return Interval(float(sums / counts), math.nan, math.nan)
     drawn = torch.randint(len(counts), (RESAMPLES, len(counts)), generator=torch.Generator().manual_seed(seed))
     samples = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = samples.quantile(torch.tensor([TAIL, 1 - TAIL], dtype=torch.double)).tolist()

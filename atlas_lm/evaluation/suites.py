@@ -75,7 +75,7 @@ def captured(subjects: Sequence[Subject], gains: Table, length: int) -> list[str
     if full is None:
         return ["- No run attends to the whole length: what this text offers is not known."]
     offered = next(iter(gains.cells[full].values()))
-    if offered.low <= 0:
+    if not offered.low > 0:  # NaN too
         return [f"- Full attention ({full}) gains nothing on this text: it tests no memory."]
     means = {name: next(iter(cells.values())).mean for name, cells in gains.cells.items() if name != full}
     return [

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atlas_lm.latent.frames import check_vectors
 
+log = logging.getLogger(__name__)
+
 INSTALL = "pip install 'atlas-lm[latent]'"
 
 
 class Embedder:
-    """Text → unit vectors. ValueError: the library is not installed, or the model cannot be loaded."""
+    """Text → unit vectors. ValueError: there is no library, or the model cannot be loaded or is no embedder."""
 
     def __init__(self, model: str, batch: int) -> None:
         self.batch = batch
@@ -22,6 +26,16 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ValueError(f"embed needs sentence-transformers: {INSTALL}") from error
+        if not Path(model).exists():
+            if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+                raise ValueError(f"model={model}: there is no such folder; correct the path")
+            log.info("model=%s is no folder here: looking it up in the Hub's cache, then on the Hub", model)
+        elif not (Path(model) / "modules.json").is_file():
+            # the library makes an embedder of any model, by a mean that nothing was trained for
+            raise ValueError(
+                f"model={model} has no modules.json, so it is no sentence-transformers model, as all-MiniLM-L6-v2 is; "
+                "to embed by its mean all the same, save it with SentenceTransformer(model).save(folder)"
+            )
         try:
             self.model: Any = SentenceTransformer(model, device="cpu")
         except Exception as error:  # of a library that raises what its parts raise

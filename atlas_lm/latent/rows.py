@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,8 @@ def verdict(row: Row, beaten: Sequence[Row], interval: Callable[[Tensor], Any]) 
             holds &= better
             is_ = "better than" if better else "worse than" if found.high < 0 else "no better than"
             values = f"{found.mean:+.3f}, {found.low:+.3f} to {found.high:+.3f}"
+            if math.isnan(found.low):
+                is_, values = "not known to be better than", f"{found.mean:+.3f}, one document has no interval"
             words.append(f"{is_} {other.name} in {WORDS[measure_name]} ({values})")
     share = row.held_out.effective_rank / row.held_out.data_rank
     holds &= share >= RANK

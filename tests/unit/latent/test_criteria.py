@@ -73,3 +73,14 @@ def test_better_in_both_measures_and_no_collapse_holds() -> None:
     assert not holds
     assert [word.split(" in ")[0] for word in words[:4]] == ["better than last frame"] * 2 + ["worse than ridge"] * 2
     assert "no better than ridge" in verdict(row("model", 0.75, seed=3), beaten, interval)[1][2]
+
+
+def test_one_document_establishes_nothing() -> None:
+    def alone(found: Row) -> Row:
+        found.held_out.accuracy = found.held_out.accuracy[:1]
+        found.held_out.recalls[5] = found.held_out.recalls[5][:1]
+        return found
+
+    holds, words = verdict(alone(row("model", 0.8)), [alone(row("last frame", 0.7, seed=1))], interval)
+    assert not holds
+    assert words[0].startswith("not known to be better than last frame")

@@ -230,8 +230,13 @@ def test_a_sentence_transformers_model_embeds_and_is_known_again(corpus: Path, t
         next(copy.model.parameters()).view(-1)[0] += 1
     assert fingerprint(copy.model) != one.hash
     assert one.cut_short(["word " * 40, "word"]) == 1
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="no such folder"):
         Embedder(str(tmp_path / "nothing"), 4)
+    with pytest.raises(ValueError, match=r"no modules\.json"):  # the library would take the mean of its states
+        Embedder(str(tiny.parent / "bert"), 4)
+    (tmp_path / "copy" / "config.json").write_text("no JSON")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Embedder(str(tmp_path / "copy"), 4)
 
 
 def test_without_the_library_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
