@@ -5,6 +5,9 @@ validation loss is compared with the clean run of the same seed. Variants: `ours
 application without them and without clipping; `lightning`, with Lightning's SpikeDetection and gradient clipping.
 A run that stopped and says that it can be resumed is, with resume=auto. Results go to the JSON file as they come, and a
 second call does what is missing there. Disk full needs root, for a small tmpfs; else a limit on the size of files.
+
+--latent FOLDER: into next-vector prediction on the vectors that `embed` wrote there, with the safeguards alone; its
+linear memory has no W_init and no gate that a fault could destroy.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from benchmarks.injection import STRUCK
 
 ROOT = Path(__file__).parents[1]
 STEPS = 120
-SHORT = [
+LANGUAGE = [
     # whose W_init holds something that a fault can destroy
     "+experiment=stage1", "model=tiny_deep", "data.source.tokenizer=bytes",
     f"optim.total_steps={STEPS}", "data.seq_len=512", "data.batch_size=2",
@@ -66,6 +69,13 @@ VARIANTS = {
     ],
 }  # fmt: skip
 TWO_RANKS = ["trainer.devices=2", "trainer.strategy=ddp"]
+LATENT = [
+    "+experiment=latent_memory", f"optim.total_steps={STEPS}", "trainer.log_every_n_steps=1",
+    "callbacks.progress.every_n_seconds=1000", "callbacks.spike_rollback.every_n_steps=5",
+    "callbacks.step_checkpoint.every_n_steps=10", "callbacks.rank_agreement.every_n_steps=10",
+    "callbacks.hang_watch.timeout_s=10",
+]  # fmt: skip
+NOT_LATENT = ("empty_memory", "shut_gates")
 COUNTERS = {
     "nonfinite_guard/skipped_steps": "nonfinite guard",
     "outlier_guard/outliers": "outlier guard",
@@ -116,8 +126,8 @@ NAMES = {fault.name: fault for fault in FAULTS}
 class Run:
     """One fault, one seed, one variant, in a folder of its own."""
 
-    def __init__(self, fault: Fault, seed: int, variant: str, folder: Path) -> None:
-        self.fault, self.seed, self.variant, self.folder = fault, seed, variant, folder
+    def __init__(self, fault: Fault, seed: int, variant: str, folder: Path, latent: Path | None = None) -> None:
+        self.fault, self.seed, self.variant, self.folder, self.latent = fault, seed, variant, folder, latent
         self.random = random.Random(f"{fault.name} {seed}")
         self.at = self.random.randrange(STEPS // 3, STEPS * 5 // 6)
         self.outputs = folder / "outputs"
@@ -134,8 +144,10 @@ class Run:
         injected = [f"+callbacks.fault.{setting}" for setting in struck] if self.fault.target else []
         if self.fault.target:
             injected.append(f"+callbacks.fault._target_=benchmarks.injection.{self.fault.target}")
+        vectors = [] if self.latent is None else [f"data.source.path={self.latent}"]
+        experiment = [*LANGUAGE, *VARIANTS[self.variant]] if self.latent is None else [*LATENT, *vectors]
         return [
-            sys.executable, str(ROOT / "train.py"), *SHORT, *VARIANTS[self.variant], "name=f",
+            sys.executable, str(ROOT / "train.py"), *experiment, "name=f",
             f"paths.outputs={self.outputs}", f"seed={self.seed}", f"data.seed={self.seed}", *self.fault.overrides,
             *injected, *overrides,
         ]  # fmt: skip
@@ -345,6 +357,9 @@ def scenario_disk_full(run: Run) -> dict[str, Any]:
 
 def scenario_shard_flipped(run: Run) -> dict[str, Any]:
     shards = run.folder / "shards"
+    if run.latent is not None:
+        shutil.copytree(run.latent, shards)
+        return run_on_flipped(run, run.random.choice(sorted(shards.glob("part-*.f32"))), f"data.source.path={shards}")
     prepared = subprocess.run(
         [sys.executable, "-m", "atlas_lm", "prepare", "source=stdlib", f"out={shards}"],
         cwd=ROOT, capture_output=True, text=True,
@@ -352,9 +367,14 @@ def scenario_shard_flipped(run: Run) -> dict[str, Any]:
     if prepared.returncode:
         raise SystemExit(prepared.stderr)
     shard = run.random.choice(sorted(path for path in shards.glob("*token*") if path.stat().st_size))
+    return run_on_flipped(run, shard, "data=tokens", f"data.source.path={shards}")
+
+
+def run_on_flipped(run: Run, shard: Path, *overrides: str) -> dict[str, Any]:
+    """A run that reads a damaged file."""
     flip(shard, run.random)
     began = time.time()
-    code = run.launch("data=tokens", f"data.source.path={shards}")
+    code = run.launch(*overrides)
     return {
         "exit_code": code, "detected_by": "shards' checksums" if run.errors and shard.name in run.errors[-1] else None,
         "steps_to_detection": 0, "action": "stop", "steps_lost": 0, "message": (run.errors or [""])[-1][7:400],
@@ -447,11 +467,11 @@ def ending(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(fault: Fault, seed: int, variant: str, keep: Path | None) -> dict[str, Any]:
+def measure(fault: Fault, seed: int, variant: str, keep: Path | None, latent: Path | None = None) -> dict[str, Any]:
     """One row."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run = Run(fault, seed, variant, folder)
+        run = Run(fault, seed, variant, folder, latent)
         began = time.time()
         found: dict[str, Any] = {"fault": fault.name, "seed": seed, "variant": variant, "at": run.at}
         found |= globals()[f"scenario_{fault.scenario}"](run)
@@ -554,29 +574,33 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--faults", help="comma-separated, instead of all", default=",".join(NAMES))
+    parser.add_argument("--faults", help="comma-separated, instead of all")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--latent", type=Path, metavar="FOLDER", help="next-vector prediction, on vectors of `embed`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clean-seeds", type=int, default=5)
     parser.add_argument("--compared-seeds", type=int, default=1, help="of the variants without our callbacks")
-    parser.add_argument("--json", type=Path, default=Path("outputs/faults.json"))
+    parser.add_argument("--json", type=Path, help="instead of outputs/faults.json or outputs/faults_latent.json")
     parser.add_argument("--logs", type=Path, help="folder for what the runs print")
     args = parser.parse_args()
-    wanted = args.faults.split(",")
+    latent = None if args.latent is None else args.latent.absolute()
+    file = args.json or Path("outputs") / ("faults.json" if latent is None else "faults_latent.json")
+    variants = args.variants.split(",") if latent is None else ["ours"]
+    wanted = args.faults.split(",") if args.faults else [n for n in NAMES if latent is None or n not in NOT_LATENT]
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         parser.error(f"there is no fault {', '.join(unknown)}; there are {', '.join(NAMES)}")
     todo = []
     for name in wanted:
         fault = NAMES[name]
-        for variant in args.variants.split(","):
+        for variant in variants:
             if variant != "ours" and not (fault.compared or name == "clean"):
                 continue
             seeds = args.seeds if variant == "ours" else args.compared_seeds
             seeds = 1 if name.startswith("kills") else args.clean_seeds if name == "clean" == variant else seeds
             seeds = args.clean_seeds if name == "clean" and variant == "ours" else seeds
             todo += [(fault, seed, variant) for seed in range(seeds)]
-    rows: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json.is_file() else []
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     done = {(row["fault"], row["seed"], row["variant"]) for row in rows}
     todo = [one for one in todo if (one[0].name, one[1], one[2]) not in done]
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -584,9 +608,9 @@ def main() -> None:
         task = bar.add_task("", total=len(todo))
         for fault, seed, variant in todo:
             bar.update(task, description=f"{fault.name}, seed {seed}, {variant}")
-            rows.append(measure(fault, seed, variant, args.logs))
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1))
+            rows.append(measure(fault, seed, variant, args.logs, latent))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rows, indent=1))
             bar.advance(task)
     measuring.publish(table(rows), COLUMNS, None)
 

@@ -102,11 +102,15 @@ class LearningRate(Fault):
 
 
 class GarbageTokens(Fault):
-    """20 batches of random tokens."""
+    """20 batches of random tokens, or of random directions in place of the frames."""
 
     lasts = 20
 
     def hit(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if "frames" in batch:
+            noise = torch.randn(batch["frames"].shape, generator=self.generator)
+            batch["frames"].copy_(torch.nn.functional.normalize(noise, dim=-1))
+            return
         for name in ("input_ids", "targets"):
             values = batch[name]
             values.copy_(torch.randint(int(values.max()) + 1, values.shape, generator=self.generator))
