@@ -297,11 +297,12 @@ def resume(run: Run) -> dict[str, Any]:
 def scenario_damaged(run: Run, damage: Callable[[Path], None]) -> dict[str, Any]:
     code = run.launch()
     newest = checkpoints_in(run.run / "checkpoints")[0]
+    names = newest.name, newest.resolve().name, "last.ckpt"
     damage(newest)
     at = len(read_rows(run.run / "metrics.jsonl"))
     again = run.launch("resume=auto")
     began = [line for line in run.output().splitlines() if "the records continue at step" in line]
-    reported = [line for line in run.output().splitlines() if newest.name in line or "last.ckpt" in line]
+    reported = [line for line in run.output().splitlines() if any(name in line for name in names)]
     reported = [line for line in reported if "damaged" in line or "truncated" in line]
     return {
         "exit_code": code, "resumed": again, "detected_by": "manifest" if reported else None, "steps_to_detection": 0,
@@ -330,7 +331,8 @@ def flip(path: Path, draw: random.Random) -> None:
 
 def scenario_disk_full(run: Run) -> dict[str, Any]:
     """A disk with room for a few checkpoints only."""
-    room = run.random.randrange(60, 160) << 20
+    # some checkpoints of 21 or 8 MB
+    room = (run.random.randrange(60, 160) if run.latent is None else run.random.randrange(20, 60)) << 20
     run.outputs.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(run.outputs)], capture_output=True
@@ -348,7 +350,8 @@ def scenario_disk_full(run: Run) -> dict[str, Any]:
         }  # fmt: skip
         if is_disk:
             subprocess.run(["mount", "-o", "remount,size=1g", str(run.outputs)], check=True)
-        found |= resume(run)
+        if code != 0:
+            found |= resume(run)
         return found | ending(run)
     finally:
         if is_disk:
