@@ -332,7 +332,7 @@ def flip(path: Path, draw: random.Random) -> None:
 def scenario_disk_full(run: Run) -> dict[str, Any]:
     """A disk with room for a few checkpoints only."""
     # some checkpoints of 21 or 8 MB
-    room = (run.random.randrange(60, 160) if run.latent is None else run.random.randrange(20, 60)) << 20
+    room = (run.random.randrange(60, 160) if run.latent is None else run.random.randrange(10, 24)) << 20
     run.outputs.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(run.outputs)], capture_output=True
