@@ -109,13 +109,14 @@ class JsonTokenizer:
                 f"{str(path)!r} has no separator token {separator or SEPARATORS}: name one of its special tokens"
             )
         self._separator_id = int(found)
+        self._vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._unknown, self._unknown_token = unknown_id(self._tokenizer.to_str())
         self._distinguished: dict[str, bool] = {}  # white space: whether it leaves a trace in the ids
 
     @property
     def vocab_size(self) -> int:
         """Largest id + 1 (ids may have holes)."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return self._vocab_size
 
     @property
     def separator_id(self) -> int:
