@@ -49,7 +49,8 @@ def logit_metrics(logits_BV: Tensor, k: int = 10, tokens_B: Tensor | None = None
     """
     logp_BV = wide(logits_BV).log_softmax(-1)
     p_BV = logp_BV.exp()
-    entropy = torch.special.entr(p_BV).sum(-1) * BITS  # 0 log 0 = 0
+    # 0 log 0 = 0; a tenth of entr's time, which takes the logarithm again
+    entropy = -torch.linalg.vecdot(p_BV, logp_BV.clamp_min(torch.finfo(logp_BV.dtype).min)) * BITS
     top, tokens = p_BV.topk(min(k, p_BV.size(-1)), dim=-1)
     margin = top[..., 0] - top[..., 1] if top.size(-1) > 1 else top[..., 0]
     chosen = tokens[..., 0] if tokens_B is None else tokens_B

@@ -66,13 +66,13 @@ class Repetition:
             return [None] * len(periods)
         rows = hidden_NM.float() if self._hidden is None else torch.cat([self._hidden, hidden_NM.float()])
         first = rows.size(0) - len(periods)
-        found: list[float | None] = []
-        for i, period in enumerate(periods):
-            end = first + i + 1
-            if not period or end < 2 * period:
-                found.append(None)
-                continue
-            now, before = rows[end - period : end], rows[end - 2 * period : end - period]
-            found.append(float(nnf.cosine_similarity(now, before, dim=-1).mean()))
+        found: list[float | None] = [None] * len(periods)
+        for period in set(periods) - {0}:
+            ends = [(i, first + i + 1) for i, p in enumerate(periods) if p == period and first + i + 1 >= 2 * period]
+            if ends:
+                alike = nnf.cosine_similarity(rows[period:], rows[:-period], dim=-1).unfold(0, period, 1).mean(-1)
+                values = alike.tolist()
+                for i, end in ends:
+                    found[i] = values[end - 2 * period]
         self._hidden = rows[-2 * self.longest :].clone()
         return found
