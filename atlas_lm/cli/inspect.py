@@ -8,6 +8,8 @@ python -m atlas_lm inspect dashboard                       # all reports and tra
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,9 @@ from atlas_lm.config.names import nearest
 from atlas_lm.files import write_atomically
 from atlas_lm.inspection import page, schema, sinks
 from atlas_lm.inspection.capture import Plan, Trace
+from atlas_lm.inspection.exported import MEMORY
 from atlas_lm.inspection.health import Thresholds, read_thresholds
+from atlas_lm.inspection.memory import DEEP_EVERY
 from atlas_lm.inspection.schema import Report
 from atlas_lm.inspection.subject import inspect_text
 
@@ -117,7 +121,8 @@ def main(arguments: list[str]) -> None:
 def inspect_main(arguments: list[str]) -> None:
     o = parse(Options, arguments, COMMAND)
     sinks.check_sinks(o.sink)
-    plan = Plan(o.tokens, o.temperature, o.top_k, o.top_p, o.seed, o.capture, layers_of(o.layers))
+    interrupt = Interrupt()
+    plan = Plan(o.tokens, o.temperature, o.top_k, o.top_p, o.seed, o.capture, layers_of(o.layers), stops=interrupt.came)
     if not o.prompt:
         raise ValueError("prompt= is missing: text for the model to continue")
     subject, home = open_subject(o)
@@ -132,7 +137,7 @@ def inspect_main(arguments: list[str]) -> None:
         o.sink, out, write_page, port=o.port, host=o.host, linger=o.linger, datadog=o.datadog, otlp=o.otlp
     )
     try:
-        with bar() as progress:
+        with interrupt, bar() as progress:
             task = progress.add_task("tokens", total=plan.tokens)
             live = Streaming(opened, subject.info.name)
 
@@ -148,6 +153,30 @@ def inspect_main(arguments: list[str]) -> None:
             print(line)
     finally:
         opened.close()
+    if interrupt.came():
+        raise SystemExit(130)
+
+
+class Interrupt:
+    """The first Ctrl-C ends the generation, which is reported as far as it came; the second one ends the command."""
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def came(self) -> bool:
+        return self._came
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # nobody else may set a handler
+            self._before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self._came = True
+        signal.signal(signal.SIGINT, self._before)
 
 
 class Streaming:
@@ -177,13 +206,15 @@ class Streaming:
 
 
 def last_row(memory: schema.MemoryColumns) -> dict[str, dict[str, float]]:
-    """The newest figures of each memory by its label."""
+    """The newest figures of each memory by its label; ranks and residuals are not in every row."""
     found: dict[str, dict[str, float]] = {label: {} for label in memory.labels}
-    for name in ("weight_norm", "relative_change", "write_strength", "half_life", "saturated_gates", "output_ratio"):
-        rows = getattr(memory, name)
-        for label, value in zip(memory.labels, rows[-1] if rows else [], strict=False):
-            if value is not None:
-                found[label][name] = value
+    residuals = [[of[0] for of in row] for row in memory.residual]  # lag 0: of the token written last
+    for name in MEMORY:
+        rows = residuals if name == "residual" else getattr(memory, name)
+        for row in rows[-DEEP_EVERY:]:
+            for label, value in zip(memory.labels, row, strict=True):
+                if value is not None:
+                    found[label][name] = value
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.inspection import metrics
-from atlas_lm.inspection.capture import Plan, Recorder, Rows, Trace
+from atlas_lm.inspection.capture import INTERRUPTED, Plan, Recorder, Rows, Trace
 from atlas_lm.inspection.memory import MemoryHealth
 from atlas_lm.inspection.schema import Prompt
 from atlas_lm.inspection.window import PromptSums, window_weights
@@ -35,7 +35,7 @@ class _Call(NamedTuple):
 
     hidden_TM: Tensor
     qkv_TC: Tensor
-    attention: AttentionState  # before the pass
+    attention: AttentionState | None  # before the pass; None where the call before leads to it
 
 
 class _Row(NamedTuple):
@@ -53,13 +53,14 @@ class AtlasCapture:
         self.model = model
         self.chosen = plan.chosen(len(model.blocks)) if plan.every else []
         self.continuous = plan.every == 1
-        self.memory = MemoryHealth(model, self.chosen)
+        self.memory = MemoryHealth(model, self.chosen, deep=self.continuous)
         self._handles: list[Any] = []
         self._qkv: dict[int, Tensor] = {}
         self._calls: dict[int, list[_Call]] = {i: [] for i in self.chosen}
         self._steps: list[int] = []
         self._unmeasured: int | None = None
         self._first: _Row | None = None  # of step 0: the last token of the prompt
+        self._joins = False  # passes follow each other and become one row
 
     def measure_memory(self, last: bool = False) -> None:
         """A row of the memories' health, at the step captured last, where it is time for one. `last`: it is the end.
@@ -71,7 +72,7 @@ class AtlasCapture:
             not last and not self.continuous and rows and self._unmeasured - rows[-1] < SAMPLED_ROWS
         ):
             return
-        self.memory.measure(self._unmeasured, (True if last else None) if self.continuous else False)
+        self.memory.measure(self._unmeasured, True if last else None)
         self._unmeasured = None
 
     def attach(self) -> None:
@@ -105,7 +106,10 @@ class AtlasCapture:
             qkv = self._qkv.pop(i, None)
             if qkv is None:
                 raise RuntimeError(f"the hook on the attention of layer {i} did not fire: its metrics would be empty")
-            self._calls[i].append(_Call(output[0][0], qkv, arguments[1].attention))
+            calls = self._calls[i]
+            # a state is a window of keys and values: kept for every token they push the model's own out of the caches
+            follows = self._joins and bool(calls)
+            calls.append(_Call(output[0][0], qkv, None if follows else arguments[1].attention))
             self.memory.after(i, output[2].memory)
 
         return hook
@@ -124,7 +128,7 @@ class AtlasCapture:
         first, self._first = self._first, None
         rows = [] if first is None else [first]
         by_layer = self._taken(len(steps) - len(rows))
-        if by_layer and self.continuous:  # one row of tokens
+        if by_layer and self._joins:
             by_layer = [[_joined(calls)] for calls in by_layer]
         rows += [row for calls in zip(*by_layer, strict=True) for row in self._rows(calls)]
         widest = max(row.weights_LHtK.size(3) for row in rows)
@@ -146,7 +150,7 @@ class AtlasCapture:
         """Of one pass: a call for each layer."""
         attention: Any = self.model.blocks[self.chosen[0]].attention
         qkv, hidden = torch.stack([call.qkv_TC for call in calls]), torch.stack([call.hidden_TM for call in calls])
-        pieces = window_weights(qkv, [call.attention for call in calls], attention.heads, attention.window)
+        pieces = window_weights(qkv, _states(calls), attention.heads, attention.window)
         parts = hidden.split([piece.size(2) for piece, _, _ in pieces], dim=1)
         return [_Row(piece, seen, states) for (piece, seen, _), states in zip(pieces, parts, strict=True)]
 
@@ -156,10 +160,10 @@ class AtlasCapture:
         attention: Any = self.model.blocks[self.chosen[0]].attention
         passes = max(len(self._calls[i]) for i in self.chosen)
         by_layer = self._taken(max(1, passes))
-        sums, start = PromptSums(ids_T.numel()), by_layer[0][0].attention.position
+        sums, start = PromptSums(ids_T.numel()), _states(by_layer[0])[0].position
         for calls in zip(*by_layer, strict=True):
             qkv = torch.stack([call.qkv_TC for call in calls])
-            pieces = window_weights(qkv, [call.attention for call in calls], attention.heads, attention.window)
+            pieces = window_weights(qkv, _states(calls), attention.heads, attention.window)
             for weights, seen, first in pieces:
                 sums.add(weights, seen, first - start)
         sums.into(found, attention.window)
@@ -169,7 +173,12 @@ class AtlasCapture:
         states = metrics.hidden_metrics(hidden_LTM)
         found.norm, found.nonfinite = states.norm.mean(-1).tolist(), states.nonfinite.sum(-1).tolist()
         found.transformation = metrics.transformation(hidden_LTM[:-1], hidden_LTM[1:]).tolist()
+        self._joins = self.continuous
         return found
+
+
+def _states(calls: Sequence[_Call]) -> list[AttentionState]:
+    return [call.attention for call in calls if call.attention is not None]
 
 
 def _joined(calls: list[_Call]) -> _Call:
@@ -210,15 +219,15 @@ def inspect(
     handle = model.norm.register_forward_pre_hook(lambda _, arguments: last.append(arguments[0][0, -1]))
     prompt_T = torch.tensor(list(ids), device=device)
     try:
-        start = time.perf_counter()
-        if plan.every:
+        start, every = time.perf_counter(), plan.every
+        if every:
             capture.attach()
         logits_TV = session.read(prompt_T.unsqueeze(0))[0]
         forward = recorder.trace.prompt_seconds = time.perf_counter() - start
         with recorder.timed():
-            if plan.every:
+            if every:
                 recorder.trace.prompt = capture.prompt(text, names(ids), prompt_T, logits_TV)
-                capture.memory.measure(0, deep=capture.continuous)
+                capture.memory.measure(0, deep=True)
             else:
                 bits = _surprisals(logits_TV, prompt_T)
                 recorder.trace.prompt = Prompt(text=text, tokens=names(ids), surprisal_bits=bits)
@@ -228,7 +237,7 @@ def inspect(
             logits_BV, hidden_M = session.logits, last.pop()
             assert logits_BV is not None
             last.clear()
-            if plan.every and i % plan.every == 0:
+            if every and i % every == 0:
                 capture.captured(i)
             stopped: FloatingPointError | None = None
             try:
@@ -238,7 +247,7 @@ def inspect(
             if plan.forced is not None and i < len(plan.forced):
                 token = torch.full_like(token, plan.forced[i])
             now = time.perf_counter()
-            if recorder.step(logits_BV[0], token[0, 0], hidden_M, now - start, forward) and plan.every:
+            if recorder.step(logits_BV[0], token[0, 0], hidden_M, now - start, forward) and every:
                 with recorder.timed():
                     capture.measure_memory()
             if stopped is not None:
@@ -246,7 +255,10 @@ def inspect(
                 break
             if len(recorder.trace.steps.token_ids) == i + 1:
                 on_flush(recorder.trace)
-            if plan.every and (i + 1) % plan.every == 0 and i + 1 < plan.tokens:
+            if plan.stops():
+                recorder.trace.warnings.append(INTERRUPTED.format(i + 1, plan.tokens))
+                break
+            if every and (i + 1) % every == 0 and i + 1 < plan.tokens:
                 capture.attach()
             else:
                 capture.detach()

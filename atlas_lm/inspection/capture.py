@@ -10,7 +10,7 @@ small share of the calls that its metrics take. Nothing that a model computes is
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -26,6 +26,7 @@ AT_ONCE = 32  # steps whose rows wait to be reduced together
 SAMPLED_EVERY = 32  # steps from one captured step to the next with capture=sampled
 TOP_K = 10
 CAPTURES = ("full", "sampled", "off")
+INTERRUPTED = "interrupted after {} of {} tokens"
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Plan:
     capture: str = "full"  # full: every step; sampled: every 32nd; off: logits alone
     layers: tuple[int, ...] | None = None  # None: all
     forced: tuple[int, ...] | None = None  # token ids that are read in place of those that would be drawn
+    stops: Callable[[], bool] = lambda: False  # asked after each token; what was written until then is reported
 
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:

@@ -138,7 +138,8 @@ def _repetition(report: Report, t: Thresholds) -> Flag:
     ]
     tokens = max((columns.repetition_tokens[i] for i in steps), default=0)
     period = columns.repetition_period[steps[0]] if steps else 0
-    message = f"a loop of {period} tokens from step {steps[0] if steps else 0} on, {tokens} tokens long"
+    loop = f"a loop of {period} token{'s' * (period != 1)}"
+    message = f"{loop} from step {steps[0] if steps else 0} on, {tokens} tokens long"
     return _flag("repetition", float(tokens), 0.0, steps, message)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.inspection import metrics
-from atlas_lm.inspection.capture import Plan, Recorder, Rows, Trace
+from atlas_lm.inspection.capture import INTERRUPTED, Plan, Recorder, Rows, Trace
 from atlas_lm.inspection.layers import PromptLayer, Stack, find_stack, weights_of
 from atlas_lm.inspection.schema import Prompt
 
@@ -193,13 +193,16 @@ class _Watch:
             self.prompt_hidden = output[0][0]
 
     def token(self, ids_BT: Tensor, _: Any, **__: Any) -> Tensor:
-        """A stopping criterion: called after each token, it never stops."""
+        """A stopping criterion: called after each token, it stops when it is asked to."""
         now = time.perf_counter()
         assert self.logits is not None
         if self.recorder.step(self.logits, ids_BT[0, -1], self.hidden, now - self.last, self.forward):
             self.on_flush(self.recorder.trace)
         self.last = now
-        return torch.zeros(ids_BT.size(0), dtype=torch.bool, device=ids_BT.device)
+        stops = self.plan.stops()
+        if stops:
+            self.recorder.trace.warnings.append(INTERRUPTED.format(self.passes, self.plan.tokens))
+        return torch.full((ids_BT.size(0),), stops, device=ids_BT.device)
 
 
 class _Forced:

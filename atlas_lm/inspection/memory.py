@@ -70,10 +70,13 @@ def residuals(
 
 
 class MemoryHealth:
-    """Collects what passes show, and measures at intervals. Nothing of it grows but the rows of figures."""
+    """Collects what passes show, and measures at intervals. Nothing of it grows but the rows of figures.
 
-    def __init__(self, model: AtlasLM, layers: Sequence[int]) -> None:
-        self.model = model
+    `deep`: residuals and ranks are measured too, every fourth time.
+    """
+
+    def __init__(self, model: AtlasLM, layers: Sequence[int], deep: bool = True) -> None:
+        self.model, self.deep = model, deep
         self.layers = [i for i in layers if _memories(model, i)]
         self.columns = MemoryColumns(labels=labels_of(model, self.layers))
         window = model.config.window
@@ -86,7 +89,7 @@ class MemoryHealth:
         self._inputs: dict[int, list[Tensor]] = {}
         self._fused: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._gates: dict[int, list[Tensor]] = {}
-        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # the last keys and values (H, T, D)
+        self._pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}  # the last keys and values (H, T, D), in pieces
         self._states: dict[int, HierarchyState] = {}
         self._before: dict[int, HierarchyState] = {}
         self._rows = 0
@@ -103,12 +106,8 @@ class MemoryHealth:
         def hook(_: Any, arguments: Any) -> None:
             x, _, k, v = arguments[:4]
             self._inputs.setdefault(i, []).append(x[0])
-            before = self._pairs.get(i)
-            if before is not None:
-                k, v = (torch.cat([old, new[0]], dim=1) for old, new in zip(before, (k, v), strict=True))
-            else:
-                k, v = k[0], v[0]
-            self._pairs[i] = k[:, -self._kept :], v[:, -self._kept :]
+            if self.deep:
+                self._pairs.setdefault(i, []).append((k[0], v[0]))
 
         return hook
 
@@ -124,14 +123,21 @@ class MemoryHealth:
         if i in self.layers:
             self._states[i] = state
 
+    def _last_pairs(self, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and values as far back as residuals are asked for; what is older is dropped."""
+        k, v = (torch.cat(parts, dim=1)[:, -self._kept :].clone() for parts in zip(*self._pairs[i], strict=True))
+        self._pairs[i] = [(k, v)]
+        return k, v
+
     def measure(self, step: int, deep: bool | None = None) -> None:
-        """A row of figures over everything since the row before. `deep`: with residuals and ranks."""
+        """A row of figures over everything since the row before. `deep`: with residuals and ranks, or when it is their
+        turn."""
         if not self.layers:
             return
         missing = [i for i in self.layers if not self._inputs.get(i) or not self._fused.get(i) or i not in self._states]
         if missing:
             raise RuntimeError(f"the hooks on the memory of layer {missing[0]} did not fire: its health would be empty")
-        deep = self._rows % DEEP_EVERY == 0 if deep is None else deep
+        deep = self.deep and (self._rows % DEEP_EVERY == 0 if deep is None else deep)
         tokens = step - self.columns.steps[-1] if self.columns.steps else 0
         figures: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         residual: list[list[float]] = []
@@ -141,6 +147,7 @@ class MemoryHealth:
             saturated = metrics.saturation(torch.cat(self._gates[i]).flatten())
             ratio = metrics.output_ratio(remembered, attended)
             branch: Any = self.model.blocks[i].memory
+            pairs = self._last_pairs(i) if self.deep else None
             for n, (_, memory, features) in enumerate(_memories(self.model, i)):
                 state = _state_of(self._states[i], n, branch.hierarchy)
                 former = self._before.get(i)
@@ -151,8 +158,8 @@ class MemoryHealth:
                 for name, values in figures.items():
                     values.append(row[name])
                 lags = self.columns.lags
-                if deep:
-                    residual.append(residuals(memory, features, state, *self._pairs[i], lags).tolist())
+                if deep and pairs is not None:
+                    residual.append(residuals(memory, features, state, *pairs, lags).tolist())
                 else:
                     residual.append([math.nan] * len(lags))
         self.columns.steps.append(step)

@@ -149,6 +149,7 @@ class Sinks:
 
 def _where(sender: Sender) -> str:
     if isinstance(sender, PrometheusSender):
-        often = f"scraped {sender.scrapes} times" if sender.scrapes else "not scraped so far: linger=60 waits for it"
+        later = f"waiting {sender.linger:g} s for it" if sender.linger else "linger=60 waits for it"
+        often = f"scraped {sender.scrapes} times" if sender.scrapes else f"not scraped so far: {later}"
         return f"{sender.url}, {often}"
     return "delivered"

@@ -1,6 +1,8 @@
 """The command `inspect`: a report from a run, thresholds from its held-out text, two reports compared, bad input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 
 from atlas_lm.cli import generate, inspect
 from atlas_lm.files import ROOT
-from atlas_lm.inspection import schema
+from atlas_lm.inspection import exported, schema
+from atlas_lm.inspection.capture import AT_ONCE, Trace
 from tests.support.reports import a_report
 
 
@@ -36,6 +39,38 @@ def test_a_run_is_inspected_and_writes_what_generate_writes(
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", ""), "the page needs nothing else"
+
+
+def test_ctrl_c_reports_what_was_written_until_then(
+    basic_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = inspect.Streaming.flush
+
+    def interrupted(self: inspect.Streaming, trace: Trace) -> None:
+        flush(self, trace)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(inspect.Streaming, "flush", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match="130"):
+        inspect.main([f"run={basic_run}", "prompt=the quick", "tokens=200", f"out={tmp_path}"])
+    assert signal.getsignal(signal.SIGINT) is before
+    report = schema.read(tmp_path / "report.json")
+    written = len(report.steps.token_ids)
+    assert written == AT_ONCE
+    assert len(report.layers.norm) == written
+    assert report.warnings == [f"interrupted after {written} of 200 tokens"]
+
+
+def test_live_figures_have_ranks_and_residuals_though_not_every_row_has_them(written: Path) -> None:
+    memory = schema.read(written / "report.json").memory
+    memory.effective_rank.append([None] * len(memory.labels))
+    memory.residual.append([[None] * len(memory.lags)] * len(memory.labels))
+    for name in set(exported.MEMORY) - {"effective_rank", "residual"}:
+        getattr(memory, name).append([0.5] * len(memory.labels))
+    for figures in inspect.last_row(memory).values():
+        assert set(figures) == set(exported.MEMORY)
+        assert figures["weight_norm"] == 0.5
 
 
 def test_thresholds_are_fitted_to_the_run_and_used(

@@ -82,6 +82,7 @@ class PrometheusSender:
         if not 0 <= port <= 65535:
             raise ValueError(f"port {port} of prometheus must be 0 to 65535")
         self.linger = linger
+        prometheus_client.disable_created_metrics()  # a gauge beside each counter that nobody asks for
         self._registry = prometheus_client.CollectorRegistry()
         self._figures: dict[str, Any] = {}
         self._changed_at_scrape = 0

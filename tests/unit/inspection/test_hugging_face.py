@@ -167,6 +167,14 @@ def test_given_tokens_are_read_in_place_of_drawn_ones():
     assert tuple(trace.steps.token_ids) == forced
 
 
+def test_it_ends_where_it_is_asked_to_with_what_was_written():
+    model, asked = causal("llama"), iter(range(100))
+    found = hugging_face.inspect(model, IDS, Plan(tokens=12, temperature=0, stops=lambda: next(asked) == 4), names)
+    assert found.steps.token_ids == plain(model, Plan(tokens=5, temperature=0))
+    assert len(found.layers.norm) == 5
+    assert found.warnings == ["interrupted after 5 of 12 tokens"]
+
+
 def test_an_attention_that_gives_no_weights_is_refused_with_the_remedy():
     model = causal("llama")
     model.set_attn_implementation("sdpa")
