@@ -83,6 +83,7 @@ class Metric(NamedTuple):
 STEP, PROBE, CHECK, VALIDATION = "logging steps", "at probes", "at evaluations", "validations"
 EVENT = "when it happens"
 EMBEDDINGS = "with data=embeddings"
+INSPECTED = "with +inspect=generation"
 METRICS = {
     "train/loss": Metric("nats per token", "mean loss of the batch", "module", STEP),
     "train/ppl": Metric("", "its exponential", "module", STEP),
@@ -133,6 +134,11 @@ METRICS = {
     "proactive_clipping/clips": Metric("", "steps so far whose gradient was clipped", "proactive_clipping", STEP),
     "loss_weight_schedule/<name>": Metric("", "weight of an auxiliary loss", "loss_weight_schedule", STEP),
     "nonfinite_guard/skipped_steps": Metric("", "steps dropped for NaN or infinity so far", "nonfinite_guard", EVENT),
+    "generation_health/<figure>": Metric("", "of the inspector's summary, the mean over its prompts: `summary` of "
+                                         "[the report](inspection-report.md)", "generation_health", INSPECTED),
+    "generation_health/flags": Metric("", "flags that were raised, over all prompts", "generation_health", INSPECTED),
+    "generation_health/step": Metric("optimizer steps", "when that was measured", "generation_health", INSPECTED),
+    "generation_health/overhead_percent": Metric("%", "of the time of training", "generation_health", INSPECTED),
     "train/cosine": Metric("cosine", "of each prediction and the next frame, mean of the batch", "module", EMBEDDINGS),
     "val/cosine": Metric("cosine", "the same over the validation frames; val/loss is 1 less it", "module", EMBEDDINGS),
     "val/contrastive_accuracy": Metric("share", "of the document's other frames that lie farther from the prediction "
@@ -190,6 +196,10 @@ a healthy run.
 ROWS_INTRO = """
 A row has these columns, then a fixed set of fields (null where the step did not log one), then every metric of the step
 by its name.
+"""
+REPORT_INTRO = """
+`report.json`, as `python -m atlas_lm inspect` writes it. `Number` is a float or null, `Column` a list of them, `Table`
+a list of columns. `summary` has one number for each figure, over the generated tokens; `inspect compare` shows it.
 """
 COMMANDS_END = """
 A command ends with 0, with 1 and one line that says what to put right, or with 130 after Ctrl-C. `gates` ends with 1
@@ -447,11 +457,30 @@ def metrics_page() -> str:
     ]) + "\n"  # fmt: skip
 
 
+def report_page() -> str:
+    """docs/reference/inspection-report.md, from the classes and comments of the schema."""
+    path = ROOT / "atlas_lm" / "inspection" / "schema.py"
+    text = path.read_text(encoding="utf-8")
+    lines, tree = text.splitlines(), ast.parse(text)
+    parts = ["# The report of an inspection", "", WRITTEN, "", " ".join((ast.get_docstring(tree) or "").split()), ""]
+    parts += [REPORT_INTRO.strip(), ""]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    for node in sorted(classes, key=lambda node: node.name != "Report"):  # the whole first
+        rows = [
+            (code(ast.unparse(field.target)), ast.unparse(field.annotation).replace("|", "or"),
+             lines[(field.end_lineno or 0) - 1].partition("  # ")[2])
+            for field in node.body if isinstance(field, ast.AnnAssign)
+        ]  # fmt: skip
+        parts += [f"## {node.name}", "", ast.get_docstring(node) or "", "", rows_of("field|type|meaning", rows), ""]
+    return "\n".join(parts).strip() + "\n"
+
+
 PAGES = {
     "config.md": config_page,
     "command-line.md": command_line_page,
     "run-folder.md": run_folder_page,
     "metrics.md": metrics_page,
+    "inspection-report.md": report_page,
 }
 
 

@@ -97,10 +97,10 @@ class Steps(_Part):
     tokens: list[str] = []
     entropy_bits: Column = []
     surprisal_bits: Column = []
-    perplexity: Column = []
-    margin: Column = []
-    top_k_mass: Column = []
-    top_tokens: list[list[str]] = []
+    perplexity: Column = []  # 2^entropy
+    margin: Column = []  # p₁ − p₂
+    top_k_mass: Column = []  # of the ten likeliest
+    top_tokens: list[list[str]] = []  # the likeliest first
     top_probabilities: Table = []
     repetition_period: list[int] = []  # 0: none
     repetition_tokens: list[int] = []  # that repeat with it
@@ -141,7 +141,7 @@ class Baselines(_Part):
     """Cheap scores of one pass, to compare every other score with."""
 
     sequence_log2_probability: Number = None  # maximum sequence probability, as its logarithm
-    perplexity: Number = None
+    perplexity: Number = None  # of the text that was written: 2^(mean surprisal)
     mean_entropy_bits: Number = None
     max_entropy_bits: Number = None
 
@@ -173,10 +173,10 @@ class Report(_Part):
     cross: LayerColumns = Field(default_factory=LayerColumns)  # a decoder's attention to its encoder
     memory: MemoryColumns = Field(default_factory=MemoryColumns)
     latency: Latency
-    summary: dict[str, Number]
+    summary: dict[str, Number]  # one number for each figure
     baselines: Baselines
     flags: list[Flag]
-    thresholds: dict[str, Any] = {}
+    thresholds: dict[str, Any] = {}  # that the flags were judged by
     warnings: list[str] = []
 
     @property

@@ -64,7 +64,7 @@ def test_a_run_logs_the_metrics_of_the_page(guarded_run: Path) -> None:
     }  # fmt: skip
     steps = {name for name in unseen if name.startswith("gate_monitor/")}  # measured every 10 steps
     assert {unseen[name] for name in unseen.keys() - steps} <= {
-        reference.EVENT, reference.EMBEDDINGS, "validations on data=recall",
+        reference.EVENT, reference.EMBEDDINGS, reference.INSPECTED, "validations on data=recall",
     }  # fmt: skip
     assert set(reference.COLUMNS) <= logged
 
