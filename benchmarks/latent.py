@@ -4,7 +4,8 @@ Trains through train.py, `--seeds` times each, on the vectors that `python -m at
 `--other` (out of domain), and tests every run on the test split as `latent five_cat` does. What has finished is not
 trained again, so an interrupted benchmark is continued by the same command.
 
---parts: table (models beside baselines), v3 (guards of 0.01 at epoch 4, with and without the cap), or both.
+--parts: table (models beside baselines), v3 (guards of 0.01 at epoch 4, with and without the cap), rates (half, once
+and twice each model's, by the validation split), cost (of the probe and of the guards, on a quiet machine).
 --quick: a tenth of the steps and one seed, for trying it. --write: into docs, beside printing it.
 """
 
@@ -40,6 +41,16 @@ MODELS = {  # row → how it is trained
     "memory: residual, InfoNCE, whole history": ["+experiment=latent_memory"],
     "its twin without memory": ["+experiment=latent_memory", "model.memory=none"],
 }
+RATES = (0.5, 1.0, 2.0)
+GUARDS = "callbacks.loss_weight_schedule.stages=[{epoch: 1, direction: 0.002, future: 0.002}]"
+COST = {  # row → two epochs of P2, each step with the guards
+    "guards and probe": [GUARDS],
+    "guards alone": [GUARDS, "~callbacks.five_cat_probe"],
+    "probe alone": ["~callbacks.loss_weight_schedule"],
+    "neither": ["~callbacks.loss_weight_schedule", "~callbacks.five_cat_probe"],
+}
+COST_ROUNDS = 5
+PARTS = ("table", "v3", "rates", "cost")
 V3 = {"no cap": "null", "cap 0.1": "0.1"}
 SHOWN = ("cosine", "accuracy", "recall_at_1", "recall_at_5", "recall_at_10")
 QUICK = ["optim.total_steps=40", "optim.warmup_steps=4"]
@@ -249,9 +260,58 @@ def v3_figure(found: dict[str, Any]) -> Any:
     return figure
 
 
+# Rates, and what the parts cost
+
+
+def rates(asked: argparse.Namespace) -> dict[str, Any]:
+    """Of each model at each rate, one seed: contrastive accuracy and R@5 of the validation split."""
+    found: dict[str, Any] = {}
+    for label, overrides in MODELS.items():
+        lr = 2.0e-3 if "latent_memory" in overrides[0] else 1.0e-3  # conf/experiment
+        for rate in RATES:
+            folder = seeded(f"{label} x{rate}", [*overrides, f"optim.lr={lr * rate:g}"], 0, asked)
+            if folder is not None:
+                report = json.loads((folder / "report.json").read_text())
+                values = [report["val_contrastive_accuracy"], report["val_recall_at_5"]]
+                found.setdefault(label, {})[str(rate)] = values
+    return found
+
+
+def rate_lines(found: dict[str, Any]) -> str:
+    """A table: accuracy / R@5."""
+    lines = [tables.line(["validation: contrastive accuracy / R@5", *(f"rate × {rate:g}" for rate in RATES)])]
+    lines.append("|---" * (1 + len(RATES)) + "|")
+    for label, of in found.items():
+        cells = [" / ".join(tables.number(x) for x in of[str(rate)]) if str(rate) in of else "–" for rate in RATES]
+        lines.append(tables.line([label, *cells]))
+    return "\n".join(lines)
+
+
+def cost(asked: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of training, the runs of a round after each other."""
+    found: dict[str, list[float]] = {label: [] for label in COST}
+    settings = ["+experiment=latent_p2", "optim.total_steps=160", "module.head=residual"]
+    for number in range(COST_ROUNDS):
+        for label, overrides in COST.items():
+            folder = seeded(f"cost {label} {number}", [*settings, *overrides], 0, asked)
+            if folder is not None:
+                found[label].append(json.loads((folder / "report.json").read_text())["train_seconds"])
+    return found
+
+
+def cost_lines(found: dict[str, list[float]]) -> str:
+    """Each against training with neither, in pairs."""
+    lines = [tables.line(["two epochs of P2, guards in every step", "seconds", "against neither"]), "|---|---|---|"]
+    for label, seconds in found.items():
+        more = [100 * (a / b - 1) for a, b in zip(seconds, found["neither"], strict=True)]
+        shown = f"{statistics.median(more):+.1f} % ({min(more):+.1f} to {max(more):+.1f})"
+        lines.append(tables.line([label, f"{statistics.median(seconds):.1f}", "–" if label == "neither" else shown]))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("table", "v3"), default=["table", "v3"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["table", "v3"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data", default="embeddings/sotu", help="folder of embed")
     parser.add_argument("--other", default="embeddings/moby", help="the same, out of domain; empty: none")
@@ -265,20 +325,16 @@ def main() -> None:
         asked.seeds = 1
     known = json.loads((ROOT / NUMBERS).read_text()) if (ROOT / NUMBERS).exists() else {}
     found: dict[str, Any] = known if asked.write else {}
-    text = []
-    if "table" in asked.parts:
-        found["table"] = table(asked)
-        text.append(lines_of(found["table"]))
-    if "v3" in asked.parts:
-        found["v3"] = v3(asked)
-        text.append(v3_lines(found["v3"]))
-    print("\n\n".join(text))
+    measured = {"table": table, "v3": v3, "rates": rates, "cost": cost}
+    shown: dict[str, Any] = {"table": lines_of, "v3": v3_lines, "rates": rate_lines, "cost": cost_lines}
+    for part in asked.parts:
+        found[part] = measured[part](asked)
+    print("\n\n".join(shown[part](found[part]) for part in asked.parts))
     if asked.write:
         write_atomically(ROOT / NUMBERS, json.dumps(tables.finite(found), indent=1, allow_nan=False) + "\n")
         if "v3" in found:
             save(v3_figure(found["v3"]), ROOT / PICTURE)
-        parts = [lines_of(found["table"])] if "table" in found else []
-        parts += [v3_lines(found["v3"])] if "v3" in found else []
+        parts = [shown[part](found[part]) for part in PARTS if part in found]
         page = (ROOT / PAGE).read_text(encoding="utf-8")
         write_atomically(ROOT / PAGE, inserted(page, "\n\n".join(parts), TABLE))
 

@@ -7,7 +7,7 @@ import torch
 
 from atlas_lm.latent.five_cat import Gate, Measured
 from atlas_lm.latent.rows import Row
-from benchmarks.latent import curve, drift_of, lines_of, summary, v3_figure, v3_lines
+from benchmarks.latent import cost_lines, curve, drift_of, lines_of, rate_lines, summary, v3_figure, v3_lines
 
 
 def logged(epoch: int, cosine: float, peak: float = 1.0, margin: float = 0.02, ratio: float | None = None) -> Any:
@@ -67,3 +67,10 @@ def test_a_model_holds_by_the_mean_of_its_seeds(value: float, rank: float, holds
     assert ("**no model**" in text) is not holds
     assert f"{value:.3f} ± 0.014" in text
     assert "Drift in 2 runs, 4 epochs" in text
+
+
+def test_costs_are_of_pairs_and_a_rate_that_did_not_finish_is_a_dash() -> None:
+    table = cost_lines({"probe alone": [11.0, 22.0, 10.1], "neither": [10.0, 20.0, 10.0]})
+    assert "| probe alone | 11.0 | +10.0 % (+1.0 to +10.0) |" in table
+    assert "| neither | 10.0 | – |" in table
+    assert "| P1 | – | 0.800 / 0.400 | 0.700 / 0.300 |" in rate_lines({"P1": {"1.0": [0.8, 0.4], "2.0": [0.7, 0.3]}})
