@@ -23,6 +23,7 @@ from atlas_lm.inspection.repetition import Repetition
 from atlas_lm.inspection.schema import LayerColumns, MemoryColumns, Prompt, Steps, Table
 
 AT_ONCE = 32  # steps whose rows wait to be reduced together
+LOGITS_AT_ONCE = 2**18  # numbers: a processor's cache holds them through all passes
 SAMPLED_EVERY = 32  # steps from one captured step to the next with capture=sampled
 TOP_K = 10
 CAPTURES = ("full", "sampled", "off")
@@ -148,10 +149,14 @@ class Recorder:
         self._capturing = 0.0
 
     def _reduce_logits(self) -> None:
-        logits_NV = torch.stack(self._logits)
         ids = [int(token) for token in self._tokens]
-        tokens_N = torch.tensor(ids, device=logits_NV.device)
-        found = metrics.logit_metrics(logits_NV, TOP_K, tokens_N)
+        at_once = max(1, LOGITS_AT_ONCE // self._logits[0].numel())
+        parts = []
+        for first in range(0, len(ids), at_once):
+            logits_NV = torch.stack(self._logits[first : first + at_once])
+            tokens_N = torch.tensor(ids[first : first + at_once], device=logits_NV.device)
+            parts.append(metrics.logit_metrics(logits_NV, TOP_K, tokens_N))
+        found = metrics.LogitMetrics(*(torch.cat(some) for some in zip(*parts, strict=True)))
         columns = torch.stack(
             [found.entropy_bits, found.perplexity, found.margin, found.top_k_mass, found.surprisal_bits]
         ).tolist()

@@ -47,15 +47,34 @@ def logit_metrics(logits_BV: Tensor, k: int = 10, tokens_B: Tensor | None = None
 
     A logit of −∞ is a token of probability 0; NaN or +∞ makes every figure of its row NaN.
     """
-    logp_BV = wide(logits_BV).log_softmax(-1)
-    p_BV = logp_BV.exp()
-    # 0 log 0 = 0; a tenth of entr's time, which takes the logarithm again
-    entropy = -torch.linalg.vecdot(p_BV, logp_BV.clamp_min(torch.finfo(logp_BV.dtype).min)) * BITS
-    top, tokens = p_BV.topk(min(k, p_BV.size(-1)), dim=-1)
+    logits = wide(logits_BV)
+    most = logits.amax(-1, keepdim=True)
+    less = (logits - most).clamp_(min=-1e4)  # e^−10000 is 0 in every precision, and 0 · −∞ would be NaN
+    weights = less.exp()
+    total = weights.sum(-1)
+    log_total = total.log()
+    entropy = (log_total - torch.linalg.vecdot(weights, less) / total) * BITS
+    largest, tokens = _largest(logits, min(k, logits.size(-1)))
+    top = (largest - most).exp() / total.unsqueeze(-1)
     margin = top[..., 0] - top[..., 1] if top.size(-1) > 1 else top[..., 0]
     chosen = tokens[..., 0] if tokens_B is None else tokens_B
-    bits = -logp_BV.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) * BITS
+    logit = logits.gather(-1, chosen.unsqueeze(-1))
+    bits = (log_total - (logit - most).squeeze(-1)) * BITS
     return LogitMetrics(entropy, torch.exp2(entropy), margin, top.sum(-1), top, tokens, bits)
+
+
+def _largest(x: Tensor, k: int, width: int = 256) -> tuple[Tensor, Tensor]:
+    """`topk` over the last axis. Of a large one first the parts with the k largest maxima, which hold all of them: a
+    fifth of the time."""
+    n = x.size(-1)
+    if n < 16 * width or k > 16:
+        return x.topk(k, dim=-1)
+    parts = nnf.pad(x, (0, -n % width), value=-torch.inf).unflatten(-1, (-1, width))
+    best = parts.amax(-1).topk(k, dim=-1).indices
+    candidates = parts.gather(-2, best.unsqueeze(-1).expand(*best.shape, width)).flatten(-2)
+    values, places = candidates.topk(k, dim=-1)
+    tokens = best.gather(-1, places // width) * width + places % width
+    return values, tokens.clamp_max(n - 1)  # of an impossible token the name means nothing, but there must be one
 
 
 def surprisal_bits(logits_BV: Tensor, tokens_B: Tensor) -> Tensor:

@@ -42,6 +42,28 @@ def test_logit_metrics(vocabulary, scale):
         assert float(bits[i]) == pytest.approx(-math.log2(p[token]), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [4096, 5000, 40_007])
+def test_the_likeliest_tokens_of_a_large_vocabulary(vocabulary):
+    rows = logits(4, vocabulary)
+    rows[0, -3:] = 50.0  # in the last part, which is padded
+    rows[1, :20] = 40.0  # more of the same than are asked for
+    rows[2, 1000:] = -math.inf
+    found = metrics.logit_metrics(rows, k=10)
+    wanted = rows.double().softmax(-1).topk(10)
+    assert torch.allclose(found.top_k_probabilities.double(), wanted.values, atol=1e-7)
+    assert torch.equal(rows.gather(-1, found.top_k_tokens), rows.topk(10).values)
+    assert all(len(set(row)) == 10 for row in found.top_k_tokens.tolist())
+
+
+def test_fewer_possible_tokens_than_are_asked_for():
+    rows = torch.full((1, 5001), -math.inf)
+    rows[0, 4999:] = 1.0
+    found = metrics.logit_metrics(rows, k=10)
+    assert found.top_k_probabilities[0].tolist() == [0.5, 0.5, *[0.0] * 8]
+    assert found.top_k_tokens.max() == 5000
+    assert float(found.entropy_bits) == pytest.approx(1.0)
+
+
 def test_an_impossible_token_has_no_entropy_and_a_broken_row_has_no_figure():
     rows = torch.tensor([[0.0, 0.0, -math.inf], [0.0, math.nan, 0.0], [math.inf, 0.0, 0.0]])
     found = metrics.logit_metrics(rows)
