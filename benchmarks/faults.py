@@ -417,8 +417,9 @@ def scenario_kills(run: Run) -> dict[str, Any]:
         if run.random.random() < 0.15:
             time.sleep(run.random.uniform(0, 8))
             return
-        said = run.output().count("persistent memory")
-        while process.poll() is None and run.output().count("persistent memory") == said:
+        begun = "persistent memory" if run.latent is None else f"/{STEPS}  loss"  # said once by each process
+        said = run.output().count(begun)
+        while process.poll() is None and run.output().count(begun) == said:
             time.sleep(0.01)
         time.sleep(run.random.uniform(0, 4))
 

@@ -164,19 +164,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def verify(folder: Path, entry: FileEntry) -> None:
-    """ValueError unless the file is there with the size and content that the index has."""
+def verify(folder: Path, entry: FileEntry, again: str = AGAIN) -> None:
+    """ValueError, with the remedy `again`, unless the file is there with the size and content that the index has."""
     path = folder / entry["file"]
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} is missing: {AGAIN}")
+        raise ValueError(f"{str(path)!r} is missing: {again}")
     if path.stat().st_size != entry["size"]:
-        raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes instead of {entry['size']}: {AGAIN}")
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes instead of {entry['size']}: {again}")
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     if digest.hexdigest() != entry["blake2b"]:
-        raise ValueError(f"{str(path)!r} is damaged (its checksum differs): {AGAIN}")
+        raise ValueError(f"{str(path)!r} is damaged (its checksum differs): {again}")
 
 
 def write_durably(path: Path, data: bytes) -> FileEntry:

@@ -21,11 +21,11 @@ from atlas_lm.data.interfaces import Document, EmptyDocuments
 from atlas_lm.data.overlap import Overlap, content_key
 from atlas_lm.data.packed import PackedSource
 from atlas_lm.data.sources import build_source
-from atlas_lm.data.tokens import AGAIN, canonical, checksum, verify, write_durably
+from atlas_lm.data.tokens import canonical, checksum, verify, write_durably
 from atlas_lm.files import write_atomically
 from atlas_lm.latent.audit import Audit, audit
 from atlas_lm.latent.embedder import Embedder
-from atlas_lm.latent.frames import FORMAT, INDEX, check_documents, read_frames, read_index
+from atlas_lm.latent.frames import AGAIN, FORMAT, INDEX, check_documents, read_frames, read_index
 from atlas_lm.latent.passages import UNITS, passages
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _part(folder: Path, number: int, documents: list[_Cut], embedder: Any) -> di
         part = read_json(manifest)
         if part["block"] != digest:
             raise ValueError(f"the corpus changed since {str(folder)!r} was begun: delete the folder and run again")
-        verify(folder, part["vectors"])
+        verify(folder, part["vectors"], AGAIN)
         return part
     texts = [text for document in documents for text in document.passages]
     vectors = embedder.encode(texts)

@@ -15,8 +15,9 @@ import numpy as np
 
 from atlas_lm.config.parsing import read_json
 from atlas_lm.data.interfaces import UNKNOWN_EMBEDDER, Split, split_of
-from atlas_lm.data.tokens import AGAIN, canonical, checksum, verify
+from atlas_lm.data.tokens import canonical, checksum, verify
 
+AGAIN = "delete the folder and run python -m atlas_lm embed again"
 FORMAT = "atlas-lm embeddings 1"
 INDEX = "index.json"
 NORM = 1e-2  # by how much the length of a vector may differ from 1: half precision keeps it within 1e-3
@@ -132,7 +133,7 @@ def _read_folder(folder: Path) -> FrameSet:
     index = read_index(folder)
     blocks, pieces, start = [], [], 0
     for part in index["parts"]:
-        verify(folder, part["vectors"])
+        verify(folder, part["vectors"], AGAIN)
         block = np.frombuffer((folder / part["vectors"]["file"]).read_bytes(), dtype="<f4")
         blocks.append(block.reshape(-1, index["dim"]))
         for name, split, frames in part["documents"]:
