@@ -137,7 +137,7 @@ def test_damaged_vectors_are_noticed(corpus: Path, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged.*embed again"):
+    with pytest.raises(ValueError, match=r"damaged.*embed again"):
         EmbeddingSource(str(tmp_path / "x")).setup()
 
 
