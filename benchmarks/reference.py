@@ -60,7 +60,7 @@ RUN_FOLDER = {  # pattern below the run folder → what it is
     "this number",
     "tokenizer.json": "the run's own copy of its tokenizer; none for bytes",
     "train.log": "what was logged",
-    "five_cat.*": "what `python -m atlas_lm latent five_cat` found: tables, values and a picture",
+    "five_cat*": "what `python -m atlas_lm latent five_cat` found: tables, values and a picture",
     "exit_gates.json": "what `python -m atlas_lm gates` measured, by phase",
     "calibration.json": "the threshold that `python -m atlas_lm calibrate` derived",
     "calibration.png": "the histogram of the deltas that it stands on",

@@ -152,7 +152,8 @@ class FiveCatProbe(Callback):
         if self.act == "stop":
             raise Drift(f"epoch {epoch}: {wrong}")
         if trainer.is_global_zero:
-            does = ": the weights of all auxiliary losses go to 0" if self.act == "back_off" else ""
+            has_any = isinstance(pl_module, HasLossWeights) and any(pl_module.loss_weights.values())
+            does = ": the weights of all auxiliary losses go to 0" if self.act == "back_off" and has_any else ""
             log.warning("epoch %d: %s%s", epoch, wrong, does)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, float]:

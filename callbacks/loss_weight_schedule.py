@@ -162,6 +162,20 @@ class LossWeightSchedule(Callback):
                 f"weights of loss_weight_schedule: there is no loss {', '.join(unknown)}; there are {known}"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where the run is too short for any of the stages."""
+        weighted = [epoch for epoch, stage in self.stages.items() if any(stage.values())]
+        batches = trainer.num_training_batches
+        if not weighted or trainer.max_steps < 0 or not math.isfinite(batches):
+            return
+        epochs = math.ceil(trainer.max_steps / max(1, batches // trainer.accumulate_grad_batches))
+        if epochs < min(weighted) and trainer.is_global_zero:
+            log.warning(
+                "loss_weight_schedule: the stages begin in epoch %d, and %d steps are %d epochs: these losses are "
+                "never used; raise optim.total_steps, or let them begin earlier",
+                min(weighted), trainer.max_steps, epochs,
+            )  # fmt: skip
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a metric of validation must be there."""
         self._validated = self._validated or not trainer.sanity_checking

@@ -2,7 +2,8 @@
 
     python -m atlas_lm embed source=text files='[speeches/*.txt]' out=embeddings/speeches model=all-MiniLM-L6-v2
 
-source       stdlib, text or hf; further keys are the source's own (conf/data/<source>.yaml explains them)
+source       stdlib, text or hf; further keys are the source's own (conf/data/<source>.yaml explains them):
+             validation_fraction and test_fraction are the shares of documents that are held out
 out          folder to write to
 model        folder or name of a sentence-transformers model (pip install 'atlas-lm[latent]')
 unit         what becomes a frame: paragraph (default, blank lines between), line or sentence
@@ -15,6 +16,7 @@ The same command after a kill or Ctrl-C continues where it stopped, and the resu
 uninterrupted run. The split is by document. The model's hash is kept: vectors of another one are refused.
 """
 
+import sys
 from collections.abc import Sequence
 
 from atlas_lm.cli.arguments import HELP
@@ -30,9 +32,14 @@ def main(words: Sequence[str]) -> None:
     arguments = parse_arguments(words, embed)
     if not arguments.get("model"):
         raise ValueError("model= is missing: give the folder or the name of a sentence-transformers model")
-    written = embed(**arguments)
+    try:
+        written = embed(**arguments)
+    except KeyboardInterrupt:
+        print("the same command continues where it stopped", file=sys.stderr)
+        raise
     for split, frames in written.frames.items():
-        print(f"{split}: {frames} frames")
+        documents = written.audit.held_out_documents.get(split)
+        print(f"{split}: {frames} frames{'' if documents is None else f' of {documents} documents'}")
     if written.cut_short:
         print(f"{written.cut_short} passages are longer than the model reads, their ends are lost: lower max_chars")
     print(written.audit.line())

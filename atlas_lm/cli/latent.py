@@ -1,6 +1,6 @@
 """What a predictor of the next vector is worth: python -m atlas_lm latent five_cat run=latent_p2
 
-Prints tables; writes five_cat.md, five_cat.json and five_cat.png.
+Prints tables; writes five_cat.md, five_cat.json and five_cat.png; of split=validation five_cat_validation.*.
 """
 
 from __future__ import annotations
@@ -86,11 +86,12 @@ def five_cat(options: Options) -> bool:
     text, content, holds = _written(bench, rows, {name: found[0] for name, found in models.items()}, runs)
     print(text)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "five_cat.md", text + "\n")
-    write_atomically(out / "five_cat.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    name = "five_cat" if options.split == "test" else f"five_cat_{options.split}"
+    write_atomically(out / f"{name}.md", text + "\n")
+    write_atomically(out / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     chosen = [row for row in rows if row.name in ("oracle", "last frame", "context mean", "ridge", *runs)]
-    save(tables.sweep_figure(chosen, bench.context), out / "five_cat.png")
-    print(f"wrote {out / 'five_cat.md'}, five_cat.json and five_cat.png")
+    save(tables.sweep_figure(chosen, bench.context), out / f"{name}.png")
+    print(f"wrote {out / name}.md, {name}.json and {name}.png")
     return holds
 
 

@@ -13,6 +13,7 @@ from atlas_lm.latent.frames import FrameSet
 NEAR = 0.99  # cosine from which on two frames are the same text for most purposes
 BLOCK = 2048  # frames compared at a time
 ALARM = 0.01  # share of held-out frames near one of training above which it warns
+FEW = 10  # held-out documents below which it warns: intervals resample documents
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Audit:
     """By held-out split: frames with a cosine of 0.99 or more to one of training."""
     held_out: dict[str, int]
     """By held-out split: frames."""
+    held_out_documents: dict[str, int]
+    """By held-out split: documents."""
+    loose: int
+    """Windows of an npz that do not continue the one before, of the same document."""
+    windows: int
+    """Of an npz."""
 
     def values(self) -> dict[str, object]:
         """For JSON."""
@@ -60,6 +67,17 @@ class Audit:
             found.append(f"{self.padded} frames are zeros: remove the padding")
         if self.order_errors:
             found.append(f"{self.order_errors} windows are out of order: they were sorted by target_indices")
+        if self.loose > self.windows / 2:
+            found.append(
+                f"{self.loose} of {self.windows} windows do not continue the one before: give them in the order of the "
+                "text, or target_indices; their frames count several times"
+            )
+        found += [
+            f"the {name} split has {n} document{'s' * (n > 1)}, and intervals are over documents: add some, or raise "
+            f"{name}_fraction="
+            for name, n in self.held_out_documents.items()
+            if 0 < n < FEW
+        ]
         return found
 
 
@@ -87,6 +105,11 @@ def audit(found: FrameSet, least: int, other: FrameSet | None = None) -> Audit:
         too_short=sum(piece.stop - piece.start < least for piece in found.pieces),
         near_duplicates={name: near(held_out, train) for name, held_out in sets.items()},
         held_out={name: len(held_out) for name, held_out in sets.items()},
+        held_out_documents={
+            split: len({piece.document for piece in found.of(split, least)}) for split in ("validation", "test")
+        },
+        loose=found.loose,
+        windows=found.windows,
     )
 
 

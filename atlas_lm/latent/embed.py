@@ -99,6 +99,8 @@ def embed(
             _finish(folder, {**settings, "corpus": corpus}, parts)
         elif read_index(folder)["corpus"] != corpus:
             raise ValueError(f"the corpus changed since {str(folder)!r} was written: choose another out=, or {AGAIN}")
+        else:
+            log.info("%s is complete already: nothing to embed", folder)
     cutter.report()
     return _audited(folder)
 
@@ -159,6 +161,8 @@ def _decoded(document: Document) -> str:
 
 def _begin(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether there is something left to write. ValueError when the folder holds anything but these very vectors."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={str(folder)!r} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists():
         _check_settings(folder, read_index(folder)["settings"], settings, "written")

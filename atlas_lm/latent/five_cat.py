@@ -209,6 +209,8 @@ def _ablate(found: Measured, predictor: Predictor, sets: Sets) -> None:
             sums["one frame left out"] = sums.get("one frame left out", 0.0) + value / C
         count += len(x)
     base = sums.pop("as it is", math.nan)
+    if len(sets.documents) < 2:
+        sums["of another document"] = math.nan
     found.ablations = {name: (value - base) / count for name, value in sums.items()}
 
 

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ class FrameSet:
     embedder: str  # hash of the model, or `UNKNOWN_EMBEDDER`
     path: str
     order_errors: int = 0  # windows of an npz that stand before one that they follow
+    loose: int = 0  # windows of an npz that do not continue the one before, of the same document
+    windows: int = 0  # of an npz
 
     @property
     def dim(self) -> int:
@@ -63,8 +66,11 @@ class FrameSet:
         return digest.hexdigest()
 
 
-def read_frames(path: str | Path, context: int, validation_fraction: float, test_fraction: float) -> FrameSet:
-    """The set in a folder of `embed`, or an npz. Fractions: of an npz's documents, by the hash of their id.
+def read_frames(
+    path: str | Path, context: int, validation_fraction: float, test_fraction: float, key: str = "data.source.path"
+) -> FrameSet:
+    """The set in a folder of `embed`, or an npz. Fractions: of an npz's documents, by the hash of their id. `key`: the
+    setting that names it.
 
     An npz holds `contexts` (N, C, D), `targets` (N, D) and `document_ids` (N,), optionally `target_indices` (N,) and
     `embedder`. ValueError: nothing there, damaged, another shape, vectors that are not finite or of unit length.
@@ -72,29 +78,35 @@ def read_frames(path: str | Path, context: int, validation_fraction: float, test
     path = Path(path)
     if path.is_dir():
         return _checked(_read_folder(path))
+    if not path.exists() and path.suffix == ".npz":
+        raise ValueError(f"{key}={str(path)!r} is not there: correct the path")
     if not path.exists():
         raise ValueError(
-            f"data.source.path={str(path)!r} is not there: write it with python -m atlas_lm embed source=text "
-            f"files=... out={path}"
+            f"{key}={str(path)!r} is not there: write it with python -m atlas_lm embed source=text files=... out={path}"
         )
     if path.suffix != ".npz":
-        raise ValueError(f"data.source.path={str(path)!r} is neither a folder of embed nor an .npz: correct the path")
+        raise ValueError(f"{key}={str(path)!r} is neither a folder of embed nor an .npz: correct the path")
     return _checked(_read_npz(path, context, validation_fraction, test_fraction))
 
 
-def check_vectors(vectors_FD: np.ndarray, where: str) -> None:
-    """ValueError for the first vector that is not finite or not of unit length."""
+def _place(name: str, shape: tuple[int, ...], index: int) -> str:
+    """As numpy writes it."""
+    return f"{name}[{', '.join(str(i) for i in np.unravel_index(index, shape))}]"
+
+
+def check_vectors(vectors_FD: np.ndarray, where: str, place: Callable[[int], str] = "number {}".format) -> None:
+    """ValueError for the first vector that is not finite or not of unit length; `place`: what it is called."""
     lengths = np.linalg.norm(vectors_FD, axis=-1)
     wrong = np.flatnonzero(~np.isfinite(lengths))
     if len(wrong):
         raise ValueError(
-            f"{where}: {len(wrong)} of {len(lengths)} vectors are not finite, the first is number {wrong[0]}: embed "
-            "the text again"
+            f"{where}: {len(wrong)} of {len(lengths)} vectors are not finite, the first is {place(wrong[0])}: "
+            "embed the text again"
         )
     wrong = np.flatnonzero((np.abs(lengths - 1) > NORM) & (lengths > 0))  # zeros are padding, and the audit's to count
     if len(wrong):
         raise ValueError(
-            f"{where}: {len(wrong)} of {len(lengths)} vectors are not of unit length, number {wrong[0]} has "
+            f"{where}: {len(wrong)} of {len(lengths)} vectors are not of unit length, {place(wrong[0])} has "
             f"{lengths[wrong[0]]:.4g}: divide each by its length"
         )
 
@@ -154,6 +166,8 @@ def _read_npz(path: Path, context: int, validation_fraction: float, test_fractio
             f"{str(path)!r}: contexts have {contexts.shape[1]} frames and data.source.context={context}: set it to "
             f"{contexts.shape[1]}"
         )
+    for name, array in (("contexts", contexts), ("targets", targets)):
+        check_vectors(array.reshape(-1, array.shape[-1]), repr(str(path)), partial(_place, name, array.shape[:-1]))
     order, errors = _order(ids, arrays.get("target_indices"))
     contexts, targets, ids = contexts[order], targets[order], ids[order]
     # a window continues the one before it where its context is that one's, moved on by the target
@@ -171,7 +185,9 @@ def _read_npz(path: Path, context: int, validation_fraction: float, test_fractio
         pieces.append(Piece(name, split, at, at + context + last - first))
         at = pieces[-1].stop
     embedder = str(arrays.get("embedder", UNKNOWN_EMBEDDER))
-    return FrameSet(np.concatenate(parts).astype(np.float32), tuple(pieces), embedder, str(path), errors)
+    loose = int((ids[1:] == ids[:-1]).sum() - continues.sum())
+    vectors = np.concatenate(parts).astype(np.float32)
+    return FrameSet(vectors, tuple(pieces), embedder, str(path), errors, loose, len(ids))
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -215,6 +231,8 @@ def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
     lengths = {len(arrays[name]) for name in ("contexts", "targets", "ids", "target_indices") if name in arrays}
     if len(lengths) > 1:
         raise ValueError(f"{str(path)!r}: its arrays have {sorted(lengths)} rows: save one of each for every window")
+    if lengths == {0}:
+        raise ValueError(f"{str(path)!r} holds no windows: save some")
 
 
 def _order(ids: np.ndarray, indices: np.ndarray | None) -> tuple[np.ndarray, int]:
@@ -239,7 +257,7 @@ def check_documents(pieces: Sequence[Piece], frames: int, where: str) -> None:
             f"has {longest}: embed longer documents or smaller units"
         )
     if len({piece.document for piece in pieces}) == 1:
+        cut = "" if where.endswith(".npz'") else ", or embed it with document_bytes=, which cuts it, and another out="
         raise ValueError(
-            f"{where} holds one document, {pieces[0].document!r}, and the split is by document: add others, or cut it "
-            "with document_bytes="
+            f"{where} holds one document, {pieces[0].document!r}, and the split is by document: add others{cut}"
         )

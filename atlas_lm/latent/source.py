@@ -77,7 +77,7 @@ class EmbeddingSource:
         check_documents(frames.pieces, self.context + 1, repr(self.path))
         other = None
         if self.out_of_domain is not None:
-            other = read_frames(self.out_of_domain, self.context, 0.0, 0.0)
+            other = read_frames(self.out_of_domain, self.context, 0.0, 0.0, "data.source.out_of_domain")
             _check_same_embedder(frames, other)
             if not other.of(None, self.context + 1):
                 raise ValueError(

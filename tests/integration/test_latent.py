@@ -248,7 +248,7 @@ def test_what_a_run_logged_is_what_the_tests_find(runs: Path) -> None:
     """The last validation and five_cat on the validation split measure the same thing in the same way."""
     with pytest.raises(SystemExit):
         latent.main(["five_cat", "run=p2", "samples=50", "split=validation", "out=found"])
-    content = json.loads((runs / "found" / "five_cat.json").read_text())
+    content = json.loads((runs / "found" / "five_cat_validation.json").read_text())
     row = next(row for row in content["rows"] if row["name"] == "p2")
     report = report_of(only_run(runs / "outputs", "p2"))
     assert row["held_out"]["cosine"][0] == pytest.approx(report["val_cosine"], abs=1e-5)

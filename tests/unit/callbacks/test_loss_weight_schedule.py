@@ -234,6 +234,14 @@ def test_a_run_uses_the_weights_of_its_epoch(fit: Any) -> None:
     assert module.used == [0, 0, 0.5, 0.5, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("steps", "warns"), [(2, True), (4, False)])
+def test_a_run_too_short_for_its_stages_says_so(
+    fit: Any, caplog: pytest.LogCaptureFixture, steps: int, warns: bool
+) -> None:
+    fit(Weighted(), schedule(weights={"pull": 0.0}, stages=STAGES), limit_train_batches=2, max_steps=steps)
+    assert (f"{steps} steps are {steps // 2} epochs" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("stages", [[{"pull": 1.0}], [{"epoch": 0}], [{"epoch": 1.5}], [{"epoch": 2}, {"epoch": 2}]])
 def test_a_stage_without_an_epoch_of_its_own_is_refused(stages: Any) -> None:
     with pytest.raises(ValueError, match="epoch"):

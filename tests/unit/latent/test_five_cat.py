@@ -84,6 +84,14 @@ def test_without_other_text_a_gate_is_not_measured_and_so_not_passed() -> None:
     assert not passed_by_test(found)["E"]
 
 
+def test_a_single_document_has_no_other_to_take_a_context_from() -> None:
+    found = measure(oracle(), Sets(HELD_OUT[:1], MEAN, CONTEXT), MEAN)
+    assert math.isnan(found.ablations["of another document"])
+    assert not math.isnan(found.ablations["shuffled"])
+    gate = next(gate for gate in gates(found, None, CONTEXT) if gate.name == "of another document: change")
+    assert gate.passed is None
+
+
 def test_a_history_longer_than_a_context_reaches_the_predictor_that_can_read_it() -> None:
     seen: list[int] = []
 

@@ -38,6 +38,17 @@ def test_windows_with_a_gap_are_two_pieces_of_one_document(tmp_path: Path) -> No
     found = read(write_npz(tmp_path / "x.npz", **arrays))
     assert [piece.document for piece in found.pieces] == ["0", "0", "1"]
     assert found.pieces[0].split == found.pieces[1].split
+    assert (found.loose, found.windows) == (1, len(arrays["targets"]))
+
+
+def test_windows_in_no_order_are_said_to_be_loose(tmp_path: Path) -> None:
+    arrays = windows(turning_documents(30))
+    order = np.random.default_rng(0).permutation(len(arrays["targets"]))
+    mixed = {**{name: value[order] for name, value in arrays.items()}, "target_indices": None}
+    alarms = audit(read(write_npz(tmp_path / "x.npz", **mixed)), CONTEXT + 1).alarms()
+    assert any("do not continue the one before" in alarm for alarm in alarms)
+    alarms = audit(read(write_npz(tmp_path / "y.npz", **arrays)), CONTEXT + 1).alarms()
+    assert not any("do not continue" in alarm for alarm in alarms)
 
 
 def test_no_document_is_in_two_splits_and_a_split_does_not_depend_on_others(tmp_path: Path) -> None:
@@ -90,6 +101,15 @@ def test_the_audit_counts_what_is_planted(tmp_path: Path) -> None:
     assert "1 padded" in figures.line()
 
 
+def test_few_held_out_documents_are_an_alarm(tmp_path: Path) -> None:
+    found = read(write_npz(tmp_path / "x.npz", turning_documents(30)))
+    held = len({piece.document for piece in found.of("test", CONTEXT + 1)})
+    assert 0 < held < 10
+    figures = audit(found, CONTEXT + 1)
+    assert figures.held_out_documents["test"] == held
+    assert any(f"the test split has {held} document" in alarm for alarm in figures.alarms())
+
+
 def bad(name: str, value: Any) -> dict[str, Any]:
     return {name: value}
 
@@ -105,7 +125,11 @@ WRONG = {
     "too few rows": (bad("document_ids", GOOD["document_ids"][:-1]), "rows"),
     "a flat context": (bad("contexts", GOOD["contexts"][:, 0]), "3 axes"),
     "not normalised": (bad("targets", GOOD["targets"] * 3), "unit length"),
-    "NaN": (bad("contexts", np.where(GOOD["contexts"] > 0.9, np.nan, GOOD["contexts"])), "not finite"),
+    "NaN": (
+        bad("contexts", np.where(GOOD["contexts"] > 0.9, np.nan, GOOD["contexts"])),
+        r"the first is contexts\[2, 1\]",
+    ),
+    "no rows": ({name: value[:0] for name, value in GOOD.items()}, "holds no windows"),
     "one document": (bad("document_ids", np.zeros_like(GOOD["document_ids"])), "one document"),
 }
 
@@ -141,6 +165,8 @@ def test_a_file_that_is_no_npz_is_named(content: bytes, tmp_path: Path) -> None:
 def test_what_is_not_there_is_said_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="atlas_lm embed"):
         EmbeddingSource(str(tmp_path / "none")).setup()
+    with pytest.raises(ValueError, match=r"data.source.out_of_domain=.*nowhere\.npz' is not there: correct"):
+        EmbeddingSource(str(write_npz(tmp_path / "x.npz")), str(tmp_path / "nowhere.npz")).setup()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no embeddings"):
         EmbeddingSource(str(tmp_path / "empty")).setup()
