@@ -21,9 +21,8 @@ from atlas_lm.inspection.capture import INTERRUPTED, Plan, Recorder, Rows, Trace
 from atlas_lm.inspection.memory import MemoryHealth
 from atlas_lm.inspection.schema import Prompt
 from atlas_lm.inspection.window import PromptSums, window_weights
-from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.atlas import AtlasLM, State
 from atlas_lm.model.attention import AttentionState
-from atlas_lm.model.block import MemoryBranch
 from atlas_lm.model.sampling import draw
 from atlas_lm.model.session import Session
 
@@ -31,11 +30,11 @@ SAMPLED_ROWS = 128  # steps at least from one row of the memories' health to the
 
 
 class _Call(NamedTuple):
-    """What one forward pass of a block left."""
+    """What one pass of a block over a piece of the prompt left."""
 
     hidden_TM: Tensor
     qkv_TC: Tensor
-    attention: AttentionState | None  # before the pass; None where the call before leads to it
+    attention: AttentionState  # before the pass
 
 
 class _Row(NamedTuple):
@@ -47,7 +46,11 @@ class _Row(NamedTuple):
 
 
 class AtlasCapture:
-    """Hooks on an AtlasLM: attached for the passes that are captured, so that the others cost nothing."""
+    """Hooks on an AtlasLM: attached for the passes that are captured, so that the others cost nothing.
+
+    Between two tokens nothing of Python is warm, and a hook that thinks costs ten times what it does alone. So the
+    hooks of a token keep references, and `take` does the rest for many of them; states come from the session.
+    """
 
     def __init__(self, model: AtlasLM, plan: Plan) -> None:
         self.model = model
@@ -55,12 +58,14 @@ class AtlasCapture:
         self.continuous = plan.every == 1
         self.memory = MemoryHealth(model, self.chosen, deep=self.continuous)
         self._handles: list[Any] = []
-        self._qkv: dict[int, Tensor] = {}
-        self._calls: dict[int, list[_Call]] = {i: [] for i in self.chosen}
+        self._piece: dict[int, Tensor] = {}  # of the prompt: layer → queries, keys and values
+        self._calls: dict[int, list[_Call]] = {i: [] for i in self.chosen}  # of the prompt
+        self._qkv: dict[int, list[Tensor]] = {i: [] for i in self.chosen}  # of each token
+        self._hidden: dict[int, list[Tensor]] = {i: [] for i in self.chosen}
+        self._starts: list[list[AttentionState]] = []  # before the first token of each row
         self._steps: list[int] = []
-        self._unmeasured: int | None = None
+        self._unmeasured: tuple[int, State] | None = None
         self._first: _Row | None = None  # of step 0: the last token of the prompt
-        self._joins = False  # passes follow each other and become one row
 
     def measure_memory(self, last: bool = False) -> None:
         """A row of the memories' health, at the step captured last, where it is time for one. `last`: it is the end.
@@ -68,57 +73,64 @@ class AtlasCapture:
         Only where every token is seen are there residuals and ranks of what was written; they cost most.
         """
         rows = self.memory.columns.steps
-        if self._unmeasured is None or (
-            not last and not self.continuous and rows and self._unmeasured - rows[-1] < SAMPLED_ROWS
-        ):
+        if self._unmeasured is None:
             return
-        self.memory.measure(self._unmeasured, True if last else None)
+        step, state = self._unmeasured
+        if not last and not self.continuous and rows and step - rows[-1] < SAMPLED_ROWS:
+            return
+        self.memory.measure(step, state, True if last else None)
         self._unmeasured = None
 
-    def attach(self) -> None:
-        """From here on passes are captured."""
+    def attach_to_prompt(self) -> None:
+        """From here on passes over the prompt are captured, which may come in pieces."""
+        for i in self.chosen:
+            block: Any = self.model.blocks[i]
+            self._handles += [
+                _source(block).register_forward_hook(self._keep_piece(i)),
+                block.register_forward_hook(self._keep_call(i)),
+                *self.memory.hooks(i),
+            ]
+
+    def attach(self, state: State) -> None:
+        """The next token is captured; `state`: the model's before it."""
+        if not self.continuous or not self._qkv[self.chosen[0]]:  # tokens that follow each other become one row
+            self._starts.append([state[i].attention for i in self.chosen])
         if self._handles:
             return
         for i in self.chosen:
             block: Any = self.model.blocks[i]
-            source = block.attention.qkv if block.attention.conv is None else block.attention.conv
             self._handles += [
-                source.register_forward_hook(self._keep_qkv(i)),
-                block.register_forward_hook(self._keep_call(i)),
+                _source(block).register_forward_hook(_first_into(self._qkv[i], block.attention.conv is not None)),
+                block.register_forward_hook(_first_into(self._hidden[i], True)),
+                *self.memory.hooks(i),
             ]
-            if isinstance(block.memory, MemoryBranch):
-                self._handles += self.memory.hooks(i)
 
     def detach(self) -> None:
-        """From here on they are not."""
+        """From here on nothing is."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _keep_qkv(self, i: int) -> Callable[..., None]:
+    def _keep_piece(self, i: int) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
-            self._qkv[i] = (output[0] if isinstance(output, tuple) else output)[0]
+            self._piece[i] = (output[0] if isinstance(output, tuple) else output)[0]
 
         return hook
 
     def _keep_call(self, i: int) -> Callable[..., None]:
         def hook(_: Any, arguments: Any, output: Any) -> None:
-            qkv = self._qkv.pop(i, None)
+            qkv = self._piece.pop(i, None)
             if qkv is None:
                 raise RuntimeError(f"the hook on the attention of layer {i} did not fire: its metrics would be empty")
-            calls = self._calls[i]
-            # a state is a window of keys and values: kept for every token they push the model's own out of the caches
-            follows = self._joins and bool(calls)
-            calls.append(_Call(output[0][0], qkv, None if follows else arguments[1].attention))
-            self.memory.after(i, output[2].memory)
+            self._calls[i].append(_Call(output[0][0], qkv, arguments[1].attention))
 
         return hook
 
-    def captured(self, step: int) -> None:
-        """The pass just made belongs to this step."""
+    def captured(self, step: int, state: State) -> None:
+        """The pass just made belongs to this step; `state`: the model's after it."""
         self._steps.append(step)
         if step:  # the state of step 0 is measured after the prompt
-            self._unmeasured = step
+            self._unmeasured = step, state
 
     def take(self) -> Rows:
         """See `Adapter`."""
@@ -127,43 +139,53 @@ class AtlasCapture:
             return Rows([], None, None, None)
         first, self._first = self._first, None
         rows = [] if first is None else [first]
-        by_layer = self._taken(len(steps) - len(rows))
-        if by_layer and self._joins:
-            by_layer = [[_joined(calls)] for calls in by_layer]
-        rows += [row for calls in zip(*by_layer, strict=True) for row in self._rows(calls)]
+        rows += self._rows(len(steps) - len(rows))
         widest = max(row.weights_LHtK.size(3) for row in rows)
         padded = [nnf.pad(row.weights_LHtK, (widest - row.weights_LHtK.size(3), 0)) for row in rows]
         seen, hidden = torch.cat([row.seen_t for row in rows]), torch.cat([row.hidden_LtM for row in rows], dim=1)
         return Rows(steps, torch.cat(padded, dim=2), seen, hidden)
 
-    def _taken(self, times: int) -> list[list[_Call]]:
-        """The calls of each layer, which are dropped; none where there were none. RuntimeError: not so many."""
-        by_layer = []
-        for i in self.chosen:
-            calls, self._calls[i] = self._calls[i], []
+    def _rows(self, times: int) -> list[_Row]:
+        """Of the tokens since the last call, which are dropped. RuntimeError: a hook did not fire so often."""
+        starts, self._starts = self._starts, []
+        parts = []
+        for kept in (self._qkv, self._hidden):
+            for i, some in kept.items():
+                if len(some) != times:
+                    raise RuntimeError(f"the hook on layer {i} fired {len(some)} times in {times} passes")
+            parts.append(torch.stack([torch.cat(some)[:, 0] for some in kept.values()]) if times else torch.empty(0))
+            for some in kept.values():
+                some.clear()
+        qkv_LNC, hidden_LNM = parts
+        attention: Any = self.model.blocks[self.chosen[0]].attention
+        at_once = times if self.continuous else 1
+        rows = []
+        for n, start in enumerate(starts):
+            part = slice(n * at_once, (n + 1) * at_once)
+            pieces = window_weights(qkv_LNC[:, part], start, attention.heads, attention.window)
+            states = hidden_LNM[:, part].split([piece.size(2) for piece, _, _ in pieces], dim=1)
+            rows += [_Row(piece, seen, hidden) for (piece, seen, _), hidden in zip(pieces, states, strict=True)]
+        return rows
+
+    def _taken(self) -> list[list[_Call]]:
+        """The passes over the prompt, by layer. RuntimeError: there were none, or not the same number."""
+        times = max(1, *(len(calls) for calls in self._calls.values()))
+        for i, calls in self._calls.items():
             if len(calls) != times:
                 raise RuntimeError(f"the hook on layer {i} fired {len(calls)} times in {times} passes")
-            by_layer.append(calls)
-        return by_layer if times else []
-
-    def _rows(self, calls: Sequence[_Call]) -> list[_Row]:
-        """Of one pass: a call for each layer."""
-        attention: Any = self.model.blocks[self.chosen[0]].attention
-        qkv, hidden = torch.stack([call.qkv_TC for call in calls]), torch.stack([call.hidden_TM for call in calls])
-        pieces = window_weights(qkv, _states(calls), attention.heads, attention.window)
-        parts = hidden.split([piece.size(2) for piece, _, _ in pieces], dim=1)
-        return [_Row(piece, seen, states) for (piece, seen, _), states in zip(pieces, parts, strict=True)]
+        by_layer = list(self._calls.values())
+        self._calls = {}
+        return by_layer
 
     def prompt(self, text: str, names: list[str], ids_T: Tensor, logits_TV: Tensor) -> Prompt:
         """What the passes over the prompt, just made, computed. Its last token is the row of step 0."""
         found = Prompt(text=text, tokens=names, surprisal_bits=_surprisals(logits_TV, ids_T))
         attention: Any = self.model.blocks[self.chosen[0]].attention
-        passes = max(len(self._calls[i]) for i in self.chosen)
-        by_layer = self._taken(max(1, passes))
-        sums, start = PromptSums(ids_T.numel()), _states(by_layer[0])[0].position
+        by_layer = self._taken()
+        sums, start = PromptSums(ids_T.numel()), by_layer[0][0].attention.position
         for calls in zip(*by_layer, strict=True):
             qkv = torch.stack([call.qkv_TC for call in calls])
-            pieces = window_weights(qkv, _states(calls), attention.heads, attention.window)
+            pieces = window_weights(qkv, [call.attention for call in calls], attention.heads, attention.window)
             for weights, seen, first in pieces:
                 sums.add(weights, seen, first - start)
         sums.into(found, attention.window)
@@ -173,18 +195,19 @@ class AtlasCapture:
         states = metrics.hidden_metrics(hidden_LTM)
         found.norm, found.nonfinite = states.norm.mean(-1).tolist(), states.nonfinite.sum(-1).tolist()
         found.transformation = metrics.transformation(hidden_LTM[:-1], hidden_LTM[1:]).tolist()
-        self._joins = self.continuous
         return found
 
 
-def _states(calls: Sequence[_Call]) -> list[AttentionState]:
-    return [call.attention for call in calls if call.attention is not None]
+def _source(block: Any) -> Any:
+    """The module that gives queries, keys and values, after the convolution where there is one."""
+    return block.attention.qkv if block.attention.conv is None else block.attention.conv
 
 
-def _joined(calls: list[_Call]) -> _Call:
-    """Passes that follow each other, as one."""
-    qkv, hidden = torch.cat([call.qkv_TC for call in calls]), torch.cat([call.hidden_TM for call in calls])
-    return _Call(hidden, qkv, calls[0].attention)
+def _first_into(rows: list[Tensor], of_several: bool) -> Callable[..., None]:
+    """A hook that keeps the first output."""
+    if of_several:
+        return lambda _, __, output: rows.append(output[0])
+    return lambda _, __, output: rows.append(output)
 
 
 def _surprisals(logits_TV: Tensor, ids_T: Tensor) -> list[float | None]:
@@ -221,13 +244,14 @@ def inspect(
     try:
         start, every = time.perf_counter(), plan.every
         if every:
-            capture.attach()
+            capture.attach_to_prompt()
         logits_TV = session.read(prompt_T.unsqueeze(0))[0]
         forward = recorder.trace.prompt_seconds = time.perf_counter() - start
         with recorder.timed():
             if every:
                 recorder.trace.prompt = capture.prompt(text, names(ids), prompt_T, logits_TV)
-                capture.memory.measure(0, deep=True)
+                capture.memory.measure(0, session.state, deep=True)
+                capture.detach()
             else:
                 bits = _surprisals(logits_TV, prompt_T)
                 recorder.trace.prompt = Prompt(text=text, tokens=names(ids), surprisal_bits=bits)
@@ -238,7 +262,7 @@ def inspect(
             assert logits_BV is not None
             last.clear()
             if every and i % every == 0:
-                capture.captured(i)
+                capture.captured(i, session.state)
             stopped: FloatingPointError | None = None
             try:
                 token = draw(logits_BV, plan.temperature, plan.top_k, generator)
@@ -259,7 +283,7 @@ def inspect(
                 recorder.trace.warnings.append(INTERRUPTED.format(i + 1, plan.tokens))
                 break
             if every and (i + 1) % every == 0 and i + 1 < plan.tokens:
-                capture.attach()
+                capture.attach(session.state)
             else:
                 capture.detach()
             before, start = time.perf_counter(), now

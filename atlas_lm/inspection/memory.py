@@ -9,7 +9,7 @@ with gates under which nothing is written or forgotten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from atlas_lm.memory.fast_memory import FastMemory, unchanging
 from atlas_lm.memory.features import Features
 from atlas_lm.memory.hierarchy import Hierarchy, HierarchyState
 from atlas_lm.memory.state import MemoryState, Tokens
-from atlas_lm.model.atlas import AtlasLM
+from atlas_lm.model.atlas import AtlasLM, State
 from atlas_lm.model.block import MemoryBranch
 
 DEEP_EVERY = 4  # rows from one with residuals and ranks to the next: these cost more than all others
@@ -86,70 +86,54 @@ class MemoryHealth:
         # the delta rule finishes with every token
         self.columns.chunks = [1 if rule.update == "delta" else rule.chunk for rule in rules]
         self._kept = max(self.columns.lags, default=0) + max(chunks, default=0)
-        self._inputs: dict[int, list[Tensor]] = {}
-        self._fused: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._gates: dict[int, list[Tensor]] = {}
-        self._pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}  # the last keys and values (H, T, D), in pieces
-        self._states: dict[int, HierarchyState] = {}
+        # references to what passes made anyway; `measure` does the rest
+        self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # what opens gates; keys and values
+        self._fused: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # attended, remembered, gates
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # the last keys and values (H, T, D)
         self._before: dict[int, HierarchyState] = {}
         self._rows = 0
 
     def hooks(self, i: int) -> list[Any]:
-        """Handles of those on a block's memory."""
+        """Handles of those on a block's memory; none where it has none."""
+        if i not in self.layers:
+            return []
         block: Any = self.model.blocks[i]
+        seen, fused = self._seen.setdefault(i, []), self._fused.setdefault(i, [])
         return [
-            block.memory.hierarchy.register_forward_pre_hook(self._keep_pairs(i)),
-            block.fusion.register_forward_hook(self._keep_fused(i)),
+            block.memory.hierarchy.register_forward_pre_hook(lambda _, given: seen.append((given[0], *given[2:4]))),
+            block.fusion.register_forward_hook(lambda _, given, output: fused.append((*given[:2], output[1]))),
         ]
 
-    def _keep_pairs(self, i: int) -> Callable[..., None]:
-        def hook(_: Any, arguments: Any) -> None:
-            x, _, k, v = arguments[:4]
-            self._inputs.setdefault(i, []).append(x[0])
-            if self.deep:
-                self._pairs.setdefault(i, []).append((k[0], v[0]))
-
-        return hook
-
-    def _keep_fused(self, i: int) -> Callable[..., None]:
-        def hook(_: Any, arguments: Any, output: Any) -> None:
-            self._fused.setdefault(i, []).append((arguments[0][0], arguments[1][0]))
-            self._gates.setdefault(i, []).append(output[1][0])
-
-        return hook
-
-    def after(self, i: int, state: Any) -> None:
-        """The state of a block's memory after a pass."""
-        if i in self.layers:
-            self._states[i] = state
-
     def _last_pairs(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values as far back as residuals are asked for; what is older is dropped."""
-        k, v = (torch.cat(parts, dim=1)[:, -self._kept :].clone() for parts in zip(*self._pairs[i], strict=True))
-        self._pairs[i] = [(k, v)]
+        """Keys and values as far back as residuals are asked for."""
+        pieces = [(k[0], v[0]) for _, k, v in self._seen[i]]
+        pieces = [self._pairs[i], *pieces] if i in self._pairs else pieces
+        k, v = (torch.cat(parts, dim=1)[:, -self._kept :].clone() for parts in zip(*pieces, strict=True))
+        self._pairs[i] = k, v
         return k, v
 
-    def measure(self, step: int, deep: bool | None = None) -> None:
-        """A row of figures over everything since the row before. `deep`: with residuals and ranks, or when it is their
-        turn."""
+    def measure(self, step: int, states: State, deep: bool | None = None) -> None:
+        """A row of figures over everything since the row before. `states`: the model's after it, by block. `deep`: with
+        residuals and ranks, or when it is their turn."""
         if not self.layers:
             return
-        missing = [i for i in self.layers if not self._inputs.get(i) or not self._fused.get(i) or i not in self._states]
+        missing = [i for i in self.layers if not self._seen.get(i) or not self._fused.get(i)]
         if missing:
             raise RuntimeError(f"the hooks on the memory of layer {missing[0]} did not fire: its health would be empty")
         deep = self.deep and (self._rows % DEEP_EVERY == 0 if deep is None else deep)
         tokens = step - self.columns.steps[-1] if self.columns.steps else 0
+        now: dict[int, Any] = {i: states[i].memory for i in self.layers}
         figures: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         residual: list[list[float]] = []
         for i in self.layers:
-            x_1TM = torch.cat(self._inputs[i]).unsqueeze(0)
-            attended, remembered = (torch.cat(parts) for parts in zip(*self._fused[i], strict=True))
-            saturated = metrics.saturation(torch.cat(self._gates[i]).flatten())
+            x_1TM = torch.cat([x for x, _, _ in self._seen[i]], dim=1)
+            attended, remembered, gates = (torch.cat(parts, dim=1)[0] for parts in zip(*self._fused[i], strict=True))
+            saturated = metrics.saturation(gates.flatten())
             ratio = metrics.output_ratio(remembered, attended)
             branch: Any = self.model.blocks[i].memory
             pairs = self._last_pairs(i) if self.deep else None
             for n, (_, memory, features) in enumerate(_memories(self.model, i)):
-                state = _state_of(self._states[i], n, branch.hierarchy)
+                state = _state_of(now[i], n, branch.hierarchy)
                 former = self._before.get(i)
                 before = None if former is None else _state_of(former, n, branch.hierarchy)
                 row = _row(memory, state, before, x_1TM, tokens)
@@ -167,8 +151,9 @@ class MemoryHealth:
         for name, values in zip(_COLUMNS, table, strict=True):
             getattr(self.columns, name).append([_finite(v) for v in values])
         self.columns.residual.append([[_finite(v) for v in row] for row in residual])
-        self._before, self._rows = dict(self._states), self._rows + 1
-        self._inputs, self._fused, self._gates = {}, {}, {}
+        self._before, self._rows = now, self._rows + 1
+        for kept in (*self._seen.values(), *self._fused.values()):
+            kept.clear()
 
 
 _COLUMNS = (

@@ -223,7 +223,7 @@ def test_a_hook_that_never_fires_is_an_error(ids):
 
 def test_a_memory_whose_hooks_never_fired_is_an_error(model):
     with pytest.raises(RuntimeError, match="layer 0"):
-        MemoryHealth(model, [0, 1]).measure(0)
+        MemoryHealth(model, [0, 1]).measure(0, model.stream().state)
 
 
 def test_layers_can_be_chosen(model, ids):
