@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.inspection import metrics
-from atlas_lm.inspection.capture import INTERRUPTED, Plan, Recorder, Rows, Trace
+from atlas_lm.inspection.capture import AT_ONCE, INTERRUPTED, Plan, Recorder, Ring, Rows, Trace
 from atlas_lm.inspection.memory import MemoryHealth
 from atlas_lm.inspection.schema import Prompt
 from atlas_lm.inspection.window import PromptSums, window_weights
@@ -48,8 +48,7 @@ class _Row(NamedTuple):
 class AtlasCapture:
     """Hooks on an AtlasLM: attached for the passes that are captured, so that the others cost nothing.
 
-    Between two tokens nothing of Python is warm, and a hook that thinks costs ten times what it does alone. So the
-    hooks of a token keep references, and `take` does the rest for many of them; states come from the session.
+    The hooks of a token copy what they see, and `take` does the rest for many of them; states come from the session.
     """
 
     def __init__(self, model: AtlasLM, plan: Plan) -> None:
@@ -60,15 +59,16 @@ class AtlasCapture:
         self._handles: list[Any] = []
         self._piece: dict[int, Tensor] = {}  # of the prompt: layer → queries, keys and values
         self._calls: dict[int, list[_Call]] = {i: [] for i in self.chosen}  # of the prompt
-        self._qkv: dict[int, list[Tensor]] = {i: [] for i in self.chosen}  # of each token
-        self._hidden: dict[int, list[Tensor]] = {i: [] for i in self.chosen}
+        self._qkv = {i: Ring(AT_ONCE) for i in self.chosen}  # of each token
+        self._hidden = {i: Ring(AT_ONCE) for i in self.chosen}
         self._starts: list[list[AttentionState]] = []  # before the first token of each row
         self._steps: list[int] = []
-        self._unmeasured: tuple[int, State] | None = None
+        self._unmeasured: tuple[int, State | None] | None = None
         self._first: _Row | None = None  # of step 0: the last token of the prompt
 
-    def measure_memory(self, last: bool = False) -> None:
-        """A row of the memories' health, at the step captured last, where it is time for one. `last`: it is the end.
+    def measure_memory(self, now: State, last: bool = False) -> None:
+        """A row of the memories' health, at the step captured last, where it is time for one. `now`: the state at this
+        step. `last`: it is the end.
 
         Only where every token is seen are there residuals and ranks of what was written; they cost most.
         """
@@ -78,7 +78,7 @@ class AtlasCapture:
         step, state = self._unmeasured
         if not last and not self.continuous and rows and step - rows[-1] < SAMPLED_ROWS:
             return
-        self.memory.measure(step, state, True if last else None)
+        self.memory.measure(step, now if state is None else state, True if last else None)
         self._unmeasured = None
 
     def attach_to_prompt(self) -> None:
@@ -88,12 +88,12 @@ class AtlasCapture:
             self._handles += [
                 _source(block).register_forward_hook(self._keep_piece(i)),
                 block.register_forward_hook(self._keep_call(i)),
-                *self.memory.hooks(i),
+                *self.memory.hooks_on_prompt(i),
             ]
 
     def attach(self, state: State) -> None:
         """The next token is captured; `state`: the model's before it."""
-        if not self.continuous or not self._qkv[self.chosen[0]]:  # tokens that follow each other become one row
+        if not self.continuous or not self._qkv[self.chosen[0]].n:  # tokens that follow each other become one row
             self._starts.append([state[i].attention for i in self.chosen])
         if self._handles:
             return
@@ -130,7 +130,8 @@ class AtlasCapture:
         """The pass just made belongs to this step; `state`: the model's after it."""
         self._steps.append(step)
         if step:  # the state of step 0 is measured after the prompt
-            self._unmeasured = step, state
+            # a state that is kept through the next pass costs that pass a warm place to write its own to
+            self._unmeasured = step, None if self.continuous else state
 
     def take(self) -> Rows:
         """See `Adapter`."""
@@ -150,12 +151,12 @@ class AtlasCapture:
         starts, self._starts = self._starts, []
         parts = []
         for kept in (self._qkv, self._hidden):
-            for i, some in kept.items():
-                if len(some) != times:
-                    raise RuntimeError(f"the hook on layer {i} fired {len(some)} times in {times} passes")
-            parts.append(torch.stack([torch.cat(some)[:, 0] for some in kept.values()]) if times else torch.empty(0))
-            for some in kept.values():
-                some.clear()
+            for i, ring in kept.items():
+                if ring.n != times:
+                    raise RuntimeError(f"the hook on layer {i} fired {ring.n} times in {times} passes")
+            if not times:
+                return []
+            parts.append(torch.stack([ring.take()[:, 0] for ring in kept.values()]))
         qkv_LNC, hidden_LNM = parts
         attention: Any = self.model.blocks[self.chosen[0]].attention
         at_once = times if self.continuous else 1
@@ -203,11 +204,11 @@ def _source(block: Any) -> Any:
     return block.attention.qkv if block.attention.conv is None else block.attention.conv
 
 
-def _first_into(rows: list[Tensor], of_several: bool) -> Callable[..., None]:
+def _first_into(ring: Ring, of_several: bool) -> Callable[..., None]:
     """A hook that keeps the first output."""
     if of_several:
-        return lambda _, __, output: rows.append(output[0])
-    return lambda _, __, output: rows.append(output)
+        return lambda _, __, output: ring.append(output[0])
+    return lambda _, __, output: ring.append(output)
 
 
 def _surprisals(logits_TV: Tensor, ids_T: Tensor) -> list[float | None]:
@@ -239,7 +240,7 @@ def inspect(
     recorder = Recorder(capture)
     recorder.trace.memory = capture.memory.columns
     last: list[Tensor] = []
-    handle = model.norm.register_forward_pre_hook(lambda _, arguments: last.append(arguments[0][0, -1]))
+    handle = model.norm.register_forward_pre_hook(lambda _, given: last.append(given[0]))
     prompt_T = torch.tensor(list(ids), device=device)
     try:
         start, every = time.perf_counter(), plan.every
@@ -258,7 +259,7 @@ def inspect(
         del logits_TV
         generator = torch.Generator(device).manual_seed(plan.seed)
         for i in range(plan.tokens):
-            logits_BV, hidden_M = session.logits, last.pop()
+            logits_BV, hidden_1M = session.logits, last.pop()[:, -1]
             assert logits_BV is not None
             last.clear()
             if every and i % every == 0:
@@ -271,15 +272,20 @@ def inspect(
             if plan.forced is not None and i < len(plan.forced):
                 token = torch.full_like(token, plan.forced[i])
             now = time.perf_counter()
-            if recorder.step(logits_BV[0], token[0, 0], hidden_M, now - start, forward) and every:
+            reduced = recorder.step(logits_BV, token, hidden_1M, now - start, forward)
+            if reduced and every:
                 with recorder.timed():
-                    capture.measure_memory()
+                    capture.measure_memory(session.state, last=i + 1 == plan.tokens)
+            if reduced:
+                on_flush(recorder.trace)
+            asked = plan.stops()
+            if stopped is not None or asked or i + 1 == plan.tokens:
+                with recorder.timed():
+                    capture.measure_memory(session.state, last=True)
             if stopped is not None:
                 recorder.trace.warnings.append(f"stopped at step {i}: {stopped}")
                 break
-            if len(recorder.trace.steps.token_ids) == i + 1:
-                on_flush(recorder.trace)
-            if plan.stops():
+            if asked:
                 recorder.trace.warnings.append(INTERRUPTED.format(i + 1, plan.tokens))
                 break
             if every and (i + 1) % every == 0 and i + 1 < plan.tokens:
@@ -292,6 +298,4 @@ def inspect(
     finally:
         handle.remove()
         capture.detach()
-    with recorder.timed():
-        capture.measure_memory(last=True)
     return recorder.finish()

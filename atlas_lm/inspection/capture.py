@@ -22,7 +22,7 @@ from atlas_lm.inspection import metrics
 from atlas_lm.inspection.repetition import Repetition
 from atlas_lm.inspection.schema import LayerColumns, MemoryColumns, Prompt, Steps, Table
 
-AT_ONCE = 32  # steps whose rows wait to be reduced together
+AT_ONCE = 64  # steps whose rows wait to be reduced together
 LOGITS_AT_ONCE = 2**18  # numbers: a processor's cache holds them through all passes
 SAMPLED_EVERY = 32  # steps from one captured step to the next with capture=sampled
 TOP_K = 10
@@ -99,6 +99,33 @@ class Trace:
     prompt_seconds: float = 0.0
 
 
+class Ring:
+    """Up to `size` tensors of one shape (1, …), copied to one place.
+
+    Tensors that are kept where they are lie between the buffers of the model, whose next ones then come from colder
+    memory: with a state of a megabyte that costs more than all metrics.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.n = size, 0
+        self._buffer: Tensor | None = None
+        self._slots: tuple[Tensor, ...] = ()
+
+    def append(self, x_1: Tensor) -> None:
+        if self._buffer is None:
+            self._buffer = x_1.new_empty(self.size, *x_1.shape[1:])
+            self._slots = self._buffer.split(1)
+        self._slots[self.n].copy_(x_1)
+        self.n += 1
+
+    def take(self) -> Tensor:
+        """(n, …), which the next ones overwrite. ValueError: there are none."""
+        if self._buffer is None:
+            raise ValueError("nothing was kept")
+        n, self.n = self.n, 0
+        return self._buffer[:n]
+
+
 class Recorder:
     """Takes a row of raw logits and the token drawn from it, step by step; the adapter's rows at each flush."""
 
@@ -106,10 +133,11 @@ class Recorder:
         self.adapter = adapter
         self.trace = Trace()
         self.repetition = Repetition()
-        self._logits: list[Tensor] = []  # (V,) each
+        self._logits = Ring(AT_ONCE)
         self._tokens: list[int | Tensor] = []
-        self._last_hidden: list[Tensor] = []  # (M,) each, of the last layer
+        self._last_hidden = Ring(AT_ONCE)  # of the last layer
         self._heads = _HeadMeans(), _HeadMeans()
+        self._seconds: list[tuple[float, float]] = []  # of the step, and of the pass in it
         self._capturing = 0.0
 
     @contextmanager
@@ -122,40 +150,43 @@ class Recorder:
             self._capturing += time.perf_counter() - start
 
     def step(
-        self, logits_V: Tensor, token: int | Tensor, hidden_M: Tensor | None, latency: float, forward: float
+        self, logits_1V: Tensor, token: int | Tensor, hidden_1M: Tensor | None, latency: float, forward: float
     ) -> bool:
         """A finished step: raw logits, the token that was drawn from them, the last layer's hidden state before them,
         and seconds. True: the rows were reduced now."""
-        self._logits.append(logits_V)
+        self._logits.append(logits_1V)
         self._tokens.append(token)
-        if hidden_M is not None:
-            self._last_hidden.append(hidden_M)
-        self.trace.steps.latency_seconds.append(latency)
-        self.trace.steps.forward_seconds.append(forward)
-        full = len(self._logits) >= AT_ONCE
+        if hidden_1M is not None:
+            self._last_hidden.append(hidden_1M)
+        self._seconds.append((latency, forward))
+        full = self._logits.n >= AT_ONCE
         if full:
             self.flush()
         return full
 
     def flush(self) -> None:
         """Reduce what waits."""
-        n = len(self._logits)
+        n = self._logits.n
         if not n:
             return
         with self.timed():
             self._reduce_logits()
             self._reduce_layers(self.adapter.take())
+            self.trace.steps.latency_seconds += [latency for latency, _ in self._seconds]
+            self.trace.steps.forward_seconds += [forward for _, forward in self._seconds]
+            self._seconds = []
         self.trace.steps.capture_seconds += [self._capturing / n] * n
         self._capturing = 0.0
 
     def _reduce_logits(self) -> None:
         ids = [int(token) for token in self._tokens]
-        at_once = max(1, LOGITS_AT_ONCE // self._logits[0].numel())
-        parts = []
-        for first in range(0, len(ids), at_once):
-            logits_NV = torch.stack(self._logits[first : first + at_once])
-            tokens_N = torch.tensor(ids[first : first + at_once], device=logits_NV.device)
-            parts.append(metrics.logit_metrics(logits_NV, TOP_K, tokens_N))
+        logits_NV = self._logits.take()
+        tokens_N = torch.tensor(ids, device=logits_NV.device)
+        at_once = max(1, LOGITS_AT_ONCE // logits_NV.size(1))
+        parts = [
+            metrics.logit_metrics(some, TOP_K, tokens)
+            for some, tokens in zip(logits_NV.split(at_once), tokens_N.split(at_once), strict=True)
+        ]
         found = metrics.LogitMetrics(*(torch.cat(some) for some in zip(*parts, strict=True)))
         columns = torch.stack(
             [found.entropy_bits, found.perplexity, found.margin, found.top_k_mass, found.surprisal_bits]
@@ -169,12 +200,12 @@ class Recorder:
         steps.token_ids += ids
         steps.top_probabilities += found.top_k_probabilities.tolist()
         steps.top_tokens += [[str(i) for i in row] for row in found.top_k_tokens.tolist()]  # ids; names at the end
-        hidden_NM = torch.stack(self._last_hidden) if len(self._last_hidden) == len(ids) else None
+        hidden_NM = self._last_hidden.take() if self._last_hidden.n == len(ids) else None
         loops = self.repetition.update(ids, hidden_NM)
         steps.repetition_period += loops.period
         steps.repetition_tokens += loops.tokens
         steps.repetition_cosine += loops.cosine
-        self._logits, self._tokens, self._last_hidden = [], [], []
+        self._tokens, self._last_hidden.n = [], 0
 
     def _reduce_layers(self, rows: Rows) -> None:
         if not rows.steps:

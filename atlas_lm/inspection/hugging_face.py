@@ -180,12 +180,12 @@ class _Watch:
         self.forward = time.perf_counter() - self.began
         if self.passes == 0:
             self.recorder.trace.prompt_seconds = time.perf_counter() - self.started
-        self.logits = output.logits[0, -1]
+        self.logits = output.logits[:, -1]
         self.passes += 1
 
     def keep_hidden(self, _: Any, arguments: Any) -> None:
         """What the head reads."""
-        self.hidden = arguments[0][0, -1]
+        self.hidden = arguments[0][:, -1]
 
     def keep_states(self, _: Any, __: Any, output: Any) -> None:
         """The states of the whole prompt, from which the head makes its logits."""

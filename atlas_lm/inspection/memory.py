@@ -9,13 +9,14 @@ with gates under which nothing is written or forgotten.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from atlas_lm.inspection import metrics
+from atlas_lm.inspection.capture import AT_ONCE, Ring
 from atlas_lm.inspection.schema import MemoryColumns
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.fast_memory import FastMemory, unchanging
@@ -27,6 +28,9 @@ from atlas_lm.model.block import MemoryBranch
 
 DEEP_EVERY = 4  # rows from one with residuals and ranks to the next: these cost more than all others
 WINDOWS = (1, 2, 4)  # of attention: how long ago the tokens were written whose residuals are asked for
+
+
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def labels_of(model: AtlasLM, layers: Sequence[int]) -> list[str]:
@@ -86,29 +90,67 @@ class MemoryHealth:
         # the delta rule finishes with every token
         self.columns.chunks = [1 if rule.update == "delta" else rule.chunk for rule in rules]
         self._kept = max(self.columns.lags, default=0) + max(chunks, default=0)
-        # references to what passes made anyway; `measure` does the rest
-        self._seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # what opens gates; keys and values
-        self._fused: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}  # attended, remembered, gates
+        # of what passes made anyway: (x, k, v) that a memory was given, and attended, remembered, gates of its fusion
+        self._prompt: dict[int, tuple[list[Parts], list[Parts]]] = {i: ([], []) for i in self.layers}
+        self._given = {i: [Ring(AT_ONCE) for _ in range(3)] for i in self.layers}  # of each token
+        self._fused = {i: [Ring(AT_ONCE) for _ in range(3)] for i in self.layers}
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # the last keys and values (H, T, D)
         self._before: dict[int, HierarchyState] = {}
         self._rows = 0
 
-    def hooks(self, i: int) -> list[Any]:
-        """Handles of those on a block's memory; none where it has none."""
+    def hooks_on_prompt(self, i: int) -> list[Any]:
+        """Handles of those on a block's memory, for passes over a prompt; none where it has none."""
         if i not in self.layers:
             return []
+        given, fused = self._prompt[i]
+        return self._hooks(i, given.append, fused.append)
+
+    def hooks(self, i: int) -> list[Any]:
+        """The same for passes over single tokens."""
+        if i not in self.layers:
+            return []
+
+        def into(rings: list[Ring]) -> Callable[[Parts], None]:
+            a, b, c = rings
+
+            def keep(parts: Parts) -> None:
+                a.append(parts[0])
+                b.append(parts[1])
+                c.append(parts[2])
+
+            return keep
+
+        return self._hooks(i, into(self._given[i]), into(self._fused[i]))
+
+    def _hooks(self, i: int, given: Callable[[Parts], None], fused: Callable[[Parts], None]) -> list[Any]:
         block: Any = self.model.blocks[i]
-        seen, fused = self._seen.setdefault(i, []), self._fused.setdefault(i, [])
         return [
-            block.memory.hierarchy.register_forward_pre_hook(lambda _, given: seen.append((given[0], *given[2:4]))),
-            block.fusion.register_forward_hook(lambda _, given, output: fused.append((*given[:2], output[1]))),
+            block.memory.hierarchy.register_forward_pre_hook(lambda _, x: given((x[0], x[2], x[3]))),
+            block.fusion.register_forward_hook(lambda _, x, output: fused((x[0], x[1], output[1]))),
         ]
 
-    def _last_pairs(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values as far back as residuals are asked for."""
-        pieces = [(k[0], v[0]) for _, k, v in self._seen[i]]
-        pieces = [self._pairs[i], *pieces] if i in self._pairs else pieces
-        k, v = (torch.cat(parts, dim=1)[:, -self._kept :].clone() for parts in zip(*pieces, strict=True))
+    def _taken(self, i: int) -> tuple[Parts, Parts]:
+        """x (1, T, M), k and v (H, T, D); attended, remembered and gates (T, H·D): of the tokens since the last call.
+        RuntimeError: there were none."""
+        given, fused = self._prompt[i]
+        counts = {len(given), len(fused)} if given or fused else {r.n for r in (*self._given[i], *self._fused[i])}
+        if len(counts) != 1 or counts == {0}:
+            raise RuntimeError(f"the hooks on the memory of layer {i} did not fire: its health would be empty")
+        if given:
+            x, k, v = (torch.cat(parts, dim=-2) for parts in zip(*given, strict=True))
+            y = tuple(torch.cat(parts, dim=1)[0] for parts in zip(*fused, strict=True))
+            self._prompt[i] = [], []
+            return (x, k[0], v[0]), (y[0], y[1], y[2])
+        x, k, v = (ring.take() for ring in self._given[i])
+        y = tuple(ring.take()[:, 0] for ring in self._fused[i])
+        return (x.transpose(0, 1), k[:, :, 0].transpose(0, 1), v[:, :, 0].transpose(0, 1)), (y[0], y[1], y[2])
+
+    def _last_pairs(self, i: int, k_HTD: Tensor, v_HTD: Tensor) -> tuple[Tensor, Tensor]:
+        """With those before them, as far back as residuals are asked for."""
+        pieces = [self._pairs[i]] if i in self._pairs else []
+        k, v = (
+            torch.cat(parts, dim=1)[:, -self._kept :].clone() for parts in zip(*pieces, (k_HTD, v_HTD), strict=True)
+        )
         self._pairs[i] = k, v
         return k, v
 
@@ -117,21 +159,17 @@ class MemoryHealth:
         residuals and ranks, or when it is their turn."""
         if not self.layers:
             return
-        missing = [i for i in self.layers if not self._seen.get(i) or not self._fused.get(i)]
-        if missing:
-            raise RuntimeError(f"the hooks on the memory of layer {missing[0]} did not fire: its health would be empty")
         deep = self.deep and (self._rows % DEEP_EVERY == 0 if deep is None else deep)
         tokens = step - self.columns.steps[-1] if self.columns.steps else 0
         now: dict[int, Any] = {i: states[i].memory for i in self.layers}
         figures: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         residual: list[list[float]] = []
         for i in self.layers:
-            x_1TM = torch.cat([x for x, _, _ in self._seen[i]], dim=1)
-            attended, remembered, gates = (torch.cat(parts, dim=1)[0] for parts in zip(*self._fused[i], strict=True))
+            (x_1TM, k_HTD, v_HTD), (attended, remembered, gates) = self._taken(i)
             saturated = metrics.saturation(gates.flatten())
             ratio = metrics.output_ratio(remembered, attended)
             branch: Any = self.model.blocks[i].memory
-            pairs = self._last_pairs(i) if self.deep else None
+            pairs = self._last_pairs(i, k_HTD, v_HTD) if self.deep else None
             for n, (_, memory, features) in enumerate(_memories(self.model, i)):
                 state = _state_of(now[i], n, branch.hierarchy)
                 former = self._before.get(i)
@@ -152,8 +190,6 @@ class MemoryHealth:
             getattr(self.columns, name).append([_finite(v) for v in values])
         self.columns.residual.append([[_finite(v) for v in row] for row in residual])
         self._before, self._rows = now, self._rows + 1
-        for kept in (*self._seen.values(), *self._fused.values()):
-            kept.clear()
 
 
 _COLUMNS = (

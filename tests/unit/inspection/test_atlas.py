@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atlas_lm.inspection import atlas
-from atlas_lm.inspection.capture import CAPTURES, Plan
+from atlas_lm.inspection.capture import AT_ONCE, CAPTURES, Plan
 from atlas_lm.inspection.memory import MemoryHealth, residuals
 from atlas_lm.model.sampling import generate_tokens
 from tests.support.model_cases import VOCABULARY, build_model, make_tokens
@@ -145,10 +145,10 @@ def test_memory_health_equals_a_slow_form(ids):
     model = build_model(
         **SMALL, network="linear", update="delta", local_chunks=[], memory_layers=[1], global_chunk=8
     ).eval()
-    trace = inspected(model, ids, temperature=0.0)
+    trace = inspected(model, ids, temperature=0.0, tokens=100)
     columns = trace.memory
     assert columns.labels == ["layer 1 global"]
-    assert columns.steps == [0, 31, 39]
+    assert columns.steps == [0, 63, 99]
     tokens = torch.tensor([ids + trace.steps.token_ids])
     hierarchy = model.blocks[1].memory.hierarchy
     memory, features = hierarchy.global_memory, hierarchy.features
@@ -267,9 +267,15 @@ def test_what_is_kept_does_not_grow_with_the_steps(model, ids, steps):
 
     def on_flush(trace):
         flushes.append(len(trace.steps.token_ids))
-        if len(flushes) % 5 == 0:
+        if len(flushes) % 2 == 0:
             held.append(tensor_bytes())
 
     atlas.inspect(model, ids, Plan(tokens=steps), names, on_flush=on_flush)
     # the ring of last hidden states, of a fixed length, fills within 128 steps
     assert max(held) <= 1.05 * held[1], held
+
+
+def test_a_generation_that_ends_with_a_row_has_residuals_in_it(model, ids):
+    columns = inspected(model, ids, tokens=AT_ONCE).memory
+    assert columns.steps == [0, AT_ONCE - 1]
+    assert columns.residual[-1][0][0] is not None
