@@ -237,13 +237,14 @@ def inspect(
     device = model.embed.weight.device
     session = model.stream() if session is None else session
     capture = AtlasCapture(model, plan)
-    recorder = Recorder(capture)
+    recorder = Recorder(capture, plan)
     recorder.trace.memory = capture.memory.columns
     last: list[Tensor] = []
-    handle = model.norm.register_forward_pre_hook(lambda _, given: last.append(given[0]))
+    every = plan.every
+    handle = None if every > 1 else model.norm.register_forward_pre_hook(lambda _, given: last.append(given[0]))
     prompt_T = torch.tensor(list(ids), device=device)
     try:
-        start, every = time.perf_counter(), plan.every
+        start = time.perf_counter()
         if every:
             capture.attach_to_prompt()
         logits_TV = session.read(prompt_T.unsqueeze(0))[0]
@@ -259,10 +260,11 @@ def inspect(
         del logits_TV
         generator = torch.Generator(device).manual_seed(plan.seed)
         for i in range(plan.tokens):
-            logits_BV, hidden_1M = session.logits, last.pop()[:, -1]
+            logits_BV, hidden_1M = session.logits, last.pop()[:, -1] if last else None
             assert logits_BV is not None
             last.clear()
-            if every and i % every == 0:
+            captured = every > 0 and i % every == 0
+            if captured:
                 capture.captured(i, session.state)
             stopped: FloatingPointError | None = None
             try:
@@ -272,7 +274,8 @@ def inspect(
             if plan.forced is not None and i < len(plan.forced):
                 token = torch.full_like(token, plan.forced[i])
             now = time.perf_counter()
-            reduced = recorder.step(logits_BV, token, hidden_1M, now - start, forward)
+            seen = logits_BV if captured or every < 2 or stopped is not None else None
+            reduced = recorder.step(seen, token, hidden_1M, now - start, forward)
             if reduced and every:
                 with recorder.timed():
                     capture.measure_memory(session.state, last=i + 1 == plan.tokens)
@@ -296,6 +299,7 @@ def inspect(
             session.read(token)
             forward = time.perf_counter() - before
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
         capture.detach()
     return recorder.finish()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from atlas_lm.inspection import metrics
 from atlas_lm.inspection.repetition import Repetition
 from atlas_lm.inspection.schema import LayerColumns, MemoryColumns, Prompt, Steps, Table
 
-AT_ONCE = 64  # steps whose rows wait to be reduced together
+AT_ONCE = 64  # steps whose rows wait to be reduced together; with capture=sampled twice as many
 LOGITS_AT_ONCE = 2**18  # numbers: a processor's cache holds them through all passes
 SAMPLED_EVERY = 32  # steps from one captured step to the next with capture=sampled
 TOP_K = 10
@@ -39,7 +39,7 @@ class Plan:
     top_k: int = 50
     top_p: float = 1.0
     seed: int = 0
-    capture: str = "full"  # full: every step; sampled: every 32nd; off: logits alone
+    capture: str = "full"  # full: every step; sampled: every 32nd, and loops of all; off: logits alone
     layers: tuple[int, ...] | None = None  # None: all
     forced: tuple[int, ...] | None = None  # token ids that are read in place of those that would be drawn
     stops: Callable[[], bool] = lambda: False  # asked after each token; what was written until then is reported
@@ -129,11 +129,14 @@ class Ring:
 class Recorder:
     """Takes a row of raw logits and the token drawn from it, step by step; the adapter's rows at each flush."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, plan: Plan) -> None:
         self.adapter = adapter
+        self._sampled = plan.every > 1
+        self._at_once = 2 * AT_ONCE if self._sampled else AT_ONCE
         self.trace = Trace()
         self.repetition = Repetition()
         self._logits = Ring(AT_ONCE)
+        self._measured: list[int] = []  # of the steps that wait, those with logits
         self._tokens: list[int | Tensor] = []
         self._last_hidden = Ring(AT_ONCE)  # of the last layer
         self._heads = _HeadMeans(), _HeadMeans()
@@ -150,23 +153,25 @@ class Recorder:
             self._capturing += time.perf_counter() - start
 
     def step(
-        self, logits_1V: Tensor, token: int | Tensor, hidden_1M: Tensor | None, latency: float, forward: float
+        self, logits_1V: Tensor | None, token: int | Tensor, hidden_1M: Tensor | None, latency: float, forward: float
     ) -> bool:
         """A finished step: raw logits, the token that was drawn from them, the last layer's hidden state before them,
-        and seconds. True: the rows were reduced now."""
-        self._logits.append(logits_1V)
+        and seconds. Logits of None are not captured. True: the rows were reduced now."""
+        if logits_1V is not None:
+            self._measured.append(len(self._tokens))
+            self._logits.append(logits_1V)
         self._tokens.append(token)
-        if hidden_1M is not None:
+        if hidden_1M is not None and not self._sampled:
             self._last_hidden.append(hidden_1M)
         self._seconds.append((latency, forward))
-        full = self._logits.n >= AT_ONCE
+        full = len(self._tokens) >= self._at_once
         if full:
             self.flush()
         return full
 
     def flush(self) -> None:
         """Reduce what waits."""
-        n = self._logits.n
+        n = len(self._tokens)
         if not n:
             return
         with self.timed():
@@ -180,6 +185,32 @@ class Recorder:
 
     def _reduce_logits(self) -> None:
         ids = [int(token) for token in self._tokens]
+        steps, n = self.trace.steps, len(ids)
+        steps.token_ids += ids
+        names = "entropy_bits", "perplexity", "margin", "top_k_mass", "surprisal_bits"
+        columns: list[list[Any]] = [[None] * n for _ in names]
+        top_probabilities: list[Any] = [[] for _ in ids]
+        top_tokens: list[Any] = [[] for _ in ids]
+        if self._measured:
+            found = self._metrics([ids[i] for i in self._measured])
+            values = torch.stack([getattr(found, name) for name in names]).tolist()
+            rows = found.top_k_probabilities.tolist(), found.top_k_tokens.tolist()
+            for at, i in enumerate(self._measured):
+                for column, row in zip(columns, values, strict=True):
+                    column[i] = row[at]
+                top_probabilities[i], top_tokens[i] = rows[0][at], [str(token) for token in rows[1][at]]
+        for name, column in zip(names, columns, strict=True):
+            getattr(steps, name).extend(column)
+        steps.top_probabilities += top_probabilities
+        steps.top_tokens += top_tokens  # ids; names at the end
+        hidden_NM = self._last_hidden.take() if self._last_hidden.n == n else None
+        loops = self.repetition.update(ids, hidden_NM)
+        steps.repetition_period += loops.period
+        steps.repetition_tokens += loops.tokens
+        steps.repetition_cosine += loops.cosine
+        self._tokens, self._measured, self._last_hidden.n = [], [], 0
+
+    def _metrics(self, ids: list[int]) -> metrics.LogitMetrics:
         logits_NV = self._logits.take()
         tokens_N = torch.tensor(ids, device=logits_NV.device)
         at_once = max(1, LOGITS_AT_ONCE // logits_NV.size(1))
@@ -187,25 +218,7 @@ class Recorder:
             metrics.logit_metrics(some, TOP_K, tokens)
             for some, tokens in zip(logits_NV.split(at_once), tokens_N.split(at_once), strict=True)
         ]
-        found = metrics.LogitMetrics(*(torch.cat(some) for some in zip(*parts, strict=True)))
-        columns = torch.stack(
-            [found.entropy_bits, found.perplexity, found.margin, found.top_k_mass, found.surprisal_bits]
-        ).tolist()
-        steps = self.trace.steps
-        for column, values in zip(
-            (steps.entropy_bits, steps.perplexity, steps.margin, steps.top_k_mass, steps.surprisal_bits),
-            columns, strict=True,
-        ):  # fmt: skip
-            column += values
-        steps.token_ids += ids
-        steps.top_probabilities += found.top_k_probabilities.tolist()
-        steps.top_tokens += [[str(i) for i in row] for row in found.top_k_tokens.tolist()]  # ids; names at the end
-        hidden_NM = self._last_hidden.take() if self._last_hidden.n == len(ids) else None
-        loops = self.repetition.update(ids, hidden_NM)
-        steps.repetition_period += loops.period
-        steps.repetition_tokens += loops.tokens
-        steps.repetition_cosine += loops.cosine
-        self._tokens, self._last_hidden.n = [], 0
+        return metrics.LogitMetrics(*(torch.cat(some) for some in zip(*parts, strict=True)))
 
     def _reduce_layers(self, rows: Rows) -> None:
         if not rows.steps:

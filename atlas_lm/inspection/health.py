@@ -108,7 +108,7 @@ def _flag(name: str, value: float | None, threshold: float, steps: list[int], me
 
 def _nonfinite(report: Report) -> Flag:
     of_layers = {s for s, row in zip(report.layers.steps, report.layers.nonfinite, strict=False) if any(row)}
-    of_logits = {i for i, x in enumerate(report.steps.entropy_bits) if x is None}
+    of_logits = {i for i, x in enumerate(report.steps.entropy_bits) if x is None and report.steps.has_logits(i)}
     steps = sorted(of_layers | of_logits)
     in_prompt = any(report.prompt.nonfinite)
     first = next((report.settings.layers[n] for row in report.layers.nonfinite for n, x in enumerate(row) if x), None)
@@ -118,8 +118,9 @@ def _nonfinite(report: Report) -> Flag:
 
 def _high_entropy(report: Report, t: Thresholds) -> Flag:
     steps = [i for i, x in enumerate(report.steps.entropy_bits) if x is not None and x > t.high_entropy_bits]
-    share = len(steps) / max(1, len(report.steps.entropy_bits))
-    message = f"{len(steps)} of {len(report.steps.entropy_bits)} steps above {t.high_entropy_bits:g} bits"
+    captured = sum(map(report.steps.has_logits, range(len(report.steps.entropy_bits))))
+    share = len(steps) / max(1, captured)
+    message = f"{len(steps)} of {captured} steps above {t.high_entropy_bits:g} bits"
     return _flag("high_entropy", share, t.high_entropy_share, steps, message)
 
 

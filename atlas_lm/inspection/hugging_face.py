@@ -196,7 +196,10 @@ class _Watch:
         """A stopping criterion: called after each token, it stops when it is asked to."""
         now = time.perf_counter()
         assert self.logits is not None
-        if self.recorder.step(self.logits, ids_BT[0, -1], self.hidden, now - self.last, self.forward):
+        captured = self.plan.every < 2 or (self.passes - 1) % self.plan.every == 0
+        if self.recorder.step(
+            self.logits if captured else None, ids_BT[0, -1], self.hidden, now - self.last, self.forward
+        ):
             self.on_flush(self.recorder.trace)
         self.last = now
         stops = self.plan.stops()
@@ -252,7 +255,7 @@ def inspect(
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     capture = HuggingFaceCapture(model, plan)
-    recorder = Recorder(capture)
+    recorder = Recorder(capture, plan)
     watch = _Watch(model, capture, recorder, plan, on_flush)
     device = model.get_input_embeddings().weight.device
     prompt_BT = torch.tensor([list(ids)], device=device)

@@ -71,7 +71,8 @@ def _text(report: Report) -> str:
     spans = [f"<span class=prompt>{html.escape(''.join(report.prompt.tokens))}</span>"]
     columns = zip(report.steps.tokens, report.steps.surprisal_bits, report.steps.entropy_bits, strict=True)
     for i, (token, bits, entropy) in enumerate(columns):
-        share = min(1.0, (MOST_BITS if bits is None else bits) / MOST_BITS)
+        unknown = MOST_BITS if report.steps.has_logits(i) else 0.0
+        share = min(1.0, (unknown if bits is None else bits) / MOST_BITS)
         note = f"step {i}: surprisal {shown(bits)}, entropy {shown(entropy)} bits"
         spans.append(f'<span title="{note}" style="background:rgba(230,60,30,{share:.2f})">{html.escape(token)}</span>')
     return f"<div class=text>{''.join(spans)}</div>"
@@ -120,8 +121,11 @@ def _pictures(report: Report) -> list[tuple[str, Callable[[Axes], None]]]:
 
 
 def _lines(ax: Axes, report: Report) -> None:
-    ax.plot(_plain(report.steps.entropy_bits), label="entropy")
-    ax.plot(_plain(report.steps.surprisal_bits), label="surprisal", alpha=0.6)
+    steps = report.steps
+    captured = [i for i in range(len(steps.entropy_bits)) if steps.has_logits(i)]
+    marker = "." if len(captured) < len(steps.entropy_bits) else ""
+    for values, label, alpha in ((steps.entropy_bits, "entropy", 1.0), (steps.surprisal_bits, "surprisal", 0.6)):
+        ax.plot(captured, _plain([values[i] for i in captured]), marker=marker, label=label, alpha=alpha)
     ax.set(xlabel="step", ylabel="bits")
     ax.legend()
 

@@ -101,13 +101,17 @@ class Steps(_Part):
     margin: Column = []  # p₁ − p₂
     top_k_mass: Column = []  # of the ten likeliest
     top_tokens: list[list[str]] = []  # the likeliest first
-    top_probabilities: Table = []
+    top_probabilities: Table = []  # none where the step's logits were not captured
     repetition_period: list[int] = []  # 0: none
     repetition_tokens: list[int] = []  # that repeat with it
     repetition_cosine: Column = []  # of last hidden states at that lag
     latency_seconds: Column = []  # the whole step
     forward_seconds: Column = []
     capture_seconds: Column = []
+
+    def has_logits(self, step: int) -> bool:
+        """Whether the logits of a step were captured: where they were, a figure that is None was not finite."""
+        return bool(self.top_probabilities[step])
 
 
 class MemoryColumns(_Part):

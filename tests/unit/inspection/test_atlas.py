@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atlas_lm.inspection import atlas
-from atlas_lm.inspection.capture import AT_ONCE, CAPTURES, Plan
+from atlas_lm.inspection.capture import AT_ONCE, CAPTURES, SAMPLED_EVERY, Plan
 from atlas_lm.inspection.memory import MemoryHealth, residuals
 from atlas_lm.model.sampling import generate_tokens
 from tests.support.model_cases import VOCABULARY, build_model, make_tokens
@@ -279,3 +279,18 @@ def test_a_generation_that_ends_with_a_row_has_residuals_in_it(model, ids):
     columns = inspected(model, ids, tokens=AT_ONCE).memory
     assert columns.steps == [0, AT_ONCE - 1]
     assert columns.residual[-1][0][0] is not None
+
+
+def test_a_sample_has_the_figures_of_its_steps_and_the_loops_of_all(model, ids):
+    full = inspected(model, ids, tokens=150, temperature=0.0)
+    found = inspected(model, ids, tokens=150, temperature=0.0, capture="sampled")
+    assert found.steps.token_ids == full.steps.token_ids
+    assert found.layers.steps == list(range(0, 150, SAMPLED_EVERY))
+    for i in range(150):
+        captured = i % SAMPLED_EVERY == 0
+        assert found.steps.has_logits(i) == captured
+        assert found.steps.entropy_bits[i] == (pytest.approx(full.steps.entropy_bits[i]) if captured else None)
+        assert found.steps.top_tokens[i] == (full.steps.top_tokens[i] if captured else [])
+    assert found.steps.repetition_tokens == full.steps.repetition_tokens
+    for n, i in enumerate(found.layers.steps):
+        assert found.layers.entropy_mean[n] == pytest.approx(full.layers.entropy_mean[i])
