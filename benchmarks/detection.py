@@ -61,6 +61,8 @@ class Options:
     """Tokens of a prompt."""
     tokens: int = 48
     """Tokens to write."""
+    only: str = ""
+    """Faults whose names begin so; the others stay as the file has them."""
     out: str = "docs/results/detection.json"
     """File for all figures; the table is printed."""
     outputs: str = "outputs"
@@ -104,10 +106,14 @@ def prompts_of(o: Options, subject: Subject) -> list[list[int]]:
 
 
 def loop_of(subject: Subject, ids: list[int], period: int, seed: int, tokens: int) -> Report:
-    """A generation that repeats the first tokens the model itself writes."""
+    """A generation that repeats the first tokens the model itself writes; where these end the text, the prompt's."""
     own = inspect_ids(subject, ids, "", Plan(tokens=period, seed=seed, capture="off"), Thresholds(), "").steps.token_ids
+    ends = getattr(getattr(subject, "model", None), "generation_config", None)
+    end = getattr(ends, "eos_token_id", None)
+    ending = set(end if isinstance(end, list) else [end])
+    own = [token for token in [*own, *ids] if token not in ending][:period]
     n = max(tokens, 4 * period)
-    forced = tuple((own * (n // period + 1))[:n])
+    forced = tuple((own * (n // len(own) + 1))[:n])
     return inspect_ids(subject, ids, "", Plan(tokens=n, forced=forced, seed=seed), Thresholds(), "")
 
 
@@ -122,6 +128,8 @@ def measure(o: Options, subject: Any, tick: Callable[[str], None]) -> dict[str, 
     tick("sound")
     bad: dict[str, list[Report]] = {}
     for name, fault in faults_of(subject).items():
+        if not name.startswith(o.only):
+            continue
         throughout = name in PERMANENT
         with fault(subject) if throughout else nullcontext():
             bad[name] = []
@@ -129,11 +137,12 @@ def measure(o: Options, subject: Any, tick: Callable[[str], None]) -> dict[str, 
                 with nullcontext() if throughout else fault(subject):  # each generation meets it at the same step
                     bad[name].append(_one(subject, ids, 20_000 + seed, plan))
         tick(name)
-    bad["prompt cut off"] = [
-        _one(subject, ids[-LEFT:], 20_000 + s, plan) for s, ids in enumerate(prompts[2 * n : 3 * n])
-    ]
-    tick("prompt cut off")
-    for period in PERIODS:
+    if "prompt cut off".startswith(o.only):
+        bad["prompt cut off"] = [
+            _one(subject, ids[-LEFT:], 20_000 + s, plan) for s, ids in enumerate(prompts[2 * n : 3 * n])
+        ]
+        tick("prompt cut off")
+    for period in PERIODS if "loop of".startswith(o.only[:7]) else ():
         some = [prompts[(2 * n + i) % len(prompts)][-16:] for i in range(o.loops)]
         bad[f"loop of {period}"] = [loop_of(subject, ids, period, s, 3 * period + 6) for s, ids in enumerate(some)]
         tick(f"loop of {period}")
@@ -198,6 +207,12 @@ def main(arguments: list[str]) -> None:
     )
     content = measure(o, subject, lambda what: print(what, file=sys.stderr, flush=True))
     path = Path(o.out)
+    if o.only:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = ("prompts", "prompt_tokens", "tokens", "loops", "text")
+        if any(before["options"][name] != vars(o)[name] for name in same):
+            raise ValueError(f"out={path} was measured with other options: give {', '.join(same)} as there")
+        content |= {"options": before["options"], "faults": {**before["faults"], **content["faults"]}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     print(table(content))

@@ -53,7 +53,7 @@ class Options:
     seed: int = 0
     """Of the draws."""
     capture: str = "full"
-    """full: every step; sampled: every 32nd, and loops of all; off: logits alone."""
+    """full: every step; sampled: every 64th, and loops of all; off: logits alone."""
     layers: str = "all"
     """Layers to capture, counted from 0, with commas between them."""
     thresholds: str = ""

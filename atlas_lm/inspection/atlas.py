@@ -105,6 +105,10 @@ class AtlasCapture:
                 *self.memory.hooks(i),
             ]
 
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
     def detach(self) -> None:
         """From here on nothing is."""
         for handle in self._handles:
@@ -293,7 +297,7 @@ def inspect(
                 break
             if every and (i + 1) % every == 0 and i + 1 < plan.tokens:
                 capture.attach(session.state)
-            else:
+            elif capture.attached:
                 capture.detach()
             before, start = time.perf_counter(), now
             session.read(token)

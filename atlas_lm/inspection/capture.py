@@ -24,7 +24,7 @@ from atlas_lm.inspection.schema import LayerColumns, MemoryColumns, Prompt, Step
 
 AT_ONCE = 64  # steps whose rows wait to be reduced together; with capture=sampled twice as many
 LOGITS_AT_ONCE = 2**18  # numbers: a processor's cache holds them through all passes
-SAMPLED_EVERY = 32  # steps from one captured step to the next with capture=sampled
+SAMPLED_EVERY = 64  # steps from one captured step to the next with capture=sampled
 TOP_K = 10
 CAPTURES = ("full", "sampled", "off")
 INTERRUPTED = "interrupted after {} of {} tokens"
@@ -39,7 +39,7 @@ class Plan:
     top_k: int = 50
     top_p: float = 1.0
     seed: int = 0
-    capture: str = "full"  # full: every step; sampled: every 32nd, and loops of all; off: logits alone
+    capture: str = "full"  # full: every step; sampled: every 64th, and loops of all; off: logits alone
     layers: tuple[int, ...] | None = None  # None: all
     forced: tuple[int, ...] | None = None  # token ids that are read in place of those that would be drawn
     stops: Callable[[], bool] = lambda: False  # asked after each token; what was written until then is reported

@@ -38,12 +38,12 @@ def ids():
 @pytest.mark.parametrize("settings", [{}, {"attention_conv": 3, "share_qkv": True, "conv": 1}, {"memory": "none"}])
 def test_the_tokens_are_those_of_plain_generation(ids, capture, temperature, settings):
     model = build_model(**SMALL, **settings).eval()
-    plain = generate_tokens(model, torch.tensor([ids]), 40, temperature, VOCABULARY, seed=3)[0].tolist()
-    trace = inspected(model, ids, capture=capture, temperature=temperature, seed=3)
+    plain = generate_tokens(model, torch.tensor([ids]), 70, temperature, VOCABULARY, seed=3)[0].tolist()
+    trace = inspected(model, ids, tokens=70, capture=capture, temperature=temperature, seed=3)
     assert trace.steps.token_ids == plain
-    assert trace.layers.steps == {"full": list(range(40)), "sampled": [0, 32], "off": []}[capture]
+    assert trace.layers.steps == {"full": list(range(70)), "sampled": [0, 64], "off": []}[capture]
     columns = [getattr(trace.steps, name) for name in type(trace.steps).model_fields if name != "tokens"]
-    assert {len(column) for column in columns} == {40}
+    assert {len(column) for column in columns} == {70}
 
 
 def slow_attention(model, layer, tokens):
