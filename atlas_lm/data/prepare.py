@@ -109,8 +109,6 @@ def _read(source: PackedSource, progress: Progress) -> _Read:
 
 def _begin(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether there is something left to write. ValueError when the folder holds anything but this very corpus."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={str(folder)!r} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "index.json").exists():
         if canonical(read_index(folder)["settings"]) != canonical(settings):
