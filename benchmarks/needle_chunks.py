@@ -96,7 +96,6 @@ def picture(tables: list[Table]) -> Any:
     for axes, table in zip(figure.subplots(len(tables) // 2, 2, squeeze=False).flat, tables, strict=True):
         table.draw(axes)
         axes.set_ylim(-0.03, 1.03)
-    figure.tight_layout()
     return figure
 
 
