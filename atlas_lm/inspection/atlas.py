@@ -107,6 +107,7 @@ class AtlasCapture:
 
     @property
     def attached(self) -> bool:
+        """Whether the next pass is captured."""
         return bool(self._handles)
 
     def detach(self) -> None:

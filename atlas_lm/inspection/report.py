@@ -53,7 +53,9 @@ def baselines_of(trace: Trace) -> Baselines:
     if not bits:
         return Baselines()
     return Baselines(
-        sequence_log2_probability=-sum(bits), perplexity=2 ** statistics.fmean(bits),
+        # of the whole text, or of nothing: a sum over a sample of its tokens is no probability of it
+        sequence_log2_probability=-sum(bits) if len(bits) == len(trace.steps.token_ids) else None,
+        perplexity=2 ** statistics.fmean(bits),
         mean_entropy_bits=summary.mean(entropies), max_entropy_bits=summary.largest(entropies),
     )  # fmt: skip
 

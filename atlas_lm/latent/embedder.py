@@ -29,7 +29,7 @@ class Embedder:
         if not Path(model).exists():
             if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
                 raise ValueError(f"model={model}: there is no such folder; correct the path")
-            log.info("model=%s is no folder here: looking it up in the Hub's cache, then on the Hub", model)
+            log.info("model=%s is no folder here: taken for a name, from the Hub's cache or the Hub", model)
         elif not (Path(model) / "modules.json").is_file():
             # the library makes an embedder of any model, by a mean that nothing was trained for
             raise ValueError(

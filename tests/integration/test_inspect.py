@@ -12,7 +12,8 @@ import pytest
 from atlas_lm.cli import generate, inspect
 from atlas_lm.files import ROOT
 from atlas_lm.inspection import exported, schema
-from atlas_lm.inspection.capture import AT_ONCE, Trace
+from atlas_lm.inspection.capture import AT_ONCE, SAMPLED_EVERY, Trace
+from atlas_lm.inspection.health import Thresholds, flags_of
 from tests.support.reports import a_report
 
 
@@ -60,6 +61,20 @@ def test_ctrl_c_reports_what_was_written_until_then(
     assert written == AT_ONCE
     assert len(report.layers.norm) == written
     assert report.warnings == [f"interrupted after {written} of 200 tokens"]
+
+
+def test_a_sample_says_nothing_of_the_steps_between(basic_run: Path, tmp_path: Path) -> None:
+    inspect.main([f"run={basic_run}", "prompt=the quick", "tokens=70", "capture=sampled", f"out={tmp_path}"])
+    report = schema.read(tmp_path / "report.json")
+    assert [i for i in range(70) if report.steps.has_logits(i)] == [0, SAMPLED_EVERY]
+    flags = {flag.name: flag for flag in report.flags}
+    assert not flags["nonfinite"].fired
+    assert flags["high_entropy"].value in (0.0, 0.5, 1.0)
+    assert report.baselines.sequence_log2_probability is None
+    assert report.baselines.perplexity is not None
+    report.steps.entropy_bits[SAMPLED_EVERY] = None  # as NaN comes back from a file
+    broken = {flag.name: flag for flag in flags_of(report, Thresholds())}["nonfinite"]
+    assert (broken.fired, broken.steps) == (True, [SAMPLED_EVERY])
 
 
 def test_live_figures_have_ranks_and_residuals_though_not_every_row_has_them(written: Path) -> None:
