@@ -19,14 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from atlas_lm.cli.figures import new_figure, save
 from atlas_lm.evaluation.bootstrap import Interval, share
 from atlas_lm.evaluation.losses import chunk_size
-from atlas_lm.evaluation.needles import TASKS, answered, example, haystacks
-from atlas_lm.evaluation.subject import Subject, Text
+from atlas_lm.evaluation.needles import TASKS, answered, examples
+from atlas_lm.evaluation.subject import Subject
 from atlas_lm.evaluation.tables import Table
 from atlas_lm.files import ROOT, write_atomically
 from atlas_lm.runs.folder import finished_runs
@@ -56,16 +55,6 @@ def trained(size: int, outputs: Path, steps: int) -> str:
     return str(finished_runs(outputs / name)[0])
 
 
-def examples(subject: Subject, task: str, count: int) -> tuple[Text, Tensor]:
-    """Sequences with a statement and its question, and how many windows lie between them (N,)."""
-    length, tokenizer = subject.trained_length, subject.tokenizer
-    stacks = haystacks(subject, length, count)
-    rows = [example(TASKS[task], tokenizer, stack, length, seed) for seed, stack in enumerate(stacks)]
-    tokens, targets = (torch.stack([getattr(row, name) for row in rows]) for name in ("tokens", "targets"))
-    windows = torch.tensor([row.distance / subject.window for row in rows])
-    return Text(tokens.to(subject.device), targets.to(subject.device)), windows
-
-
 def by_distance(hits_N: Tensor, windows_N: Tensor) -> dict[str, Interval]:
     """The share of answers in each bin that has an example."""
     found = {}
@@ -78,7 +67,8 @@ def by_distance(hits_N: Tensor, windows_N: Tensor) -> dict[str, Interval]:
 
 def measured(subject: Subject, size: int, task: str, count: int) -> Table:
     """Columns: chunk sizes; rows: distances."""
-    text, windows = examples(subject, task, count)
+    text, distances_N = examples(subject, TASKS[task], subject.trained_length, count)
+    windows = distances_N / subject.window
     table = Table(f"{task} {size}", f"{task}, trained at chunk {size}", "share of questions answered",
                   "windows between statement and question", ".2f")  # fmt: skip
     for at in SIZES:

@@ -4,7 +4,7 @@ Watches:  the logged metric `watch`, averaged over ranks and steps, against its 
 Acts:     sets the weight of each named loss at the beginning of every step: held for the first `hold` of the run, then
           decayed exponentially to 1/`decay`; or, with `stages`, as the epoch has it. If the average rises above its
           best by more than `tolerance`, or the metric is not finite, all weights are 0 for `rest_steps` and come back
-          `backoff` times as large.
+          `backoff` times as large. Warns where the run ends before the first of its stages.
 Logs:     loss_weight_schedule/<name> at the steps at which Lightning logs.
 Requires: HasLossWeights. Keeps level, rest, average and best in the checkpoint.
 Source:   M15, C8: guard losses ten times the main loss have destroyed a run.

@@ -146,12 +146,18 @@ def needles(subjects: Sequence[Subject], plan: Plan, tick: Tick) -> list[Table]:
 
 def _share(subject: Subject, task: Task, length: int, plan: Plan, tick: Tick) -> tuple[Interval, float]:
     """Examples answered, and those that one attention window could answer."""
+    text, distances_N = examples(subject, task, length, plan.sequences)
+    visible = int((distances_N < subject.window).sum()) / len(distances_N)
+    return share(answered(subject.model, text, tick)), visible
+
+
+def examples(subject: Subject, task: Task, length: int, count: int) -> tuple[Text, Tensor]:
+    """So many sequences of `length` tokens, and each one's `Example.distance` (N,), in tokens. ValueError: the run was
+    not trained on text, or the sequences have no room."""
     tokenizer = subject.tokenizer
     if tokenizer is None:
         raise ValueError(f"{subject.name} was not trained on text: needles are put into text")
-    stacks = haystacks(subject, length, plan.sequences)
+    stacks = haystacks(subject, length, count)
     rows = [example(task, tokenizer, stack, length, seed) for seed, stack in enumerate(stacks)]
     tokens, targets = (torch.stack([getattr(row, name) for row in rows]) for name in ("tokens", "targets"))
-    text = Text(tokens.to(subject.device), targets.to(subject.device))
-    visible = sum(int(row.distance < subject.window) for row in rows) / len(rows)
-    return share(answered(subject.model, text, tick)), visible
+    return Text(tokens.to(subject.device), targets.to(subject.device)), torch.tensor([row.distance for row in rows])

@@ -144,8 +144,7 @@ class Latency(_Part):
 class Baselines(_Part):
     """Cheap scores of one pass, to compare every other score with."""
 
-    # maximum sequence probability, as its logarithm; none with capture=sampled
-    sequence_log2_probability: Number = None
+    sequence_log2_probability: Number = None  # maximum sequence probability, as its logarithm; not of a sample
     perplexity: Number = None  # of the text that was written: 2^(mean surprisal), of the steps with logits
     mean_entropy_bits: Number = None
     max_entropy_bits: Number = None

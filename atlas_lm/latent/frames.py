@@ -247,8 +247,11 @@ def _order(ids: np.ndarray, indices: np.ndarray | None) -> tuple[np.ndarray, int
     return order, int((same & ahead).sum())
 
 
-def check_documents(pieces: Sequence[Piece], frames: int, where: str) -> None:
-    """ValueError: no document is long enough for a context and the frame after it, or there is one document alone."""
+def check_documents(pieces: Sequence[Piece], frames: int, where: str, embedded: bool = True) -> None:
+    """ValueError: no document is long enough for a context and the frame after it, or there is one document alone.
+
+    `embedded`: they come from a text, which can be cut.
+    """
     long = {piece.document for piece in pieces if piece.stop - piece.start >= frames}
     if not long:
         longest = max((piece.stop - piece.start for piece in pieces), default=0)
@@ -257,7 +260,7 @@ def check_documents(pieces: Sequence[Piece], frames: int, where: str) -> None:
             f"has {longest}: embed longer documents or smaller units"
         )
     if len({piece.document for piece in pieces}) == 1:
-        cut = "" if where.endswith(".npz'") else ", or embed it with document_bytes=, which cuts it, and another out="
+        cut = ", or embed it with document_bytes=, which cuts it, and another out=" if embedded else ""
         raise ValueError(
             f"{where} holds one document, {pieces[0].document!r}, and the split is by document: add others{cut}"
         )

@@ -74,7 +74,7 @@ class EmbeddingSource:
         if self._frames is not None:
             return
         frames = read_frames(self.path, self.context, *self.fractions)
-        check_documents(frames.pieces, self.context + 1, repr(self.path))
+        check_documents(frames.pieces, self.context + 1, repr(self.path), embedded=not frames.windows)
         other = None
         if self.out_of_domain is not None:
             other = read_frames(self.out_of_domain, self.context, 0.0, 0.0, "data.source.out_of_domain")

@@ -141,7 +141,7 @@ def test_faults_are_held_against_the_clean_run_of_their_seed_and_ranks() -> None
     assert shown["NaN in one rank's gradient"]["detected by"] == "nobody (0/1)"
     assert shown["SIGTERM at a random step"][loss] == "every step bitwise"
     assert shown["SIGKILL, newest checkpoint truncated"][loss] == "+0.00%", "another loss on the way"
-    assert shown["a byte of a token shard flipped"][loss] == ""
+    assert shown["a byte of the prepared data flipped"][loss] == ""
     assert shown["nothing, 2 ranks"]["detected by"] == "2 false alarms in 1"
 
 
