@@ -112,9 +112,10 @@ def draw(root: Path) -> None:
     for path in sorted((root / RESULTS).glob("detection*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         o = content["options"]
+        loops = f", {o['loops']} loops of each period" if any(n.startswith("loop") for n in content["faults"]) else ""
         tables.append(
             f"{content['model']['name']}, {o['prompts']} prompts of {o['prompt_tokens']} tokens, {o['tokens']} tokens "
-            f"written after each, {o['loops']} loops of each period:\n\n{detection.table(content)}"
+            f"written after each{loops}:\n\n{detection.table(content)}"
         )
     if tables:
         page = inserted(page, "\n\n".join(tables), MARK.format(name="detection"))

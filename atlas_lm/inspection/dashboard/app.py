@@ -89,7 +89,7 @@ def entropy_tab(report: Report) -> None:
         if row[name] is not None
     ]
     if not rows:
-        st.info("This report has no entropies: capture was off.")
+        st.info("This report has no entropies.")
         return
     draw_lines(rows, "bits", "figure", "bits", sorted(report_tables.pointed_at(report)))
     st.caption("Red: steps that a flag points to.")
