@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from atlas_lm.inspection import metrics
-from atlas_lm.inspection.capture import AT_ONCE, INTERRUPTED, Plan, Recorder, Ring, Rows, Trace
+from atlas_lm.inspection.capture import AT_ONCE, INTERRUPTED, Plan, Recorder, Rows, Trace
+from atlas_lm.inspection.hooks import Handle, Rings, watch
 from atlas_lm.inspection.memory import MemoryHealth
 from atlas_lm.inspection.schema import Prompt
 from atlas_lm.inspection.window import PromptSums, window_weights
@@ -56,11 +57,12 @@ class AtlasCapture:
         self.chosen = plan.chosen(len(model.blocks)) if plan.every else []
         self.continuous = plan.every == 1
         self.memory = MemoryHealth(model, self.chosen, deep=self.continuous)
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
         self._piece: dict[int, Tensor] = {}  # of the prompt: layer → queries, keys and values
         self._calls: dict[int, list[_Call]] = {i: [] for i in self.chosen}  # of the prompt
-        self._qkv = {i: Ring(AT_ONCE) for i in self.chosen}  # of each token
-        self._hidden = {i: Ring(AT_ONCE) for i in self.chosen}
+        self._tokens = Rings(AT_ONCE)  # of each token: queries, keys and values of all layers, then hidden states
+        self._qkv = [self._tokens.place(f"the attention of layer {i}") for i in self.chosen]
+        self._hidden = [self._tokens.place(f"layer {i}") for i in self.chosen]
         self._starts: list[list[AttentionState]] = []  # before the first token of each row
         self._steps: list[int] = []
         self._unmeasured: tuple[int, State | None] | None = None
@@ -86,22 +88,22 @@ class AtlasCapture:
         for i in self.chosen:
             block: Any = self.model.blocks[i]
             self._handles += [
-                _source(block).register_forward_hook(self._keep_piece(i)),
-                block.register_forward_hook(self._keep_call(i)),
+                watch(_source(block), self._keep_piece(i)),
+                watch(block, self._keep_call(i)),
                 *self.memory.hooks_on_prompt(i),
             ]
 
     def attach(self, state: State) -> None:
         """The next token is captured; `state`: the model's before it."""
-        if not self.continuous or not self._qkv[self.chosen[0]].n:  # tokens that follow each other become one row
+        if not self.continuous or not self._tokens.n:  # tokens that follow each other become one row
             self._starts.append([state[i].attention for i in self.chosen])
         if self._handles:
             return
-        for i in self.chosen:
+        for i, qkv, hidden in zip(self.chosen, self._qkv, self._hidden, strict=True):
             block: Any = self.model.blocks[i]
             self._handles += [
-                _source(block).register_forward_hook(_first_into(self._qkv[i], block.attention.conv is not None)),
-                block.register_forward_hook(_first_into(self._hidden[i], True)),
+                watch(_source(block), self._keep(qkv, block.attention.conv is not None)),
+                watch(block, self._keep(hidden, True)),
                 *self.memory.hooks(i),
             ]
 
@@ -112,18 +114,24 @@ class AtlasCapture:
 
     def detach(self) -> None:
         """From here on nothing is."""
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         self._handles = []
 
+    def _keep(self, at: int, first_of_several: bool) -> Callable[..., None]:
+        """A hook on a token."""
+        if first_of_several:
+            return lambda output, *_: self._tokens.put(at, output[0])
+        return lambda output, *_: self._tokens.put(at, output)
+
     def _keep_piece(self, i: int) -> Callable[..., None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
+        def hook(output: Any, *_: Any) -> None:
             self._piece[i] = (output[0] if isinstance(output, tuple) else output)[0]
 
         return hook
 
     def _keep_call(self, i: int) -> Callable[..., None]:
-        def hook(_: Any, arguments: Any, output: Any) -> None:
+        def hook(output: Any, *arguments: Any) -> None:
             qkv = self._piece.pop(i, None)
             if qkv is None:
                 raise RuntimeError(f"the hook on the attention of layer {i} did not fire: its metrics would be empty")
@@ -132,9 +140,11 @@ class AtlasCapture:
         return hook
 
     def captured(self, step: int, state: State) -> None:
-        """The pass just made belongs to this step; `state`: the model's after it."""
+        """The pass just made belongs to this step; `state`: the model's after it. RuntimeError: a hook did not fire."""
         self._steps.append(step)
-        if step:  # the state of step 0 is measured after the prompt
+        if step:  # step 0 is the prompt, and its state measured after it
+            self._tokens.close()
+            self.memory.close()
             # a state that is kept through the next pass costs that pass a warm place to write its own to
             self._unmeasured = step, None if self.continuous else state
 
@@ -152,17 +162,12 @@ class AtlasCapture:
         return Rows(steps, torch.cat(padded, dim=2), seen, hidden)
 
     def _rows(self, times: int) -> list[_Row]:
-        """Of the tokens since the last call, which are dropped. RuntimeError: a hook did not fire so often."""
+        """Of the tokens since the last call, which are dropped."""
         starts, self._starts = self._starts, []
-        parts = []
-        for kept in (self._qkv, self._hidden):
-            for i, ring in kept.items():
-                if ring.n != times:
-                    raise RuntimeError(f"the hook on layer {i} fired {ring.n} times in {times} passes")
-            if not times:
-                return []
-            parts.append(torch.stack([ring.take()[:, 0] for ring in kept.values()]))
-        qkv_LNC, hidden_LNM = parts
+        if not times:
+            return []
+        tokens = [ring[:, 0] for ring in self._tokens.take()]
+        qkv_LNC, hidden_LNM = (torch.stack([tokens[at] for at in places]) for places in (self._qkv, self._hidden))
         attention: Any = self.model.blocks[self.chosen[0]].attention
         at_once = times if self.continuous else 1
         rows = []
@@ -209,13 +214,6 @@ def _source(block: Any) -> Any:
     return block.attention.qkv if block.attention.conv is None else block.attention.conv
 
 
-def _first_into(ring: Ring, of_several: bool) -> Callable[..., None]:
-    """A hook that keeps the first output."""
-    if of_several:
-        return lambda _, __, output: ring.append(output[0])
-    return lambda _, __, output: ring.append(output)
-
-
 def _surprisals(logits_TV: Tensor, ids_T: Tensor) -> list[float | None]:
     """Of every token but the first."""
     return metrics.surprisal_bits(logits_TV[:-1], ids_T[1:]).tolist() if ids_T.numel() > 1 else []
@@ -246,7 +244,7 @@ def inspect(
     recorder.trace.memory = capture.memory.columns
     last: list[Tensor] = []
     every = plan.every
-    handle = None if every > 1 else model.norm.register_forward_pre_hook(lambda _, given: last.append(given[0]))
+    handle = None if every > 1 else watch(model.norm, lambda _, x: last.append(x))
     prompt_T = torch.tensor(list(ids), device=device)
     try:
         start = time.perf_counter()
@@ -304,7 +302,7 @@ def inspect(
             session.read(token)
             forward = time.perf_counter() - before
     finally:
+        capture.detach()
         if handle is not None:
             handle.remove()
-        capture.detach()
     return recorder.finish()

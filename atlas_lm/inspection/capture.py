@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from atlas_lm.inspection import metrics
+from atlas_lm.inspection.hooks import Ring
 from atlas_lm.inspection.repetition import Repetition
 from atlas_lm.inspection.schema import LayerColumns, MemoryColumns, Prompt, Steps, Table
 
@@ -97,33 +98,6 @@ class Trace:
     prompt: Prompt | None = None
     warnings: list[str] = field(default_factory=list)
     prompt_seconds: float = 0.0
-
-
-class Ring:
-    """Up to `size` tensors of one shape (1, …), copied to one place.
-
-    Tensors that are kept where they are lie between the buffers of the model, whose next ones then come from colder
-    memory: with a state of a megabyte that costs more than all metrics.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size, self.n = size, 0
-        self._buffer: Tensor | None = None
-        self._slots: tuple[Tensor, ...] = ()
-
-    def append(self, x_1: Tensor) -> None:
-        if self._buffer is None:
-            self._buffer = x_1.new_empty(self.size, *x_1.shape[1:])
-            self._slots = self._buffer.split(1)
-        self._slots[self.n].copy_(x_1)
-        self.n += 1
-
-    def take(self) -> Tensor:
-        """(n, …), which the next ones overwrite. ValueError: there are none."""
-        if self._buffer is None:
-            raise ValueError("nothing was kept")
-        n, self.n = self.n, 0
-        return self._buffer[:n]
 
 
 class Recorder:

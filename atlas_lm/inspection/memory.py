@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from atlas_lm.inspection import metrics
-from atlas_lm.inspection.capture import AT_ONCE, Ring
+from atlas_lm.inspection.capture import AT_ONCE
+from atlas_lm.inspection.hooks import Handle, Rings, watch
 from atlas_lm.inspection.schema import MemoryColumns
 from atlas_lm.memory.chunked import scan
 from atlas_lm.memory.fast_memory import FastMemory, unchanging
@@ -92,58 +93,62 @@ class MemoryHealth:
         self._kept = max(self.columns.lags, default=0) + max(chunks, default=0)
         # of what passes made anyway: (x, k, v) that a memory was given, and attended, remembered, gates of its fusion
         self._prompt: dict[int, tuple[list[Parts], list[Parts]]] = {i: ([], []) for i in self.layers}
-        self._given = {i: [Ring(AT_ONCE) for _ in range(3)] for i in self.layers}  # of each token
-        self._fused = {i: [Ring(AT_ONCE) for _ in range(3)] for i in self.layers}
+        self._tokens = Rings(AT_ONCE)  # the same of each token
+        self._places = {i: self._tokens.place(f"the memory of layer {i}", 6) for i in self.layers}
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # the last keys and values (H, T, D)
         self._before: dict[int, HierarchyState] = {}
         self._rows = 0
 
-    def hooks_on_prompt(self, i: int) -> list[Any]:
+    def hooks_on_prompt(self, i: int) -> list[Handle]:
         """Handles of those on a block's memory, for passes over a prompt; none where it has none."""
         if i not in self.layers:
             return []
         given, fused = self._prompt[i]
         return self._hooks(i, given.append, fused.append)
 
-    def hooks(self, i: int) -> list[Any]:
+    def hooks(self, i: int) -> list[Handle]:
         """The same for passes over single tokens."""
         if i not in self.layers:
             return []
+        at = self._places[i]
+        return self._hooks(
+            i, lambda parts: self._tokens.put(at, *parts), lambda parts: self._tokens.put(at + 3, *parts)
+        )
 
-        def into(rings: list[Ring]) -> Callable[[Parts], None]:
-            a, b, c = rings
+    def close(self) -> None:
+        """The token is read. RuntimeError: a hook did not fire."""
+        if self.layers:
+            self._tokens.close()
 
-            def keep(parts: Parts) -> None:
-                a.append(parts[0])
-                b.append(parts[1])
-                c.append(parts[2])
-
-            return keep
-
-        return self._hooks(i, into(self._given[i]), into(self._fused[i]))
-
-    def _hooks(self, i: int, given: Callable[[Parts], None], fused: Callable[[Parts], None]) -> list[Any]:
+    def _hooks(self, i: int, given: Callable[[Parts], None], fused: Callable[[Parts], None]) -> list[Handle]:
         block: Any = self.model.blocks[i]
         return [
-            block.memory.hierarchy.register_forward_pre_hook(lambda _, x: given((x[0], x[2], x[3]))),
-            block.fusion.register_forward_hook(lambda _, x, output: fused((x[0], x[1], output[1]))),
+            watch(block.memory.hierarchy, lambda _, x, __, k, v, *___: given((x, k, v))),
+            watch(block.fusion, lambda output, *both: fused((*both, output[1]))),
         ]
 
-    def _taken(self, i: int) -> tuple[Parts, Parts]:
-        """x (1, T, M), k and v (H, T, D); attended, remembered and gates (T, H·D): of the tokens since the last call.
-        RuntimeError: there were none."""
-        given, fused = self._prompt[i]
-        counts = {len(given), len(fused)} if given or fused else {r.n for r in (*self._given[i], *self._fused[i])}
-        if len(counts) != 1 or counts == {0}:
-            raise RuntimeError(f"the hooks on the memory of layer {i} did not fire: its health would be empty")
-        if given:
-            x, k, v = (torch.cat(parts, dim=-2) for parts in zip(*given, strict=True))
-            y = tuple(torch.cat(parts, dim=1)[0] for parts in zip(*fused, strict=True))
-            self._prompt[i] = [], []
-            return (x, k[0], v[0]), (y[0], y[1], y[2])
-        x, k, v = (ring.take() for ring in self._given[i])
-        y = tuple(ring.take()[:, 0] for ring in self._fused[i])
-        return (x.transpose(0, 1), k[:, :, 0].transpose(0, 1), v[:, :, 0].transpose(0, 1)), (y[0], y[1], y[2])
+    def _taken(self) -> dict[int, tuple[Parts, Parts]]:
+        """By layer: x (1, T, M), k and v (H, T, D); attended, remembered and gates (T, H·D): of the tokens since the
+        last call. RuntimeError: there were none."""
+        found = {}
+        tokens = self._tokens.take() if self._tokens.n else []
+        for i, at in self._places.items():
+            given, fused = self._prompt[i]
+            if len(given) != len(fused) or not (given or tokens):
+                raise RuntimeError(f"the hooks on the memory of layer {i} did not fire: its health would be empty")
+            if given:
+                x, k, v = (torch.cat(parts, dim=-2) for parts in zip(*given, strict=True))
+                y = [torch.cat(parts, dim=1)[0] for parts in zip(*fused, strict=True)]
+                found[i] = (x, k[0], v[0]), (y[0], y[1], y[2])
+                self._prompt[i] = [], []
+            else:
+                x, k, v = tokens[at : at + 3]
+                y = [part[:, 0] for part in tokens[at + 3 : at + 6]]
+                found[i] = (
+                    (x.transpose(0, 1), k[:, :, 0].transpose(0, 1), v[:, :, 0].transpose(0, 1)),
+                    (y[0], y[1], y[2]),
+                )
+        return found
 
     def _last_pairs(self, i: int, k_HTD: Tensor, v_HTD: Tensor) -> tuple[Tensor, Tensor]:
         """With those before them, as far back as residuals are asked for."""
@@ -164,8 +169,7 @@ class MemoryHealth:
         now: dict[int, Any] = {i: states[i].memory for i in self.layers}
         figures: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         residual: list[list[float]] = []
-        for i in self.layers:
-            (x_1TM, k_HTD, v_HTD), (attended, remembered, gates) = self._taken(i)
+        for i, ((x_1TM, k_HTD, v_HTD), (attended, remembered, gates)) in self._taken().items():
             saturated = metrics.saturation(gates.flatten())
             ratio = metrics.output_ratio(remembered, attended)
             branch: Any = self.model.blocks[i].memory
