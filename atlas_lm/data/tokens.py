@@ -19,6 +19,7 @@ from atlas_lm.config.parsing import read_json
 from atlas_lm.data.interfaces import SPLITS, Split
 from atlas_lm.data.losses import Losses, check_losses
 from atlas_lm.data.packed import HeldOutBytes, PackedDataset, TokenStream, byte_ends
+from atlas_lm.data.remote import RemoteShards, default_cache, is_remote
 from atlas_lm.data.shard_overlap import compare_splits
 from atlas_lm.data.tokenizers import Tokenizer, load_tokenizer
 from atlas_lm.files import write_atomically
@@ -82,13 +83,17 @@ class ShardedArray:
 class TokensSource:
     """Shards written by `python -m atlas_lm prepare`.
 
-    All checksums are verified in `setup`, which reads every file once (about a second per GB).
+    `path`: their folder, or an address of fsspec (s3://…), which `setup` copies into a folder below `cache`. All
+    checksums are verified in `setup`, which reads every file once (about a second per GB).
     ValueError: no index, a damaged or missing file, another tokenizer than the shards were written with.
     """
 
-    def __init__(self, path: str) -> None:
-        self._folder = Path(path)
+    def __init__(self, path: str, cache: str | None = None) -> None:
+        self._remote = RemoteShards(path, Path(cache) if cache else default_cache()) if is_remote(path) else None
+        self._folder = Path(path) if self._remote is None else self._remote.folder
         self._index = read_index(self._folder)
+        if self._remote is not None and self._index["tokenizer_json"]:
+            self._remote.fetch_small("tokenizer.json")
         own = self._folder / "tokenizer.json"
         if self._index["tokenizer_json"] and not own.is_file():
             raise ValueError(f"{str(own)!r} is missing: {AGAIN}")
@@ -110,6 +115,8 @@ class TokensSource:
     def setup(self) -> None:
         """Verify and map all shards, once."""
         if not self._streams:
+            if self._remote is not None:
+                self._remote.fetch([file for split in SPLITS for file in _files(self._index["splits"][split])])
             streams: dict[Split, TokenStream] = {split: self._stream(split) for split in SPLITS}
             check_losses({split: stream.losses for split, stream in streams.items() if stream.losses})
             self._streams = streams if self._index.get("splits_compared") else compare_splits(streams)
@@ -132,8 +139,8 @@ class TokensSource:
 
     def _stream(self, split: Split) -> TokenStream:
         entry: SplitEntry = self._index["splits"][split]
-        for file in (*entry["token_files"], *entry["raw_files"], *entry["length_files"]):
-            verify(self._folder, file)
+        for file in _files(entry):
+            verify(self._folder, file, AGAIN if self._remote is None else "delete the folder, it is copied again")
         digest = blake2b(key=self._tokenizer.fingerprint().encode(), digest_size=16)
         for file in entry["token_files"]:
             digest.update(file["blake2b"].encode())
@@ -146,6 +153,10 @@ class TokensSource:
         assert len(tokens) == entry["tokens"]
         losses = Losses(**entry["losses"]) if "losses" in entry else None
         return TokenStream(tokens, self._tokenizer.separator_id, entry["bytes"], digest.hexdigest(), held_out, losses)
+
+
+def _files(entry: SplitEntry) -> list[FileEntry]:
+    return [*entry["token_files"], *entry["raw_files"], *entry["length_files"]]
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Token shards at an address that fsspec reads (s3://, gs://, https://, …): copied to this machine, each file once.
+
+A sequence is read from any place of a shard, so the shards are memory-mapped here and not read over the network. A copy
+lies in a folder named after its index: where the shards at the address change, another copy is made.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+from filelock import FileLock
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from atlas_lm.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+WAIT = 2.0  # seconds before the second attempt, twice as long before the next
+
+
+def is_remote(path: str) -> bool:
+    """Whether it begins with a protocol."""
+    return "://" in path
+
+
+def default_cache() -> Path:
+    """~/.cache/atlas-lm/tokens, or where XDG_CACHE_HOME says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas-lm" / "tokens"
+
+
+class RemoteShards:
+    """Shards at `address`, and the folder of their copy below `cache`.
+
+    ValueError: the address cannot be read, or there is no index.json.
+    """
+
+    def __init__(self, address: str, cache: Path) -> None:
+        self.address = address.rstrip("/")
+        index = self._read("index.json")
+        self.folder = cache / blake2b(index, digest_size=16).hexdigest()
+        self._write("index.json", index)
+
+    def fetch_small(self, name: str) -> None:
+        """A file that no checksum is known of."""
+        if not (self.folder / name).is_file():
+            self._write(name, self._read(name))
+
+    def fetch(self, entries: list[Any]) -> None:
+        """All files that are not there yet. Several processes may ask at once: one fetches, the others wait.
+
+        ValueError, also for a copy that differs from what the index says: nothing of it is kept.
+        """
+        missing = [entry for entry in entries if not (self.folder / entry["file"]).is_file()]
+        if not missing:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            missing = [entry for entry in missing if not (self.folder / entry["file"]).is_file()]
+            if not missing:
+                return
+            size = sum(entry["size"] for entry in missing)
+            log.info("fetching %d files, %.1f MB, from %s to %s", len(missing), size / 1e6, self.address, self.folder)
+            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+            with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+                task = progress.add_task("fetching", total=size)
+                for entry in missing:
+                    self._fetch(entry)
+                    progress.advance(task, entry["size"])
+
+    def _fetch(self, entry: Any) -> None:
+        def copy(target: BinaryIO) -> None:
+            digest, size = blake2b(digest_size=16), 0
+            with fsspec.open(f"{self.address}/{entry['file']}", "rb") as source:
+                while block := source.read(1 << 22):
+                    digest.update(block)
+                    size += len(block)
+                    target.write(block)
+            if (size, digest.hexdigest()) != (entry["size"], entry["blake2b"]):
+                raise OSError(f"{size} bytes came that are not the {entry['size']} of the index")
+
+        self._tried(entry["file"], lambda: write_atomically(self.folder / entry["file"], copy, own=True))
+
+    def _read(self, name: str) -> bytes:
+        def read() -> bytes:
+            with fsspec.open(f"{self.address}/{name}", "rb") as file:
+                return bytes(file.read())
+
+        return self._tried(name, read)
+
+    def _tried(self, name: str, act: Callable[[], T]) -> T:
+        """What `act` gives; again after a while where it fails. ValueError: it failed each time."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return act()
+            except ImportError as error:
+                raise ValueError(f"{self.address} needs a package: {error}") from error
+            except ValueError as error:  # fsspec's for a protocol that it does not know
+                raise ValueError(f"{self.address} cannot be read: {error}") from error
+            except Exception as error:  # each protocol's package has errors of its own
+                # over HTTP a server that does not answer counts as a file that is not there
+                why = _line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+                if attempt + 1 == ATTEMPTS:
+                    absent = isinstance(error, FileNotFoundError)
+                    raise ValueError(
+                        f"{self.address}/{name} cannot be copied ({why}): "
+                        + ("correct the address: the folder that prepare wrote" if absent else "try again")
+                    ) from error
+                wait = WAIT * 2**attempt
+                log.warning("%s/%s: %s; again in %.0f s", self.address, name, why, wait)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / name, content, own=True)
+        except OSError as error:
+            raise ValueError(f"{str(self.folder / name)!r} cannot be written ({error}): name another cache") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
