@@ -48,11 +48,11 @@ def resume_own_run(cfg: DictConfig) -> None:
         if job_of(run) == job and newest_checkpoint(run) is not None:
             cfg.resume = AUTO
         return
-    mine = [] if is_sweep() else runs_of_job(Path(cfg.paths.outputs) / cfg.name, job, task_overrides())
+    mine = runs_of_job(Path(cfg.paths.outputs) / cfg.name, job, task_overrides())
     if len(mine) > 1:
         raise ValueError(
-            f"job {job} has {len(mine)} runs of these settings, {' and '.join(map(str, mine))}: give resume=<one of "
-            "them>"
+            f"job {job} has {len(mine)} runs of these settings, {' and '.join(map(str, mine))}: move one away and "
+            "submit again with resume=<the other>"
         )
     run = Path(cfg.paths.run)
     if (run / CONFIG).is_file() and (cfg.resume == AUTO or job_of(run) == job):

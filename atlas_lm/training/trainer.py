@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import logging
+import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -90,6 +92,7 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
     # its own handler would come between a signal and the callback that saves
     if SLURMEnvironment.detect() and not given:
+        check_allocation(cfg)
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
         plugins=plugins,
@@ -99,6 +102,21 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     )
     refuse_sweep_over_ranks(trainer.world_size)
     return trainer
+
+
+def check_allocation(cfg: DictConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """ValueError where a job of SLURM has other nodes or tasks than the settings ask for."""
+    asked = (
+        ("trainer.num_nodes", cfg.trainer.num_nodes, "SLURM_NNODES", "--nodes", "nodes"),
+        ("trainer.devices", cfg.trainer.devices, "SLURM_NTASKS_PER_NODE", "--ntasks-per-node", "tasks on each node"),
+    )
+    for setting, wanted, variable, option, things in asked:
+        there = environment.get(variable)
+        if there is not None and isinstance(wanted, int) and int(there) != wanted:
+            raise ValueError(
+                f"{setting}={wanted}, but this job of SLURM has {there} {things}: submit it with {option}={wanted}, or "
+                f"set {setting}={there}"
+            )
 
 
 def check_loggers(cfg: DictConfig) -> None:
