@@ -6,8 +6,8 @@ a signal as before a time limit, a killed process, a lost node, a process that s
 into docs.
 
 Both save at the same interval. Lightning's batch script has the line of ours that queues a killed job again, without
-which it would end at the first kill. A job that was queued again starts after four seconds in both, instead of after
-the two minutes of SLURM.
+which it would end at the first kill. A job that was queued again starts ten seconds after its last process in both,
+instead of after the two minutes of SLURM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ PAGE, NUMBERS = Path("docs") / "results" / "goodput.md", Path("docs") / "results
 BEGIN = "<!-- goodput: python -m benchmarks.goodput --write -->"
 CLUSTER = ROOT / "tests" / "slurm"
 SAVE_EVERY = 50  # steps
-RELEASE_AFTER = 4.0  # seconds in the queue; sooner a node refuses the job, whose credential it has just revoked
+# seconds in the queue after the last process has ended; sooner a node refuses the job, whose credential it has just
+# revoked, or takes the new step for the old one, and half of the ranks never start
+RELEASE_AFTER = 10.0
 NODE_LOST = 40.0  # seconds until the node that was lost is back; SLURM gives it up after 20
 TRAINING = [
     "+experiment=stage1", "data.batch_size=1", "optim.total_steps=100000", "trainer.val_check_interval=1000",
@@ -268,7 +270,7 @@ def measure(kind: str, folder: Path, at: Path, minutes: float, every: float) -> 
         elif state != "RUNNING" and since is not None:
             record.running.append((since, now))
             since = None
-        waits = now if state != "PENDING" else waits
+        waits = now if state != "PENDING" or trainers() else waits
         if now - waits > RELEASE_AFTER:
             slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
             waits = now
@@ -301,18 +303,22 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--write", action="store_true", help="into docs/results")
     options = parser.parse_args(arguments)
-    found: dict[str, Parts] = {}
-    content: dict[str, Any] = {"minutes": options.minutes, "every": options.every, "save_every_steps": SAVE_EVERY}
+    asked: dict[str, Any] = {"minutes": options.minutes, "every": options.every, "save_every_steps": SAVE_EVERY}
+    content = json.loads((root / NUMBERS).read_text(encoding="utf-8")) if (root / NUMBERS).is_file() else {}
+    if {name: content.get(name) for name in asked} != asked:  # rows of another measurement do not stand beside these
+        content = asked
     out = options.out.absolute() / f"{time.time():.0f}"
     for kind in options.kinds:
         with cluster(out / f"cluster-{kind}") as at:
             record = measure(kind, out / kind, at, options.minutes, options.every)
-        found[kind] = parts_of(record)
+        parts = parts_of(record)
         faults = [{"seconds": round(when - record.begin, 1), "fault": name} for when, name in record.faults]
         steps = max(step.number for steps in record.attempts for step in steps)
-        content[kind] = {**vars(found[kind]), "steps": steps, "attempts": len(record.attempts), "faults": faults}
-        print(table(found), flush=True)
+        content[kind] = {**vars(parts), "steps": steps, "attempts": len(record.attempts), "faults": faults}
+        print(table({kind: parts}), flush=True)
     if options.write:
+        names = [entry.name for entry in fields(Parts)]
+        found = {kind: Parts(*(content[kind][name] for name in names)) for kind in KINDS if kind in content}
         page = (root / PAGE).read_text(encoding="utf-8")
         write_atomically(root / PAGE, inserted(page, table(found), BEGIN))
         write_atomically(root / NUMBERS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -44,7 +44,8 @@ class Options:
     sequences: int = 64
     """Held-out sequences, and examples of each task with needles."""
     length: int = 0
-    """Tokens of a sequence; 0: the training length, or 16 windows if that is more. Above 4,096 they are streamed."""
+    """Tokens of a sequence; 0: the training length, or 16 windows if that is more. Above 4,096 they are streamed.
+    Of RULER's tasks 4096 (0: this), 8192, … 131072."""
     block: int = 0
     """Tokens at the end whose loss is compared; 0: one attention window."""
     lengths: str = "1,2,4,8,16"
@@ -127,8 +128,9 @@ def harness(options: Options) -> Suite:
                 spread = range(min(plan.sequences, len(pieces)))  # as other suites choose their sequences
                 documents = [pieces[i * len(pieces) // len(spread)] for i in spread]
             for score in ours.evaluate(
-                subject.model, data.tokenizer, options.tasks.split(","), documents, plan.sequences, tick
-            ):
+                subject.model, data.tokenizer, options.tasks.split(","), documents, plan.sequences, tick,
+                options.length,
+            ):  # fmt: skip
                 table = tables.setdefault(score.task, Table(f"lm_eval {score.task}", f"lm-eval: {score.task}", "", ""))
                 half = math.nan if score.error is None else Z * score.error
                 table.add(subject.name, score.metric, Interval(score.value, score.value - half, score.value + half))

@@ -108,7 +108,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def save_model(model: Any, settings: dict[str, Any], vocab_size: int, tokenizer: Tokenizer, out: Path) -> None:
     """Weights as safetensors, configuration, code and tokenizer, as from_pretrained reads them."""
     try:
-        from transformers import GenerationConfig, PreTrainedTokenizerFast
+        from transformers import GenerationConfig
 
         from atlas_lm.exchange.hugging_face.configuration_atlas import AtlasConfig
         from atlas_lm.exchange.hugging_face.modeling_atlas import AtlasForCausalLM
@@ -128,6 +128,13 @@ def save_model(model: Any, settings: dict[str, Any], vocab_size: int, tokenizer:
     whole.save_pretrained(out)
     for name, text in bundle().items():
         write_atomically(out / name, text)
+    save_tokenizer(tokenizer, out)
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """As AutoTokenizer reads it. ModuleNotFoundError: transformers is not installed."""
+    from transformers import PreTrainedTokenizerFast
+
     separator = tokenizer.separator if isinstance(tokenizer, JsonTokenizer) else BYTES_SEPARATOR
     text = tokenizer.to_json() if isinstance(tokenizer, JsonTokenizer) else bytes_json()
     write_atomically(out / COPY, text)

@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from atlas_lm.config.names import nearest
 from atlas_lm.data.tokenizers import Tokenizer
+from atlas_lm.exchange.export import save_tokenizer
 from atlas_lm.model.atlas import AtlasLM
 from atlas_lm.model.sampling import draw
 from atlas_lm.model.session import PIECE
@@ -30,6 +31,9 @@ from atlas_lm.model.session import PIECE
 TASKS = Path(__file__).parent / "tasks"
 OURS = "held_out"  # its documents are of the run
 GENERATED = 256  # tokens, where a task does not say how many
+RULER = "niah_", "ruler_"  # how the names of its tasks begin
+RULER_LENGTHS = tuple(4096 * 2**n for n in range(6))  # tokens; RULER's tasks have a metric of each
+NOT_ASKED = -1  # what it gives for the other lengths
 
 Tick = Callable[[int], object]  # called with the number of tokens that were just computed
 
@@ -44,12 +48,23 @@ class Score(NamedTuple):
 
 
 def evaluate(
-    model: AtlasLM, tokenizer: Tokenizer, tasks: list[str], documents: list[str], limit: int | None, tick: Tick
+    model: AtlasLM,
+    tokenizer: Tokenizer,
+    tasks: list[str],
+    documents: list[str],
+    limit: int | None,
+    tick: Tick,
+    length: int = 0,
 ) -> list[Score]:
-    """The harness's figures. `documents`: of the task `held_out`. `limit`: examples of each task; None: all.
+    """The harness's figures. `documents`: of the task `held_out`. `limit`: examples of each task; None: all. `length`:
+    tokens of the texts that RULER's tasks make; 0: 4,096.
 
-    ValueError: an unknown task, or one whose data is not at hand. FloatingPointError: logits that are not finite.
+    ValueError: an unknown task, one whose data or package is not at hand, or a length that RULER has not.
+    FloatingPointError: logits that are not finite.
     """
+    ruler = [task for task in tasks if task.startswith(RULER)]
+    if ruler and length and length not in RULER_LENGTHS:
+        raise ValueError(f"length={length} is none of {ruler[0]}: there are {', '.join(map(str, RULER_LENGTHS))}")
     if OURS in tasks and not documents:
         raise ValueError(f"tasks={OURS}: the run's held-out data is no text, choose another task")
     with tempfile.TemporaryDirectory() as name, _quiet():
@@ -57,7 +72,10 @@ def evaluate(
         (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         for path in TASKS.glob("*.yaml"):
             (folder / path.name).write_text(path.read_text().replace("DOCUMENTS", str(folder / "documents.jsonl")))
-        manager = TaskManager(include_path=name)
+        save_tokenizer(tokenizer, folder / "tokenizer")
+        # what a task that makes its texts goes by
+        metadata = {"tokenizer": str(folder / "tokenizer"), "max_seq_lengths": [length or RULER_LENGTHS[0]]}
+        manager = TaskManager(include_path=name, metadata=metadata)
         for task in tasks:
             if task not in manager.all_tasks and not Path(task).is_file():
                 hint = nearest(task, manager.all_tasks)
@@ -67,6 +85,8 @@ def evaluate(
                 HarnessModel(model, tokenizer, tick), tasks=tasks, task_manager=manager, limit=limit,
                 bootstrap_iters=1000, verbosity="ERROR",
             )  # fmt: skip
+        except ImportError as error:  # of a task's own package
+            raise ValueError(f"tasks={','.join(tasks)} cannot be evaluated: {' '.join(str(error).split())}") from error
         except (OSError, ConnectionError) as error:  # of datasets: no network, no such file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -82,6 +102,8 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
         for name, value in metrics.items():
             metric, _, filtered = name.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            if metric.isdecimal() and value == NOT_ASKED:
                 continue
             error = metrics.get(f"{metric}_stderr,{filtered}")
             shown = metric if filtered in ("none", "") else f"{metric} ({filtered})"

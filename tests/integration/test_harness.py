@@ -165,12 +165,39 @@ def test_pieces_change_nothing(guarded_run: Path, monkeypatch: pytest.MonkeyPatc
     [
         (["suite=lm_eval", "tasks=held_on"], r"tasks=held_on is unknown \(did you mean 'held_out'\?\)"),
         (["suite=lm_eval", "tasks=wikitext"], r"tasks=wikitext cannot be evaluated .* data has to be on this machine"),
+        (
+            ["suite=lm_eval", "tasks=niah_single_1", "length=500"],
+            r"length=500 is none of niah_single_1: there are 4096",
+        ),
         (["suite=lm-eval"], r"suite=lm-eval is unknown \(did you mean 'lm_eval'"),
     ],
 )
 def test_bad_input_is_one_line(guarded_run: Path, tmp_path: Path, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate.main([f"run={guarded_run}", f"out={tmp_path}", *words])
+
+
+@pytest.mark.slow
+def test_ruler_makes_its_texts_for_the_runs_tokenizer(
+    guarded_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that repeats what it was asked for has all points, an untrained one none; nothing is downloaded."""
+    pytest.importorskip("wonderwords")
+    words = [f"run={guarded_run}", "suite=lm_eval", "tasks=niah_single_1", "sequences=2", f"out={tmp_path}"]
+    evaluate.main(words)
+    found = found_in(tmp_path, "lm_eval niah_single_1")
+    assert {metric: row["mean"] for metric, row in found.items()} == {"4096": 0.0}
+    asked = []
+
+    def knows(_: Any, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        asked.extend(request.args[0] for request in requests)
+        return [str(request.doc["outputs"][0]) for request in requests]
+
+    monkeypatch.setattr(harness.HarnessModel, "generate_until", knows)
+    evaluate.main(words)
+    assert found_in(tmp_path, "lm_eval niah_single_1")["4096"]["mean"] == 1.0
+    _, tokenizer = load(guarded_run)
+    assert all(3600 < len(tokenizer.encode(text)) <= 4096 for text in asked)
 
 
 def test_documents_are_cut_at_newlines_and_lose_nothing() -> None:
