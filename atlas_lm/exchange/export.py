@@ -135,6 +135,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """As AutoTokenizer reads it. ModuleNotFoundError: transformers is not installed."""
     from transformers import PreTrainedTokenizerFast
 
+    out.mkdir(exist_ok=True)
     separator = tokenizer.separator if isinstance(tokenizer, JsonTokenizer) else BYTES_SEPARATOR
     text = tokenizer.to_json() if isinstance(tokenizer, JsonTokenizer) else bytes_json()
     write_atomically(out / COPY, text)

@@ -100,13 +100,13 @@ def evaluate(
 def _scores(results: dict[str, Any]) -> Iterator[Score]:
     for task, metrics in results.items():
         for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            metric, comma, filtered = name.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             if metric.isdecimal() and value == NOT_ASKED:
                 continue
             error = metrics.get(f"{metric}_stderr,{filtered}")
-            shown = metric if filtered in ("none", "") else f"{metric} ({filtered})"
+            shown = metric if filtered == "none" else f"{metric} ({filtered})"
             yield Score(task, shown, float(value), float(error) if isinstance(error, (int, float)) else None)
 
 
