@@ -91,6 +91,7 @@ def test_the_standard_error_of_a_median() -> None:
     assert standard_error([0.01]) == 0
 
 
+@pytest.mark.slow
 def test_safeguards(tmp_path: Path) -> None:
     asked = ["--steps", "2", "--pairs", "1", *SMALL_MODEL, "data.seq_len=64", "data.batch_size=1"]
     rows, output = run("safeguards", tmp_path, *asked)

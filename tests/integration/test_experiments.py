@@ -37,6 +37,9 @@ def names(group: str) -> list[str]:
 STARTS_FROM = {"stage2": "stage1"}  # experiments that need a finished run of another
 
 
+LONG = {"stage1_twin", "stage2"}  # tests/integration/test_golden.py has their first steps
+
+
 def finished(in_tmp: Path, *overrides: str, name: str = "*") -> dict[str, Any]:
     """The report of a run that must finish with a finite validation loss."""
     assert launch(*overrides) == 0
@@ -47,7 +50,9 @@ def finished(in_tmp: Path, *overrides: str, name: str = "*") -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", names("experiment"))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in names("experiment")]
+)
 def test_experiments(in_tmp: Path, name: str) -> None:
     """With their data, at small sizes; test_golden.py trains them at their own."""
     if name in STARTS_FROM:

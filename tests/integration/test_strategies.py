@@ -37,6 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: run_on_two_ranks(tmp_path_factory.mktemp(name), name, *more) for name, more in ways.items()}
 
 
+@pytest.mark.slow
 def test_sharded_parameters_train_as_whole_ones(runs: dict[str, Path]) -> None:
     """Data parallelism and FSDP2 are the same mathematics: losses of every step, and the weights in the end."""
     ddp, fsdp = (

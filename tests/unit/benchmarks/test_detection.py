@@ -82,6 +82,7 @@ def test_auroc_and_prr_of_known_scores():
     assert uncertainty.auroc(noise, quality) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_table_of_a_small_model(tmp_path, monkeypatch):
     subject = ours()
     prompts = [make_tokens(16, batch=1, seed=i)[0].tolist() for i in range(27)]

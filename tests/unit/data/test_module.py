@@ -134,6 +134,7 @@ def test_every_configuration_is_tested_here() -> None:
     assert {path.stem for path in CONF.glob("*.yaml")} == here | others
 
 
+@pytest.mark.slow
 def test_stdlib_configuration() -> None:
     dm = configured("stdlib")
     assert next(iter(dm.train_dataloader()))["input_ids"].shape == (8, 1024)

@@ -89,8 +89,8 @@ def test_processes_that_ask_at_once_fetch_once(shards: Path, address: str, tmp_p
     code = (
         f"from atlas_lm.data.tokens import TokensSource; TokensSource({address!r}, {str(tmp_path / 'cache')!r}).setup()"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
     fetched = [name for name in Handler.asked if name.endswith((".tokens", ".raw", ".lengths"))]
     assert len(fetched) == len(set(fetched)) > 5
 

@@ -339,6 +339,7 @@ def test_needles_are_not_put_into_a_stream() -> None:
         NeedlesSource(mix, needles=1, window=8, layers=1)
 
 
+@pytest.mark.slow
 def test_needles_can_be_mixed_with_text() -> None:
     text = StdlibSource("python")
     needles = NeedlesSource(text, needles=1, window=8, layers=1)

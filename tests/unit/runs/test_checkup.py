@@ -31,6 +31,7 @@ def test_nothing_is_wrong_here(tmp_path: Path) -> None:
     assert all(f.remedy for f in found if f.state != FINE)
 
 
+@pytest.mark.slow
 def test_three_planted_problems_are_named_by_the_command(tmp_path: Path) -> None:
     """No compiler, another allocation than asked for, and no such GPU; each with its remedy, and exit code 1."""
     small = [
