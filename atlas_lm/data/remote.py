@@ -6,6 +6,7 @@ lies in a folder named after its index: where the shards at the address change, 
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from hashlib import blake2b
@@ -58,6 +59,9 @@ class RemoteShards:
 
         ValueError, also for a copy that differs from what the index says: nothing of it is kept.
         """
+        for entry in entries:
+            if not re.fullmatch(r"\w[\w.-]*", entry["file"]):  # somebody else's index must not write where it likes
+                raise ValueError(f"the index at {self.address} names the file {entry['file']!r}: not a plain name")
         missing = [entry for entry in entries if not (self.folder / entry["file"]).is_file()]
         if not missing:
             return

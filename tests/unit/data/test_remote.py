@@ -147,6 +147,14 @@ def test_an_address_that_cannot_be_read_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
+def test_an_index_cannot_write_outside_its_copy(address: str, tmp_path: Path) -> None:
+    shards = RemoteShards(address, tmp_path / "cache")
+    for name in ("../../outside", "/tmp/outside", ".."):
+        with pytest.raises(ValueError, match="not a plain name"):
+            shards.fetch([{"file": name, "size": 1, "blake2b": ""}])
+    assert not (tmp_path / "outside").exists()
+
+
 def test_a_protocol_without_its_package_names_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s3://bucket/shards needs a package: .*s3fs"):
         TokensSource("s3://bucket/shards", str(tmp_path))
