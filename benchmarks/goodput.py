@@ -1,9 +1,9 @@
 """What faults cost on a cluster: the share of 20 minutes that went into steps that count: python -m benchmarks.goodput
 
 Starts a SLURM of two nodes on this machine (root; slurm-wlm, munge) and trains the same model on both nodes twice: by
-train.py with `launcher=slurm`, and by Lightning with its own requeue and ModelCheckpoint. Every four minutes a fault:
-a signal as before a time limit, a killed process, a lost node, a process that stands still. --write puts the table
-into docs.
+train.py with `launcher=slurm`, and by Lightning with its own requeue and ModelCheckpoint. Every four minutes there is a
+fault: a signal as before a time limit, a killed process, a lost node, a stopped process. --write puts the table into
+docs.
 
 Both save at the same interval. Lightning's batch script has the line of ours that queues a killed job again, without
 which it would end at the first kill. A job that was queued again starts ten seconds after its last process in both,

@@ -1,4 +1,4 @@
-"""Lightning's own requeue, as who has Lightning alone uses it: a process of the job of `benchmarks.goodput`."""
+"""A rank of the job of `benchmarks.goodput` that trains with Lightning's own requeue, without our safeguards."""
 
 from __future__ import annotations
 

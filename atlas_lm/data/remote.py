@@ -4,6 +4,7 @@ A sequence is read from any place of a shard, so the shards are memory-mapped he
 lies in a folder named after its index: where the shards at the address change, another copy is made.
 """
 
+import errno
 import logging
 import os
 import re
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTEMPTS = 3
+FULL = errno.ENOSPC, errno.EDQUOT
+ELSEWHERE = "free space, or name another folder with data.source.cache"
 WAIT = 2.0  # seconds before the second attempt, twice as long before the next
 
 
@@ -38,13 +41,14 @@ def default_cache() -> Path:
 
 
 class RemoteShards:
-    """Shards at `address`, and the folder of their copy below `cache`.
+    """Shards at `address`, and the folder of their copy below `cache`. `remedy`: for a copy that is damaged.
 
     ValueError: the address cannot be read, or there is no index.json.
     """
 
     def __init__(self, address: str, cache: Path) -> None:
         self.address = address.rstrip("/")
+        self.remedy = f"delete the folder, it is copied again from {self.address}"
         index = self._read("index.json")
         self.folder = cache / blake2b(index, digest_size=16).hexdigest()
         self._write("index.json", index)
@@ -109,6 +113,8 @@ class RemoteShards:
             except ValueError as error:  # fsspec's for a protocol that it does not know
                 raise ValueError(f"{self.address} cannot be read: {error}") from error
             except Exception as error:  # each protocol's package has errors of its own
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise ValueError(f"{str(self.folder)!r} cannot hold {name} ({error}): {ELSEWHERE}") from error
                 # over HTTP a server that does not answer counts as a file that is not there
                 why = _line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
                 if attempt + 1 == ATTEMPTS:
@@ -127,7 +133,7 @@ class RemoteShards:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / name, content, own=True)
         except OSError as error:
-            raise ValueError(f"{str(self.folder / name)!r} cannot be written ({error}): name another cache") from error
+            raise ValueError(f"{str(self.folder / name)!r} cannot be written ({error}): {ELSEWHERE}") from error
 
 
 def _line(error: Exception) -> str:

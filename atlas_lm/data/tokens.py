@@ -91,15 +91,16 @@ class TokensSource:
     def __init__(self, path: str, cache: str | None = None) -> None:
         self._remote = RemoteShards(path, Path(cache) if cache else default_cache()) if is_remote(path) else None
         self._folder = Path(path) if self._remote is None else self._remote.folder
-        self._index = read_index(self._folder)
+        self._again = AGAIN if self._remote is None else self._remote.remedy
+        self._index = read_index(self._folder, self._again)
         if self._remote is not None and self._index["tokenizer_json"]:
             self._remote.fetch_small("tokenizer.json")
         own = self._folder / "tokenizer.json"
         if self._index["tokenizer_json"] and not own.is_file():
-            raise ValueError(f"{str(own)!r} is missing: {AGAIN}")
+            raise ValueError(f"{str(own)!r} is missing: {self._again}")
         self._tokenizer = load_tokenizer(str(own) if self._index["tokenizer_json"] else "bytes")
         if self._tokenizer.fingerprint() != self._index["tokenizer"]:
-            raise ValueError(f"{str(own)!r} is not the tokenizer that wrote these shards: {AGAIN}")
+            raise ValueError(f"{str(own)!r} is not the tokenizer that wrote these shards: {self._again}")
         self._streams: dict[Split, TokenStream] = {}
 
     @property
@@ -140,7 +141,7 @@ class TokensSource:
     def _stream(self, split: Split) -> TokenStream:
         entry: SplitEntry = self._index["splits"][split]
         for file in _files(entry):
-            verify(self._folder, file, AGAIN if self._remote is None else "delete the folder, it is copied again")
+            verify(self._folder, file, self._again)
         digest = blake2b(key=self._tokenizer.fingerprint().encode(), digest_size=16)
         for file in entry["token_files"]:
             digest.update(file["blake2b"].encode())
@@ -159,19 +160,19 @@ def _files(entry: SplitEntry) -> list[FileEntry]:
     return [*entry["token_files"], *entry["raw_files"], *entry["length_files"]]
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The content of index.json. ValueError: missing, damaged, or of another format."""
+def read_index(folder: Path, again: str = AGAIN) -> dict[str, Any]:
+    """The content of index.json. ValueError, with the remedy `again`: missing, damaged, or of another format."""
     path = folder / "index.json"
     if not path.is_file():
         raise ValueError(f"no token shards in {str(folder)!r}: write them with python -m atlas_lm prepare")
     try:
         index = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}): {AGAIN}") from error
+        raise ValueError(f"{str(path)!r} is damaged ({error}): {again}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is not of the format {FORMAT!r}: {AGAIN}")
+        raise ValueError(f"{str(path)!r} is not of the format {FORMAT!r}: {again}")
     if index.pop("checksum", None) != checksum(canonical(index)):
-        raise ValueError(f"{str(path)!r} is damaged (its checksum differs): {AGAIN}")
+        raise ValueError(f"{str(path)!r} is damaged (its checksum differs): {again}")
     return index
 
 

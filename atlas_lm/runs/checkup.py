@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from atlas_lm.memory.kernels import compiled
+from atlas_lm.training.allocation import other_allocation
 
 FINE, MIND, PROBLEM = "fine", "mind", "problem"
 SKEW = 5.0  # seconds that the clocks of this machine and of the filesystem may differ
@@ -134,11 +135,11 @@ def scheduler(wanted: Wanted) -> Finding:
     if "SLURM_JOB_ID" not in os.environ:
         there = shutil.which("sbatch") is not None
         return Finding("scheduler", FINE, "SLURM is here, this is no job of it" if there else "no SLURM")
-    given = {name: _whole(os.environ.get(f"SLURM_{name}")) for name in ("NNODES", "NTASKS", "NTASKS_PER_NODE")}
+    given = {name: _whole(os.environ.get(f"SLURM_{name}")) for name in ("NNODES", "NTASKS")}
     what = f"SLURM job {os.environ['SLURM_JOB_ID']}: {given['NNODES']} nodes, {given['NTASKS']} tasks"
-    if given["NNODES"] not in (None, wanted.nodes):
-        remedy = f"trainer.num_nodes={given['NNODES']}, or --nodes={wanted.nodes}"
-        return Finding("scheduler", PROBLEM, f"{what}, and trainer.num_nodes={wanted.nodes}", remedy)
+    differs = other_allocation(wanted.nodes, wanted.devices)
+    if differs is not None:
+        return Finding("scheduler", PROBLEM, *differs)
     ranks = None if wanted.devices is None else wanted.devices * wanted.nodes
     if ranks is not None and given["NTASKS"] not in (None, ranks):
         remedy = f"--ntasks-per-node={wanted.devices}"

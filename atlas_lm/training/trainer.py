@@ -3,9 +3,7 @@
 import importlib
 import inspect
 import logging
-import os
 import warnings
-from collections.abc import Mapping
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import find_target
 from atlas_lm.data.datamodule import TokenDataModule
+from atlas_lm.training.allocation import other_allocation
 from atlas_lm.training.malloc import configure_malloc
 from atlas_lm.training.preemption import REQUEUE
 
@@ -104,19 +103,12 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     return trainer
 
 
-def check_allocation(cfg: DictConfig, environment: Mapping[str, str] = os.environ) -> None:
+def check_allocation(cfg: DictConfig) -> None:
     """ValueError where a job of SLURM has other nodes or tasks than the settings ask for."""
-    asked = (
-        ("trainer.num_nodes", cfg.trainer.num_nodes, "SLURM_NNODES", "--nodes", "nodes"),
-        ("trainer.devices", cfg.trainer.devices, "SLURM_NTASKS_PER_NODE", "--ntasks-per-node", "tasks on each node"),
-    )
-    for setting, wanted, variable, option, things in asked:
-        there = environment.get(variable)
-        if there is not None and isinstance(wanted, int) and int(there) != wanted:
-            raise ValueError(
-                f"{setting}={wanted}, but this job of SLURM has {there} {things}: submit it with {option}={wanted}, or "
-                f"set {setting}={there}"
-            )
+    devices = cfg.trainer.devices
+    differs = other_allocation(cfg.trainer.num_nodes, devices if isinstance(devices, int) else None)
+    if differs is not None:
+        raise ValueError(f"{differs[0]}: give {differs[1]}")
 
 
 def check_loggers(cfg: DictConfig) -> None:

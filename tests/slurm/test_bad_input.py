@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.test_jobs import SMALL, log_of, read_json, run_of, slurm_says, step_of, submit, wait_for
+from tests.slurm.jobs import SMALL, killed_at, log_of, read_json, slurm_says, step_of, submit
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slurm
@@ -23,17 +23,13 @@ def test_more_nodes_than_the_allocation(slurm: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     printed = (tmp_path / "job.log").read_text()
     assert "Traceback" not in printed
-    assert "trainer.num_nodes=2, but this job of SLURM has 1 nodes" in printed
+    assert "trainer.num_nodes=2, and this job has SLURM_NNODES=1: give trainer.num_nodes=1, or --nodes=2" in printed
 
 
 def test_a_job_that_finds_two_runs_of_its_own(slurm: Path, tmp_path: Path) -> None:
     process = submit(tmp_path, "name=twice", "optim.total_steps=100000")
     try:
-        run = wait_for(lambda: (tmp_path / "twice").is_dir() and run_of(tmp_path, "twice"), 120)
-        wait_for(lambda: step_of(run) >= 25, 120)
-        job = slurm_says("squeue", "--noheader", "--format=%A")
-        slurm_says("scancel", "--signal=KILL", f"{job}.0")
-        wait_for(lambda: "PENDING" in slurm_says("scontrol", "show", "job", job), 90)
+        run, job = killed_at(tmp_path, "twice", 25)
         copy = run.with_name(f"{run.name}_copy")
         shutil.copytree(run, copy)
         before = read_json(run / "manifest.json"), step_of(run), step_of(copy)

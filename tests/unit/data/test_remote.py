@@ -1,8 +1,10 @@
 """Token shards at an address: the same sequences, each file copied once, and every failure in one clear line."""
 
+import errno
 import functools
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -127,8 +129,26 @@ def test_a_copy_that_was_damaged_here_says_so(address: str, tmp_path: Path) -> N
     TokensSource(address, str(tmp_path / "cache")).setup()
     (path,) = (tmp_path / "cache").rglob("train-00001.tokens")
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="delete the folder, it is copied again"):
+    with pytest.raises(ValueError, match=f"delete the folder, it is copied again from {address}"):
         TokensSource(address, str(tmp_path / "cache")).setup()
+
+
+def test_what_is_no_index_names_the_address(shards: Path, address: str, tmp_path: Path) -> None:
+    for content in ("<html>sign in first</html>", "{}"):
+        (shards / "index.json").write_text(content)
+        with pytest.raises(ValueError, match=f"index.json' is .* copied again from {address}"):
+            TokensSource(address, str(tmp_path / "cache"))
+
+
+def test_a_full_disk_is_not_tried_again(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, fsync = TokensSource(address, str(tmp_path / "cache")), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    before = len(Handler.asked)
+    with pytest.raises(ValueError, match=r"No space left on device\): free space, or name another folder"):
+        source.setup()
+    assert len(Handler.asked) == before + 1
+    monkeypatch.setattr(os, "fsync", fsync)
+    source.setup()
 
 
 @pytest.mark.parametrize(
@@ -162,5 +182,5 @@ def test_a_protocol_without_its_package_names_it(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_one_clear_line(address: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="name another cache"):
+    with pytest.raises(ValueError, match=r"name another folder with data\.source\.cache"):
         RemoteShards(address, tmp_path / "file")

@@ -118,7 +118,9 @@ def test_more_threads_or_ranks_than_cores(tmp_path: Path, monkeypatch: pytest.Mo
         ({"NNODES": "2", "NTASKS": "4"}, {"nodes": 2, "devices": 2}, FINE),
         ({"NNODES": "2", "NTASKS": "2"}, {"nodes": 2, "devices": 2}, PROBLEM),
         ({"NNODES": "1", "NTASKS": "2"}, {"nodes": 2, "devices": 1}, PROBLEM),
+        ({"NNODES": "2", "NTASKS_PER_NODE": "2"}, {"nodes": 2, "devices": 1}, PROBLEM),
         ({"NNODES": "2"}, {"nodes": 2, "devices": None}, FINE),
+        ({"NNODES": "2", "NTASKS_PER_NODE": "2(x3)"}, {"nodes": 2, "devices": None}, FINE),
     ],
 )
 def test_an_allocation_that_is_not_the_one_asked_for(
