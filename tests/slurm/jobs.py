@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,23 @@ def killed_at(outputs: Path, name: str, step: int) -> tuple[Path, str]:
     slurm_says("scancel", "--signal=KILL", f"{job}.0")
     wait_for(lambda: "PENDING" in slurm_says("scontrol", "show", "job", job), 90)
     return run, job
+
+
+def ended(process: subprocess.Popen[bytes], jobs: list[str], seconds: float) -> int:
+    """Its exit code. Jobs that were queued again wait for ten seconds instead of SLURM's two minutes.
+
+    Less is too soon: a node takes nothing of a job whose credential it has just revoked, and SLURM forgets the job.
+    """
+
+    def over() -> bool:
+        for job in jobs:
+            shown = dict(word.partition("=")[::2] for word in slurm_says("scontrol", "show", "job", job).split())
+            if shown.get("JobState") == "PENDING":
+                left = datetime.fromisoformat(shown["EligibleTime"]) - datetime.now()
+                if left.total_seconds() > 12:
+                    slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now+10")
+
+        return process.poll() is not None
+
+    wait_for(over, seconds)
+    return process.returncode

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import SMALL, killed_at, log_of, read_json, slurm_says, step_of, submit
+from tests.slurm.jobs import SMALL, ended, killed_at, log_of, read_json, step_of, submit
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slurm
@@ -33,8 +33,7 @@ def test_a_job_that_finds_two_runs_of_its_own(slurm: Path, tmp_path: Path) -> No
         copy = run.with_name(f"{run.name}_copy")
         shutil.copytree(run, copy)
         before = read_json(run / "manifest.json"), step_of(run), step_of(copy)
-        slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")
-        assert process.wait(180) != 0
+        assert ended(process, [job], 180) != 0
     finally:
         process.kill()
     printed = log_of(tmp_path).read_text() + "".join(path.read_text() for path in (tmp_path / ".slurm").rglob("*.out"))
