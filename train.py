@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> Report:
                 report = fit(cfg, config, resumes)
             close_run_folder(cfg, report)
     except SystemExit as ending:
-        preemption.requeue(getattr(ending, "signal", None))
+        preemption.requeue(getattr(ending, "signal", None), begun=not isinstance(ending, preemption.EndedBySignal))
         raise
     return report
 
@@ -63,7 +63,7 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
     stats = stats_of(cfg, dm.held_out_fingerprint, resumes)
     trainer = build_trainer(cfg, stats)
-    if point is not None:
+    if resumes or point is not None:
         rewind_loggers(trainer, point)
     try:
         trainer.fit(module, dm, ckpt_path=point.checkpoint if point else None)

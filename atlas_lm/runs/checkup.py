@@ -140,10 +140,6 @@ def scheduler(wanted: Wanted) -> Finding:
     differs = other_allocation(wanted.nodes, wanted.devices)
     if differs is not None:
         return Finding("scheduler", PROBLEM, *differs)
-    ranks = None if wanted.devices is None else wanted.devices * wanted.nodes
-    if ranks is not None and given["NTASKS"] not in (None, ranks):
-        remedy = f"--ntasks-per-node={wanted.devices}"
-        return Finding("scheduler", PROBLEM, f"{what}, and {ranks} ranks are asked for", remedy)
     return Finding("scheduler", FINE, what)
 
 

@@ -19,7 +19,8 @@ from atlas_lm.files import link_atomically, next_free, write_atomically
 
 log = logging.getLogger(__name__)
 
-# {"number": which run of its experiment it is, "overrides": what it was started with, "job": of the scheduler}
+# {"number": which run of its experiment it is, "overrides": what it was started with, "job": of the scheduler, "asked":
+# what that job was started with, where it is another one}
 IDENTITY = "run.json"
 LATEST = "latest"
 FINISHED = ("finished", "stopped early")  # what a report calls a run that ended well
@@ -67,11 +68,18 @@ def job_of(run: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def bind(run: Path, job: str | None) -> None:
-    """The run is trained by this job from now on."""
+def asked_of(run: Path) -> list[str] | None:
+    """The overrides of the process that trains it, or did last; None where they are not known."""
+    found = _read_json(run / IDENTITY).get("asked")
+    return found if isinstance(found, list) else overrides_of(run)
+
+
+def bind(run: Path, job: str | None, overrides: Sequence[str]) -> None:
+    """The run is trained by this job from now on, which was started with these overrides."""
     known = _read_json(run / IDENTITY)
-    if known and known.get("job") != job:
-        write_atomically(run / IDENTITY, json.dumps({**known, "job": job}, indent=2) + "\n")
+    changed = {**known, "job": job, "asked": list(overrides)}
+    if known and known != changed:
+        write_atomically(run / IDENTITY, json.dumps(changed, indent=2) + "\n")
 
 
 def write_identity(run: Path, overrides: Sequence[str], job: str | None = None) -> None:

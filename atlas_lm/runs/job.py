@@ -45,17 +45,20 @@ def is_submitted_alone(environment: Mapping[str, str] = os.environ) -> bool:
     return "SUBMITIT_EXECUTOR" in environment and environment.get("SLURM_ARRAY_TASK_COUNT", "1") == "1"
 
 
-def is_alive(job: str) -> bool:
-    """Whether a job may still run, or wait to run again; only SLURM is asked, and others' jobs may."""
+def still_known(job: str) -> bool | None:
+    """Whether SLURM knows a job, which then runs, or waits to run again. None: there is no telling, as of others' jobs,
+    or while SLURM's controller does not answer."""
     name = re.fullmatch(r"slurm-(\d+)(?:-(\d+))?", job)
     if name is None:
-        return True
+        return None
     asked = ["squeue", "--noheader", "--jobs", "_".join(part for part in name.groups() if part)]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return True
-    return done.returncode == 0 and bool(done.stdout.strip())  # a job that is long gone is an error of squeue
+        return None
+    if done.returncode:
+        return False if "Invalid job id" in done.stderr else None  # a job that is long gone is an error of squeue
+    return bool(done.stdout.strip())
 
 
 def folder_of(job: str, overrides: Sequence[str]) -> str:

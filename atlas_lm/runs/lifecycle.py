@@ -19,7 +19,7 @@ from atlas_lm.config.parsing import CONFIG
 from atlas_lm.files import ROOT, next_free, write_atomically
 from atlas_lm.runs.environment import environment
 from atlas_lm.runs.folder import FINISHED, bind, finished_runs, has_ended_well, job_of, mark_latest, write_identity
-from atlas_lm.runs.job import current_job
+from atlas_lm.runs.job import current_job, still_known
 from atlas_lm.runs.lock import locked
 from atlas_lm.runs.report import Report
 from atlas_lm.runs.resolve import AUTO, runs_of_job
@@ -37,25 +37,28 @@ def task_overrides() -> list[str]:
 
 
 def resume_own_run(cfg: DictConfig) -> None:
-    """In a scheduler's job that is started again: `resume` becomes auto, the job's own run. ValueError: it has two.
+    """In a scheduler's job that is started again: `resume` becomes auto, the job's own run.
 
-    Also where `resume` named what the job began from: it would begin there again each time."""
-    job = current_job()
-    if job is None:
-        return
-    if cfg.resume not in (None, AUTO):
-        run = Path(cfg.paths.run)
-        if job_of(run) == job and newest_checkpoint(run) is not None:
-            cfg.resume = AUTO
-        return
-    mine = runs_of_job(Path(cfg.paths.outputs) / cfg.name, job, task_overrides())
+    Also where `resume` named what the job began from: it would begin there again each time.
+
+    ValueError: it has two runs, or what is to be resumed is a job's that SLURM will start again."""
+    job, run = current_job(), Path(cfg.paths.run)
+    mine = [] if job is None else runs_of_job(Path(cfg.paths.outputs) / cfg.name, job, task_overrides())
     if len(mine) > 1:
         raise ValueError(
             f"job {job} has {len(mine)} runs of these settings, {' and '.join(map(str, mine))}: move one away and "
             "submit again with resume=<the other>"
         )
-    run = Path(cfg.paths.run)
-    if (run / CONFIG).is_file() and (cfg.resume == AUTO or job_of(run) == job):
+    owner = job_of(run)
+    if owner not in (None, job) and not has_ended_well(run) and still_known(str(owner)):
+        raise ValueError(
+            f"{str(run)!r} is the run of job {owner}, which SLURM still has, and will start again: scancel "
+            f"{str(owner).removeprefix('slurm-').replace('-', '_')} to continue it here, or give another name="
+        )
+    if cfg.resume in (None, AUTO):
+        if (run / CONFIG).is_file() and (cfg.resume == AUTO or (job is not None and owner == job)):
+            cfg.resume = AUTO
+    elif mine and newest_checkpoint(run) is not None:
         cfg.resume = AUTO
 
 
@@ -97,7 +100,7 @@ def configuration(cfg: DictConfig) -> str:
 def write_resumed_metadata(cfg: DictConfig) -> None:
     """Training continues: its configuration and environment are the run's now, and its old report is withdrawn."""
     run = Path(cfg.paths.run)
-    bind(run, current_job())
+    bind(run, current_job(), task_overrides())
     now = environment(ROOT)
     try:
         then = json.loads((run / "environment.json").read_text(encoding="utf-8"))

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from atlas_lm.runs.job import current_job, still_known
+
 log = logging.getLogger(__name__)
 
 LOCK, OWNER = ".lock", ".owner"
@@ -24,7 +26,8 @@ def locked(run: Path) -> Iterator[None]:
     """Hold a run folder for this process; the kernel lets it go, however the process ends.
 
     Where the filesystem knows no locks, a file says who holds it, and outlives a killed process: then one of this
-    machine is recognised as ended, and of another the file has to be removed by hand.
+    machine, of a job that is gone, or of this job's attempt before is recognised as ended; else the file has to be
+    removed by hand.
 
     ValueError: another process holds it.
     """
@@ -71,9 +74,20 @@ def is_held(run: Path) -> bool:
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether a process is known to have ended: of another machine that is not known."""
-    pid = owner.get("pid")
-    return isinstance(pid, int) and owner.get("host") == socket.gethostname() and owner.get("birth") != _birth(pid)
+    """Whether a process is known to have ended: of another machine by its job alone."""
+    pid, job = owner.get("pid"), owner.get("job")
+    if owner.get("host") == socket.gethostname():
+        return isinstance(pid, int) and owner.get("birth") != _birth(pid)
+    if not isinstance(job, str):
+        return False
+    if job == current_job():  # no scheduler starts a job again before all of it has ended
+        return owner.get("attempt") != _attempt()
+    return still_known(job) is False
+
+
+def _attempt() -> str:
+    """How often SLURM has started this job again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def _birth(pid: int) -> str:
@@ -88,7 +102,10 @@ def _birth(pid: int) -> str:
 @contextmanager
 def _owned(path: Path) -> Iterator[None]:
     """Hold `path`, which names this process, until it ends."""
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "birth": _birth(os.getpid())}
+    mine = {
+        "host": socket.gethostname(), "pid": os.getpid(), "birth": _birth(os.getpid()), "job": current_job(),
+        "attempt": _attempt(),
+    }  # fmt: skip
     for _ in range(2):
         try:
             with path.open("x") as file:

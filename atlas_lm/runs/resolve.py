@@ -16,8 +16,8 @@ from atlas_lm.checkpoints.listing import (
 )
 from atlas_lm.config.names import nearest
 from atlas_lm.config.parsing import CONFIG
-from atlas_lm.runs.folder import LATEST, has_ended_well, job_of, overrides_of, runs_in
-from atlas_lm.runs.job import current_job, folder_of, is_alive, is_submitted_alone
+from atlas_lm.runs.folder import LATEST, asked_of, has_ended_well, job_of, overrides_of, runs_in
+from atlas_lm.runs.job import current_job, folder_of, is_submitted_alone, still_known
 
 # resume: the newest run of the experiment if it is not finished, else a new one; in a scheduler's job the job's own run
 AUTO = "auto"
@@ -48,36 +48,36 @@ def resolve_run(name_or_path: str | Path, outputs: str | Path = "outputs") -> Pa
 def run_folder(resume: str | None, outputs: str, name: str, new: str, overrides: Sequence[str] = ()) -> str:
     """Where a run writes: the folder of the run that it resumes, else outputs/name/new.
 
-    In a job of a scheduler, unless `resume` names something: the folder of the job's own run, which all its ranks and
-    every repetition of the job find alike. With `auto` a job that has none yet takes the newest unfinished run, if that
-    is not of a job that may come back.
+    In a job of a scheduler: the folder of the job's own run, which all its ranks and every repetition of the job find
+    alike, whatever `resume` named when it began. With `auto` a job that has none yet takes the newest unfinished run,
+    if that is not of a job that may come back.
 
     It continues there if that run is of the same experiment, and if `resume` means its newest checkpoint. From an older
     one, or under another name, a run of its own begins, and the first one stays as it is.
     """
     experiment, job = Path(outputs) / name, current_job()
-    if job is not None and resume in (None, AUTO):
+    if job is not None:
         mine = runs_of_job(experiment, job, overrides)
-        if not mine and resume == AUTO and (left := unfinished_run(experiment)) is not None and is_free(left):
-            mine = [left]
-        return str(mine[0].resolve() if mine else experiment / folder_of(job, started_with(overrides)))
+        if mine:
+            return str(mine[0].resolve())
+        new = folder_of(job, asked(overrides))
     found = _run_of(resume, outputs, experiment) if resume else None
     same = found is not None and found.parent.resolve() == experiment.resolve()
-    return str(found.resolve() if found is not None and same else experiment / new)
+    if found is None or not same or (resume == AUTO and job is not None and not is_free(found)):
+        return str(experiment / new)
+    return str(found.resolve())
 
 
 def runs_of_job(experiment: Path, job: str, overrides: Sequence[str]) -> list[Path]:
     """Those that this job trains with these overrides: one, unless somebody has copied it."""
-    wanted = started_with(overrides)
-    return [
-        run for run in runs_in(experiment) if job_of(run) == job and started_with(overrides_of(run) or []) == wanted
-    ]
+    wanted = asked(overrides)
+    return [run for run in runs_in(experiment) if job_of(run) == job and asked(asked_of(run) or []) == wanted]
 
 
 def is_free(run: Path) -> bool:
     """Whether no job will come back for it, as far as can be known."""
     job = job_of(run)
-    return job is None or not is_alive(job)
+    return job is None or still_known(job) is False
 
 
 def unfinished_run(experiment: Path) -> Path | None:
@@ -93,18 +93,23 @@ def sweep_folder(resume: str | None, outputs: str, name: str, new: str, override
 
     A launcher submits a single run too as a sweep, of one job: there `resume` means what it means in `run_folder`."""
     experiment, job = Path(outputs) / name, current_job()
-    if job is not None and resume not in (None, AUTO) and is_submitted_alone():
-        there = Path(run_folder(resume, outputs, name, folder_of(job, started_with(overrides)), overrides))
-        return f"{name}/{there.name}"
-    if resume == AUTO or (resume is None and job is not None):
+    if job is not None:
+        new = folder_of(job, asked(overrides))  # the same on all ranks
+        if is_submitted_alone():
+            return f"{name}/{Path(run_folder(resume, outputs, name, new, overrides)).name}"
+        mine = runs_of_job(experiment, job, overrides)
+        if mine:
+            return f"{name}/{mine[0].name}"
+    if resume == AUTO:
         wanted = started_with(overrides)
-        runs = runs_in(experiment) if resume == AUTO else runs_of_job(experiment, str(job), overrides)
-        for run in runs:
+        for run in runs_in(experiment):
             before = overrides_of(run)
-            same = before is not None and started_with(before) == wanted
-            if same and (has_ended_well(run) or newest_checkpoint(run) is not None):
+            if before is None or started_with(before) != wanted:
+                continue
+            begun = newest_checkpoint(run) is not None and (job is None or is_free(run))
+            if begun or has_ended_well(run):
                 return f"{name}/{run.name}"
-    return f"{name}/{new if job is None else folder_of(job, started_with(overrides))}"  # the same on all ranks
+    return f"{name}/{new}"
 
 
 def resolve_checkpoint(name_or_path: str | Path, outputs: str | Path = "outputs") -> Path:
@@ -146,6 +151,11 @@ def _run_of(resume: str, outputs: str, experiment: Path) -> Path | None:
 def started_with(overrides: Sequence[str]) -> list[str]:
     """The overrides of a run that say what is trained, in any order: `resume` only says from where."""
     return sorted(override for override in map(str, overrides) if not override.startswith("resume="))
+
+
+def asked(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a job, in any order: what it was given to resume too, but for `auto`, which is its own run."""
+    return sorted(word for word in map(str, overrides) if word not in (f"resume={AUTO}", "resume=null"))
 
 
 def run_id(run: str) -> str:

@@ -13,6 +13,7 @@ from atlas_lm.checkpoints.content import steps_recorded
 from atlas_lm.checkpoints.io import AtomicCheckpointIO, read_checkpoint
 from atlas_lm.checkpoints.listing import Usable, newest_examined
 from atlas_lm.config.schema import TrainConfig
+from atlas_lm.runs.folder import job_of
 from atlas_lm.runs.init_from import weights_to_start_from
 from atlas_lm.runs.resolve import AUTO, examined_checkpoint, unfinished_run
 from atlas_lm.training.load import check_same_model, load_weights
@@ -80,7 +81,10 @@ def nothing_to_resume(outputs: Path, name: str) -> str:
     hint = (
         f"; unfinished are {', '.join(waiting)}: name=<one of them>, with its settings, resumes it" if waiting else ""
     )
-    return f"there is no unfinished run of {name!r}, a new one begins{hint}"
+    left = unfinished_run(outputs / name)
+    if left is None or job_of(left) is None:
+        return f"there is no unfinished run of {name!r}, a new one begins{hint}"
+    return f"a new run begins; {left} is unfinished, of job {job_of(left)}, which may come back: resume={left} takes it"
 
 
 def rank() -> int:
@@ -123,19 +127,22 @@ def check_accumulation(path: Path, header: dict[str, Any], accumulated: int) -> 
         )
 
 
-def rewind_loggers(trainer: Trainer, point: ResumePoint) -> None:
-    """Have every logger that can do so continue exactly after the checkpoint: nothing twice, nothing lost.
+def rewind_loggers(trainer: Trainer, point: ResumePoint | None) -> None:
+    """Have every logger that can do so continue exactly after the checkpoint: nothing twice, nothing lost. None: there
+    is none yet, and the run begins again in its folder.
 
     What this process has verified is not verified again when Lightning reads it.
     """
     plugin = trainer.strategy.checkpoint_io
-    if isinstance(plugin, AtomicCheckpointIO):
+    if isinstance(plugin, AtomicCheckpointIO) and point is not None:
         plugin.verified = point.checkpoint
+    step = 0 if point is None else point.next_step
     for logger in trainer.loggers:
         rewind = getattr(logger, "resume_from_step", None)
         if rewind is not None:
-            rewind(point.next_step)
-    rank_zero_info("resuming %s: the records continue at step %d", point.checkpoint, point.next_step)
+            rewind(step)
+    source = "without a checkpoint" if point is None else point.checkpoint
+    rank_zero_info("resuming %s: the records continue at step %d", source, step)
 
 
 def load_starting_weights(config: TrainConfig, module: LightningModule) -> ResumePoint | None:

@@ -17,6 +17,7 @@ from typing import Any
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h; as callbacks.interrupt.requeue_exit_code is by default
 INTERRUPTED = 130  # as shells have it: ended by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ATTEMPTS = 20  # as many as a killed process gets: conf/launcher/slurm.yaml
 
 
 class EndedBySignal(SystemExit):
@@ -50,25 +51,41 @@ def _exit_at_once(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)  # an exception may be swallowed within an import
 
 
-def requeue(number: int | None) -> None:
-    """Have SLURM queue this job again, where SIGUSR1 has said that its time is nearly up.
+def requeue(number: int | None, *, begun: bool = False) -> None:
+    """Have SLURM queue this job again, where its time is nearly up (SIGUSR1), or is up (SIGTERM).
 
-    SIGTERM it sends when it preempts a job, which it queues again by itself, and when somebody has cancelled it. Under
-    other schedulers the exit code asks for it. One rank asks for all.
+    SIGTERM comes too when a job is preempted, which SLURM queues again by itself, and when somebody has cancelled it.
+    Under other schedulers the exit code asks for it. One rank asks for all. `begun`: this attempt has trained; those
+    that have not are started again `ATTEMPTS` times at most, or a time limit below the start would go round for ever.
     """
     job = os.environ.get("SLURM_JOB_ID")
     ranks = {os.environ.get(name, "0") for name in ("SLURM_PROCID", "LOCAL_RANK")}  # SLURM's tasks, and those of a task
-    if number != signal.SIGUSR1 or job is None or ranks != {"0"}:
+    if number not in SIGNALS or job is None or ranks != {"0"}:
+        return
+    if number == signal.SIGTERM and "Reason=TimeLimit" not in _slurm("scontrol", "show", "job", job)[0].split():
         return
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        failed = done.stderr.strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        failed = str(error)
+    attempts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if not begun and attempts.isdecimal() and int(attempts) >= ATTEMPTS:
+        print(
+            f"warning: job {job} reached its time limit before it trained, and was started {attempts} times before: it "
+            "is not queued again; give it more time (hydra.launcher.timeout_min, #SBATCH --time)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return
+    failed = _slurm("scontrol", "requeue", job)[1]
     said = f"warning: SLURM did not queue job {job} again ({failed}): submit it with --requeue, or with resume=<run>"
     print(said if failed else f"SLURM queues job {job} again", file=sys.stderr, flush=True)
+
+
+def _slurm(*command: str) -> tuple[str, str]:
+    """What it prints, and why it failed: empty where it did not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    return done.stdout, (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
 
 @contextmanager

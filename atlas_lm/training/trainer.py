@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import logging
+import os
 import warnings
 
 import torch
@@ -11,7 +12,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -89,9 +90,10 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
     callbacks = [instantiate(c) for c in cfg.callbacks.values()]
     plugins = [instantiate(c) for c in cfg.trainer.get("plugins") or []]
     given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
-    # its own handler would come between a signal and the callback that saves
-    if SLURMEnvironment.detect() and not given:
-        check_allocation(cfg)
+    by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect() and not given
+    if by_srun:
+        check_allocation(cfg.trainer.num_nodes, cfg.trainer.devices)
+        # its own handler would come between a signal and the callback that saves
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = instantiate(cfg.trainer, _convert_="all", _partial_=True)(
         plugins=plugins,
@@ -99,16 +101,20 @@ def build_trainer(cfg: DictConfig, *extra: Callback) -> Trainer:
         logger=[instantiate(c) for c in cfg.logger.values()],
         precision=resolve_precision(cfg.precision, accelerator),
     )
+    if by_srun:
+        check_allocation(trainer.num_nodes, trainer.num_devices)  # auto has become a number
     refuse_sweep_over_ranks(trainer.world_size)
     return trainer
 
 
-def check_allocation(cfg: DictConfig) -> None:
-    """ValueError where a job of SLURM has other nodes or tasks than the settings ask for."""
-    devices = cfg.trainer.devices
-    differs = other_allocation(cfg.trainer.num_nodes, devices if isinstance(devices, int) else None)
+def check_allocation(nodes: int, devices: int | str) -> None:
+    """ValueError where a job of SLURM has other nodes or tasks than the settings ask for: each of its ranks would train
+    on a share of the data that nobody completes, or wait for others that never come."""
+    differs = other_allocation(nodes, devices if isinstance(devices, int) else None)
     if differs is not None:
         raise ValueError(f"{differs[0]}: give {differs[1]}")
+    if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise ValueError("this job has several tasks and this is no task of srun: start it by srun python train.py …")
 
 
 def check_loggers(cfg: DictConfig) -> None:

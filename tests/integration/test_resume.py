@@ -397,6 +397,22 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     assert not list(run.glob("*.1.*"))
 
 
+def test_a_job_that_is_repeated_before_its_first_checkpoint_repeats_no_record(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins again in its own folder."""
+    monkeypatch.setenv("ATLAS_LM_JOB", "one")
+    assert small_run(in_tmp, "name=x") == 0
+    run = only_run(in_tmp / "outputs")
+    shutil.rmtree(run / "checkpoints")
+    (run / "report.json").unlink()
+    assert small_run(in_tmp, "name=x") == 0
+    assert only_run(in_tmp / "outputs") == run
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["global_step"] for row in rows if row["lm_loss"] is not None]
+    assert steps == sorted(set(steps))
+
+
 def test_a_signal_before_training_asks_for_a_requeue_too(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(train, "load_starting_weights", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -33,7 +33,7 @@ def test_nothing_is_wrong_here(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_planted_problems_are_named_by_the_command(tmp_path: Path) -> None:
-    """No compiler, another allocation than asked for, and no such GPU; each with its remedy, and exit code 1."""
+    """No compiler, another allocation than asked for, and no GPU; each with its remedy, and exit code 1."""
     small = [
         "model=tiny_deep",
         "model.layers=1",
@@ -44,13 +44,14 @@ def test_three_planted_problems_are_named_by_the_command(tmp_path: Path) -> None
     ]
     planted = {"CXX": "/bin/false", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": "2"}
     ended = subprocess.run(
-        [sys.executable, "-m", "atlas_lm", "doctor", *small, f"paths.outputs={tmp_path}"],
+        [sys.executable, "-m", "atlas_lm", "doctor", *small, "trainer=gpu", f"paths.outputs={tmp_path}"],
         cwd=ROOT, env={**os.environ, **planted, "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ") or "\nerror: " in ended.stderr
     assert "install g++ 9 or newer, or name a compiler by CXX" in ended.stderr
     assert "trainer.num_nodes=2, or --nodes=1" in ended.stderr
+    assert "trainer.accelerator=gpu, and no GPU" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -115,7 +116,9 @@ def test_more_threads_or_ranks_than_cores(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("given", "asked", "state"),
     [
-        ({"NNODES": "2", "NTASKS": "4"}, {"nodes": 2, "devices": 2}, FINE),
+        ({"NNODES": "2", "NTASKS": "4", "NTASKS_PER_NODE": "2"}, {"nodes": 2, "devices": 2}, FINE),
+        ({"NNODES": "2", "NTASKS": "4"}, {"nodes": 2, "devices": 2}, PROBLEM),
+        ({"NNODES": "1", "NTASKS": "1"}, {"nodes": 1, "devices": 8}, PROBLEM),
         ({"NNODES": "2", "NTASKS": "2"}, {"nodes": 2, "devices": 2}, PROBLEM),
         ({"NNODES": "1", "NTASKS": "2"}, {"nodes": 2, "devices": 1}, PROBLEM),
         ({"NNODES": "2", "NTASKS_PER_NODE": "2"}, {"nodes": 2, "devices": 1}, PROBLEM),

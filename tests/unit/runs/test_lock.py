@@ -25,7 +25,8 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def owner(**changes: Any) -> str:
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "birth": lock._birth(os.getpid())}
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "birth": lock._birth(os.getpid()), "job": None,
+            "attempt": "0"}  # fmt: skip
     return json.dumps(mine | changes)
 
 
@@ -50,6 +51,30 @@ def test_the_file_of_a_process_that_has_ended_holds_nobody_up(tmp_path: Path) ->
         with locked(tmp_path):
             assert json.loads((tmp_path / OWNER).read_text()) == json.loads(owner())
         assert not (tmp_path / OWNER).exists()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_the_attempt_before_of_the_same_job_has_ended_on_whatever_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node is lost, or a process killed; SLURM starts the job again elsewhere."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(lock, "still_known", lambda job: job != "slurm-5")
+    held = [
+        (owner(host="n2", job="slurm-7", attempt="0"), "1", False),
+        (owner(host="n2", job="slurm-7", attempt="1"), "1", True),  # another process of this attempt
+        (owner(host="n2", job="slurm-6", attempt="0"), "1", True),
+        (owner(host="n2", job="slurm-5", attempt="0"), "1", False),  # a job that is gone
+    ]
+    for content, attempt, refused in held:
+        (tmp_path / OWNER).write_text(content)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
+        if refused:
+            with pytest.raises(ValueError, match="being written to"), locked(tmp_path):
+                pass
+        else:
+            with locked(tmp_path):
+                assert json.loads((tmp_path / OWNER).read_text())["job"] == "slurm-7"
 
 
 @pytest.mark.usefixtures("without_locks")

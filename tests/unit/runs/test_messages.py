@@ -36,3 +36,11 @@ def test_whoever_forgot_the_experiment_reads_which_runs_wait(tmp_path: Path) -> 
     assert "stage1" in found
     assert "done" not in found
     assert "unfinished" not in nothing_to_resume(tmp_path, "stage1").partition(";")[2]
+
+
+def test_a_run_of_a_job_that_may_come_back_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "stage1", "a", ("step=1.ckpt",))
+    (run / "run.json").write_text('{"job": "pbs-7"}')
+    assert nothing_to_resume(tmp_path, "stage1").endswith(
+        f"{run} is unfinished, of job pbs-7, which may come back: resume={run} takes it"
+    )
