@@ -140,7 +140,8 @@ def parts_of(record: Record) -> Parts:
         elif not inside:
             found.restore += ended - now
             now = ended
-        elif ended == record.end:  # a step that was under way when time was up
+        elif ended == record.end and not any(began <= at < ended for at, _ in record.faults):
+            # a step that was under way when time was up
             found.between += ended - now
             now = ended
         found.detection += ended - now

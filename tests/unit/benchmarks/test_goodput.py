@@ -44,6 +44,14 @@ def test_a_fault_that_nobody_notices_lasts_until_the_end():
     assert found.total() == 100
 
 
+def test_the_last_step_may_end_after_a_fault_that_nobody_notices():
+    """The other rank had done its part of it."""
+    record = Record(0, 100, [attempt(1, 10, 6)], [(4, 100)], [(23, "a process stopped")])
+    found = parts_of(record)
+    assert (found.detection, found.between) == (100 - 24.5, 2.5)
+    assert found.total() == 100
+
+
 def test_a_start_that_comes_to_no_step_is_no_queue():
     record = Record(0, 100, [attempt(1, 10, 6)], [(4, 25), (40, 60), (70, 100)], [(50, "a process stopped")])
     found = parts_of(record)
