@@ -9,13 +9,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from atlas_lm.files import write_atomically
@@ -27,6 +28,7 @@ T = TypeVar("T")
 ATTEMPTS = 3
 FULL = errno.ENOSPC, errno.EDQUOT
 ELSEWHERE = "free space, or name another folder with data.source.cache"
+PATIENCE = 5.0  # seconds of waiting for another process before it is said
 WAIT = 2.0  # seconds before the second attempt, twice as long before the next
 
 
@@ -43,20 +45,30 @@ def default_cache() -> Path:
 class RemoteShards:
     """Shards at `address`, and the folder of their copy below `cache`. `remedy`: for a copy that is damaged.
 
-    ValueError: the address cannot be read, or there is no index.json.
+    Where the address does not answer, the newest copy of it is taken, with a warning. ValueError: there is none.
     """
 
     def __init__(self, address: str, cache: Path) -> None:
         self.address = address.rstrip("/")
         self.remedy = f"delete the folder, it is copied again from {self.address}"
-        index = self._read("index.json")
+        known = cache / f"{blake2b(self.address.encode(), digest_size=16).hexdigest()}.folder"  # of the newest copy
+        try:
+            index = self._read("index.json")
+        except ValueError as error:  # a job that is started again is not to end where the address does not answer
+            folder = cache / known.read_text() if known.is_file() else None
+            if folder is None or not (folder / "index.json").is_file():
+                raise
+            self.folder = folder
+            log.warning("warning: %s; taking the copy of before, %s", error, folder)
+            return
         self.folder = cache / blake2b(index, digest_size=16).hexdigest()
-        self._write("index.json", index)
+        self._write(self.folder / "index.json", index)
+        self._write(known, self.folder.name)
 
     def fetch_small(self, name: str) -> None:
         """A file that no checksum is known of."""
         if not (self.folder / name).is_file():
-            self._write(name, self._read(name))
+            self._write(self.folder / name, self._read(name))
 
     def fetch(self, entries: list[Any]) -> None:
         """All files that are not there yet. Several processes may ask at once: one fetches, the others wait.
@@ -70,7 +82,7 @@ class RemoteShards:
         if not missing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        with self._alone():
             missing = [entry for entry in missing if not (self.folder / entry["file"]).is_file()]
             if not missing:
                 return
@@ -82,6 +94,20 @@ class RemoteShards:
                 for entry in missing:
                     self._fetch(entry)
                     progress.advance(task, entry["size"])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the copy against other processes, and say so where another one has it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            log.info("another process copies %s to %s: waiting for it", self.address, self.folder)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _fetch(self, entry: Any) -> None:
         def copy(target: BinaryIO) -> None:
@@ -128,12 +154,12 @@ class RemoteShards:
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, path: Path, content: str | bytes) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / name, content, own=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content, own=True)
         except OSError as error:
-            raise ValueError(f"{str(self.folder / name)!r} cannot be written ({error}): {ELSEWHERE}") from error
+            raise ValueError(f"{str(path)!r} cannot be written ({error}): {ELSEWHERE}") from error
 
 
 def _line(error: Exception) -> str:

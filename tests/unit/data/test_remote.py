@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from filelock import FileLock
 
 from atlas_lm.data import remote
 from atlas_lm.data.interfaces import SPLITS
@@ -87,6 +89,38 @@ def test_the_sequences_are_those_of_the_folder_and_no_file_is_fetched_twice(
     assert Handler.asked[before:] == ["index.json"]
 
 
+def test_an_address_that_no_longer_answers_has_its_copy(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job that is started again at night."""
+    address = f"file://{shards}"
+    before = TokensSource(address, str(tmp_path / "cache")).dataset("train", 7)
+    shards.rename(tmp_path / "away")
+    after = TokensSource(address, str(tmp_path / "cache")).dataset("train", 7)
+    assert [row["targets"].tolist() for row in after] == [row["targets"].tolist() for row in before]
+    assert "taking the copy of before" in caplog.text
+    with pytest.raises(ValueError, match="cannot be copied"):
+        TokensSource(address, str(tmp_path / "another cache")).setup()
+
+
+def test_who_waits_for_another_process_is_told(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    caplog.set_level("INFO")
+    copy = RemoteShards(f"file://{shards}", tmp_path / "cache")
+    with FileLock(copy.folder / ".lock"):
+        waiting = threading.Thread(target=copy.fetch, args=([{"file": "train-00000.tokens", "size": 1}],), daemon=True)
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while "another process copies" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (copy.folder / "train-00000.tokens").touch()
+    waiting.join(10)
+    assert "another process copies" in caplog.text
+    assert not waiting.is_alive()
+
+
 def test_processes_that_ask_at_once_fetch_once(shards: Path, address: str, tmp_path: Path) -> None:
     code = (
         f"from atlas_lm.data.tokens import TokensSource; TokensSource({address!r}, {str(tmp_path / 'cache')!r}).setup()"
@@ -122,7 +156,7 @@ def test_shards_that_were_written_anew_are_another_copy(shards: Path, address: s
     second = TokensSource(address, str(tmp_path / "cache"))
     second.setup()
     assert second.vocab_size != first.vocab_size
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*/index.json"))) == 2
 
 
 def test_a_copy_that_was_damaged_here_says_so(address: str, tmp_path: Path) -> None:
