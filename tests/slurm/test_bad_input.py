@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import SMALL, ended, killed_at, log_of, read_json, step_of, submit
+from tests.slurm.jobs import SMALL, ended, killed_at, log_of, submit
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slurm
@@ -26,17 +26,36 @@ def test_more_nodes_than_the_allocation(slurm: Path, tmp_path: Path) -> None:
     assert "trainer.num_nodes=2, and this job has SLURM_NNODES=1: give trainer.num_nodes=1, or --nodes=2" in printed
 
 
+def test_several_devices_in_one_task(slurm: Path, tmp_path: Path) -> None:
+    """It trained on every other sequence, and nothing said so."""
+    words = [word for word in SMALL if word != "launcher=slurm"]
+    command = [sys.executable, "train.py", *words, f"paths.outputs={tmp_path}", "name=one", "trainer=ddp",
+               "trainer.accelerator=cpu", "trainer.devices=2"]  # fmt: skip
+    done = subprocess.run(
+        ["srun", "--ntasks=1", "--cpus-per-task=2", *command], cwd=ROOT, timeout=120, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "2 ranks are asked for (trainer.num_nodes × trainer.devices), and this job has SLURM_NTASKS=1" in done.stderr
+
+
 def test_a_job_that_finds_two_runs_of_its_own(slurm: Path, tmp_path: Path) -> None:
     process = submit(tmp_path, "name=twice", "optim.total_steps=100000")
     try:
         run, job = killed_at(tmp_path, "twice", 25)
         copy = run.with_name(f"{run.name}_copy")
         shutil.copytree(run, copy)
-        before = read_json(run / "manifest.json"), step_of(run), step_of(copy)
+        before = files_of(run), files_of(copy)
         assert ended(process, [job], 180) != 0
     finally:
         process.kill()
     printed = log_of(tmp_path).read_text() + "".join(path.read_text() for path in (tmp_path / ".slurm").rglob("*.out"))
     line = next(line for line in printed.splitlines() if run.name in line and copy.name in line)
     assert "resume=" in line
-    assert (read_json(run / "manifest.json"), step_of(run), step_of(copy)) == before
+    assert (files_of(run), files_of(copy)) == before
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """What a run has come to: its records, checkpoints and identity."""
+    files = [run / "metrics.jsonl", run / "run.json", run / "config.yaml", *(run / "checkpoints").iterdir()]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
