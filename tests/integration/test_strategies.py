@@ -19,13 +19,13 @@ from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, only_run
 TRAIN = ROOT / "train.py"
 
 
-def run_on_two_ranks(folder: Path, strategy: str, *changes: str) -> Path:
-    """The run folder of four steps."""
+def run_on_two_ranks(folder: Path, strategy: str, *changes: str, by: tuple[str, ...] = (), **more: str) -> Path:
+    """The run folder of four steps; `by`: what starts the processes, `more` of the environment."""
     corpus = write_corpus(folder / "corpus")
     two = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "precision=32-true"]
     done = subprocess.run(
-        [sys.executable, str(TRAIN), "data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *two, *changes],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, *by, str(TRAIN), "data=text", corpus, *SMALL_MODEL, *SMALL_DATA, *FEW_STEPS, *two, *changes],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **more}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return only_run(folder / "outputs")
@@ -52,6 +52,21 @@ def test_sharded_parameters_train_as_whole_ones(runs: dict[str, Path]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_in_an_allocation_of_slurm(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The job has one task, and torchrun's two processes are its ranks; each took itself for the only one."""
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "batch", "SLURM_NTASKS": "1", "SLURM_NNODES": "1",
+                  "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    by = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run = run_on_two_ranks(tmp_path, "ddp", by=by, **allocation)
+    assert report_of(run)["status"] == "finished"
+    ours, theirs = (
+        [json.loads(line)["lm_loss"] for line in (r / "metrics.jsonl").read_text().splitlines()]
+        for r in (run, runs["ddp"])
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
