@@ -61,7 +61,7 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     module = build_module(config, dm)
     point = load_starting_weights(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)
-    stats = stats_of(cfg, dm.held_out_fingerprint, resumes)
+    stats = stats_of(cfg, dm.held_out_fingerprint, resumes, point.checkpoint if point else None)
     trainer = build_trainer(cfg, stats)
     if resumes or point is not None:
         rewind_loggers(trainer, point)

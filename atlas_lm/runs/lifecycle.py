@@ -85,10 +85,11 @@ def open_run_folder(cfg: DictConfig) -> Iterator[bool]:
         yield resumes
 
 
-def stats_of(cfg: DictConfig, held_out_text: str, resumes: bool) -> RunStats:
+def stats_of(cfg: DictConfig, held_out_text: str, resumes: bool, checkpoint: Path | None) -> RunStats:
     """The statistics of a run that is about to train; when it does, `write_resumed_metadata`, if it is resumed."""
     measured = f"{held_out_text}, {cfg.data}, {cfg.trainer}, {cfg.precision}"
-    return RunStats(measured, partial(write_resumed_metadata, cfg) if resumes else None)
+    source = None if checkpoint is None else str(checkpoint.resolve())
+    return RunStats(measured, partial(write_resumed_metadata, cfg) if resumes else None, source)
 
 
 def configuration(cfg: DictConfig) -> str:

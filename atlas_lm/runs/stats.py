@@ -18,13 +18,17 @@ class RunStats(Callback):
 
     `held_out`: says what validation measures; another run's figure is not taken over where that differs.
     `at_start`: called when training starts, before any other callback: nothing has refused it.
+    `source`: the checkpoint that this rank resumes; each rank finds it by itself, and a filesystem may show one of them
+    an older state, or a scheduler answer one of them alone.
     """
 
     survives_rollback = True  # what was spent stays spent
     state_key = "RunRecorder"  # under which checkpoints of all versions have it
 
-    def __init__(self, held_out: str = "", at_start: Callable[[], None] | None = None) -> None:
-        self.held_out = held_out
+    def __init__(
+        self, held_out: str = "", at_start: Callable[[], None] | None = None, source: str | None = None
+    ) -> None:
+        self.held_out, self.source = held_out, source
         self.at_start = at_start
         self.has_begun = False  # training
         self.tokens = 0  # input tokens trained on, all ranks together
@@ -46,6 +50,17 @@ class RunStats(Callback):
         """Training tokens over the time outside validations; None before the first step."""
         seconds = self.train_seconds - self._elapsed("validation")
         return self.tokens / seconds if self.tokens and seconds > 0 else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """ValueError on all ranks where they would resume different checkpoints: weights would be made alike, and
+        optimizer, data and records not."""
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        sources: list[str | None] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(sources, self.source)
+        if len(set(sources)) > 1:
+            found = ", ".join(f"rank {rank}: {source}" for rank, source in enumerate(sources))
+            raise ValueError(f"ranks would resume different checkpoints ({found}): give resume=<the run folder>")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock. A resumed run shows its callbacks the metrics that the whole one would show them."""
