@@ -52,7 +52,7 @@ def resume_own_run(cfg: DictConfig) -> None:
     owner = job_of(run)
     if owner not in (None, job) and not has_ended_well(run) and still_known(str(owner)):
         raise ValueError(
-            f"{str(run)!r} is the run of job {owner}, which SLURM still has, and will start again: scancel "
+            f"{str(run)!r} is the run of job {owner}, which SLURM still has: it runs, or will run again; scancel "
             f"{str(owner).removeprefix('slurm-').replace('-', '_')} to continue it here, or give another name="
         )
     if cfg.resume in (None, AUTO):

@@ -141,8 +141,10 @@ def rewind_loggers(trainer: Trainer, point: ResumePoint | None) -> None:
         rewind = getattr(logger, "resume_from_step", None)
         if rewind is not None:
             rewind(step)
-    source = "without a checkpoint" if point is None else point.checkpoint
-    rank_zero_info("resuming %s: the records continue at step %d", source, step)
+    if point is None:
+        rank_zero_info("there is no checkpoint yet: the run begins again in its folder, and its records with it")
+    else:
+        rank_zero_info("resuming %s: the records continue at step %d", point.checkpoint, step)
 
 
 def load_starting_weights(config: TrainConfig, module: LightningModule) -> ResumePoint | None:

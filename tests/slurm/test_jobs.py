@@ -104,6 +104,7 @@ def test_a_killed_process_goes_on_with_nothing_lost(slurm: Path, tmp_path: Path)
     try:
         run, job = killed_at(tmp_path, "killed", 45)
         assert ended(process, [job], 240) == 0
+        assert len((tmp_path / ".slurm" / f"{job}.kills").read_text().splitlines()) == 1
     finally:
         process.kill()
     assert read_json(run / "report.json")["status"] == "finished"

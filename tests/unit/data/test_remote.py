@@ -103,7 +103,7 @@ def test_an_address_that_no_longer_answers_has_its_copy(
         TokensSource(address, str(tmp_path / "another cache")).setup()
 
 
-def test_who_waits_for_another_process_is_told(
+def test_who_waits_for_another_process_reads_so(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE", 0.1)
