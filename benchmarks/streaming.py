@@ -1,9 +1,10 @@
 """What a corpus larger than memory costs to read while training: python -m benchmarks.streaming
 
-Writes documents of random lines of the standard library as JSON lines, then reads all of them once through
-`data.source.streaming`, mixed 9 : 1 with the standard library, in a process that does nothing else: its speed, and the
-most memory that it ever had. Another process resumes from the state of the middle and has to see the same batches.
---tokenizer bytes, or python for the subwords that come with the program.
+Writes documents of random lines of the standard library as JSON lines in two folders, 9 : 1, then reads both at once
+through `data.source.streaming` and `data=mix`, in a process that does nothing else: its speed, and the most memory that
+it ever had. Another process resumes from the state of the middle and has to see the same batches.
+--tokenizer bytes, or python for the subwords that come with the program. --stdlib mixes with the standard library, as a
+whole in memory, in place of the second folder.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ import time
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atlas_lm.data.stream_loader import StreamLoader
 
 PART = 100_000_000  # bytes of a file
+CHUNK = 1_000_000  # bytes of a file that are read at once
+SHARES = {"large": 9, "small": 1}
 LENGTH, BATCH = 1024, 8
 AFTER = 200  # batches that are compared after the resume
 
 
-def write_corpus(folder: Path, size: int) -> int:
+def write_corpus(folder: Path, size: int, seed: int) -> int:
     """Files of about `size` bytes in all; bytes of text."""
     from atlas_lm.data.stdlib import StdlibSource
 
     lines = [line for d in StdlibSource("bytes").documents() for line in d.raw.decode(errors="ignore").splitlines()]
-    draw, written, text = random.Random(0), 0, 0
+    draw, written, text = random.Random(seed), 0, 0
     for part in range(-(-size // PART)):
         with (folder / f"train-{part:03d}.jsonl").open("w") as file:
             while written < min(size, (part + 1) * PART):
@@ -42,16 +48,21 @@ def write_corpus(folder: Path, size: int) -> int:
     return text
 
 
-def data(folder: str, tokenizer: str) -> Any:
-    """The mixture."""
-    from atlas_lm.data.datamodule import TokenDataModule
+def reader(folder: str, tokenizer: str, stdlib: bool) -> StreamLoader:
+    """Batches of the mixture."""
     from atlas_lm.data.hf import HuggingFaceSource
     from atlas_lm.data.mix import MixSource
     from atlas_lm.data.stdlib import StdlibSource
+    from atlas_lm.data.stream_loader import StreamLoader
 
-    large = HuggingFaceSource(folder, streaming=True, tokenizer=tokenizer, held_out_documents=1000)
-    sources = {"large": {"source": large, "weight": 9}, "stdlib": {"source": StdlibSource(tokenizer), "weight": 1}}
-    return TokenDataModule(MixSource(sources), batch_size=BATCH, seq_len=LENGTH)
+    def streamed(name: str) -> HuggingFaceSource:
+        return HuggingFaceSource(
+            f"{folder}/{name}", streaming=True, tokenizer=tokenizer, held_out_documents=1000, chunksize=CHUNK
+        )
+
+    sources = {"large": streamed("large"), "small": StdlibSource(tokenizer) if stdlib else streamed("small")}
+    mixture = MixSource({name: {"source": sources[name], "weight": share} for name, share in SHARES.items()})
+    return StreamLoader(mixture.stream(LENGTH, seed=0), BATCH, ranks=1, rank=0)
 
 
 def peak() -> int:
@@ -59,14 +70,13 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def worker(folder: str, tokenizer: str, kept: str, resumed: bool) -> None:
+def worker(folder: str, tokenizer: str, stdlib: bool, kept: str, resumed: bool) -> None:
     """Read everything once, or the batches after the middle; what was found as JSON."""
     import datasets  # noqa: F401  # as the sources do
-    import lightning  # noqa: F401
     import torch
 
     imports = peak()
-    loader = data(folder, tokenizer).train_dataloader()
+    loader = reader(folder, tokenizer, stdlib)
     if resumed:
         loader.load_state_dict(torch.load(kept, weights_only=True))
         digest = blake2b(digest_size=16)
@@ -76,16 +86,18 @@ def worker(folder: str, tokenizer: str, kept: str, resumed: bool) -> None:
         return
     start, batches, middle = time.perf_counter(), 0, None
     digest = blake2b(digest_size=16)
+    half = sum(file.stat().st_size for file in Path(folder, "large").iterdir()) // 10_000_000  # a block: 1 to 5 MB
     for batch in loader:
         batches += 1
         part = loader.state_dict()["stream"]["parts"][0]
-        if middle is None and part["number"] == 200:
+        if middle is None and part["number"] == half:
             torch.save(loader.state_dict(), kept)
             middle = batches
         elif middle is not None and batches <= middle + AFTER:
             digest.update(batch["input_ids"].numpy().tobytes())
         if part["time"] > 0:
             break
+    assert "lightning" not in sys.modules
     print(json.dumps({
         "batches": batches, "seconds": time.perf_counter() - start, "middle": middle, "digest": digest.hexdigest(),
         "peak_bytes": peak(), "imports_bytes": imports, "state_bytes": Path(kept).stat().st_size,
@@ -97,18 +109,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("--stdlib", action="store_true")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker[0], options.tokenizer, options.worker[1], options.worker[2] == "resumed")
+        folder, kept, how = options.worker
+        worker(folder, options.tokenizer, options.stdlib, kept, how == "resumed")
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "corpus"
-        folder.mkdir()
-        text = write_corpus(folder, int(options.gigabytes * 1e9))
+        text = 0
+        for seed, (part, share) in enumerate(SHARES.items()):
+            (folder / part).mkdir(parents=True)
+            text += write_corpus(folder / part, int(options.gigabytes * 1e9 * share / sum(SHARES.values())), seed)
         found = {}
         for how in ("whole", "resumed"):
-            command = [sys.executable, "-m", "benchmarks.streaming", "--tokenizer", options.tokenizer, "--worker"]
+            command = [sys.executable, "-m", "benchmarks.streaming", "--tokenizer", options.tokenizer]
+            command += ["--stdlib"] * options.stdlib + ["--worker"]
             done = subprocess.run(
                 [*command, str(folder), f"{name}/state.pt", how], capture_output=True, text=True, check=False
             )

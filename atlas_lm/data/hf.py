@@ -26,7 +26,8 @@ class HuggingFaceSource(PackedSource):
     With `streaming` rows are read while the model trains, block by block, and never all held (`streams.py`); the
     reader's own state travels in the checkpoint. Held-out text is that of the first `held_out_documents` rows of its
     split, and no row of the same content is trained on. With `max_documents` only so many rows of each split are
-    downloaded, and kept in memory like any other corpus.
+    downloaded, and kept in memory like any other corpus. `chunksize` is the library's: bytes of JSON lines or text, or
+    rows of CSV, that are read at once (None: 10 MB, 10,000 rows), which decides how much memory a stream takes.
 
     ValueError: `datasets` is not installed, nothing at `path`, unknown split or column, a row without text.
     """
@@ -45,11 +46,14 @@ class HuggingFaceSource(PackedSource):
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         held_out_documents: int = 10_000,
+        chunksize: int | None = None,
     ) -> None:
         super().__init__(tokenizer)
         check_fractions(validation_fraction, test_fraction)
         if held_out_documents < 1:
             raise ValueError(f"held_out_documents={held_out_documents} must be at least 1")
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"chunksize={chunksize} must be at least 1, or null for the library's own")
         if max_documents is not None and max_documents < 1:
             raise ValueError(f"max_documents={max_documents} must be at least 1, or null for all rows")
         if test_split and not validation_split:
@@ -71,6 +75,7 @@ class HuggingFaceSource(PackedSource):
         self.text_field = text_field
         self.fractions = (validation_fraction, test_fraction)
         self.held_out_documents = held_out_documents
+        self._reading = {} if chunksize is None else {"chunksize": chunksize}
 
     @property
     def streams(self) -> bool:
@@ -134,7 +139,8 @@ class HuggingFaceSource(PackedSource):
             return None if content_key(raw) in held_out else raw
 
         name = f"{self.path} [{theirs}]"
-        what = [self.path, self.name, self.splits, self.text_field, self.fractions, self.held_out_documents]
+        what: list[Any] = [self.path, self.name, self.splits, self.text_field, self.fractions, self.held_out_documents]
+        what.extend([self._reading] if self._reading else [])  # a place in the rows is counted in chunks
         return TextStream(lambda: _Read(self._loaded(theirs), name), text_of, self._tokenizer, seq_len, seed, f"{what}")
 
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
@@ -169,10 +175,15 @@ class HuggingFaceSource(PackedSource):
             if (folder / "dataset_dict.json").is_file():
                 saved = datasets.load_from_disk(self.path)
                 return saved[split] if split in saved else _no_split(self.path, split, sorted(saved))
-            return datasets.load_dataset(self.path, self.name, split=split, streaming=self.streaming)
+            return datasets.load_dataset(self.path, self.name, split=split, streaming=self.streaming, **self._reading)
         except _NoSplitError:
             raise
         except Exception as error:  # the library raises many kinds, for the network as for a misspelled name
+            if self._reading and "chunksize" in str(error):
+                raise ValueError(
+                    f"chunksize={self._reading['chunksize']} is of JSON lines, text and CSV, and {self.path!r} is "
+                    "of another kind: leave it out"
+                ) from error
             raise ValueError(
                 f"cannot load {self.path!r} [{split}] ({_reason(error)}): check path, name and split"
             ) from error

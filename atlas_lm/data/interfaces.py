@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol, runtime_checkable
 
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from atlas_lm.data.ranks import rank_zero_only
 from atlas_lm.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)

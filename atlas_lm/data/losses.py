@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_only
+
+from atlas_lm.data.ranks import rank_zero_only
 
 log = logging.getLogger(__name__)
 

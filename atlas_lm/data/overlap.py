@@ -13,9 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from atlas_lm.data.interfaces import SPLITS, Document, Split
+from atlas_lm.data.ranks import rank_zero_only
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from atlas_lm.config.parsing import CONFIG, read_config
+from atlas_lm.data.ranks import rank_zero_only
 from atlas_lm.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from atlas_lm.files import write_atomically
 

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from atlas_lm.data.interfaces import Sample, SequenceDataset
-from atlas_lm.data.packed import BATCH_BYTES, token_dtype
+from atlas_lm.data.packed import token_dtype
 from atlas_lm.data.tokenizers import Tokenizer
 
 BLOCK_TOKENS = 1 << 20  # of a stream that is read on the fly; sequences are shuffled within a block
+BATCH_BYTES, BATCH_ROWS = 1 << 18, 10_000  # text that is encoded at once: as much as keeps a tokenizer's threads busy
 
 State = dict[str, Any]  # plain containers and tensors; never changed once it is given out
 
@@ -167,12 +168,13 @@ class TextStream:
 
     def _read(self, place: Place) -> Block:
         needed = self._count * self._seq_len + 2
-        parts, have = [place.carry.numpy()], len(place.carry)
+        filling = _Filling(needed, token_dtype(self._tokenizer.vocab_size))
+        filling.add(place.carry.numpy())
         time, row, state = place.time, place.row, place.rows
         found = row > 0  # a text since the first row
         rows = self._reader[1] if self._reader is not None and self._reader[0] == place.number else None
         self._reader = None
-        while have < needed:
+        while filling.missing:
             if rows is None:
                 rows = self._open_rows()
                 if state is not None:
@@ -181,22 +183,21 @@ class TextStream:
             row += batch.rows
             for ids, _, _ in self._tokenizer.encode_batch(batch.names, batch.texts):
                 if len(ids):
-                    parts.append(np.append(ids, self._tokenizer.separator_id).astype(np.int32))
-                    have, found = have + len(parts[-1]), True
+                    filling.add(np.append(ids, self._tokenizer.separator_id))
+                    found = True
             state = rows.state_dict()
             if ended:
                 if not found:
                     raise ValueError(f"{self._name} holds no text to train on: every row is empty or held out")
                 time, row, state, rows, found = time + 1, 0, None, None, False
-        tokens = np.concatenate(parts)
-        after = Place(place.number + 1, time, row, state, torch.from_numpy(tokens[needed - 2 :].copy()))
+        after = Place(place.number + 1, time, row, state, filling.carry())
         if rows is not None:
             self._reader = after.number, rows
         order = np.random.default_rng([self._seed, place.number]).permutation(self._count)
-        return Block(tokens[:needed].astype(token_dtype(self._tokenizer.vocab_size)), order, after)
+        return Block(filling.tokens, order, after)
 
     def _batch(self, rows: Rows, first: int) -> tuple[_Batch, bool]:
-        """About a megabyte of text, and whether there is no more."""
+        """Some text, and whether there is no more."""
         batch, size = _Batch([], [], 0), 0
         for row in rows:
             number = first + batch.rows
@@ -206,7 +207,7 @@ class TextStream:
                 batch.names.append(f"{self._name} row {number}")
                 batch.texts.append(text)
                 size += len(text)
-            if size >= BATCH_BYTES or batch.rows >= 10_000:
+            if size >= BATCH_BYTES or batch.rows >= BATCH_ROWS:
                 return batch, False
         return batch, True
 
@@ -229,6 +230,28 @@ class TextStream:
 
     def fingerprint(self) -> str:
         return digest("text", self._name, self._tokenizer.fingerprint(), self._seq_len, self._seed, self._count)
+
+
+class _Filling:
+    """The tokens of a block while they come in, and those that are beyond it."""
+
+    def __init__(self, size: int, dtype: type[np.unsignedinteger[Any]]) -> None:
+        self.tokens = np.empty(size, dtype=dtype)
+        self.missing = size
+        self._beyond: list[np.ndarray] = []
+
+    def add(self, ids: np.ndarray) -> None:
+        """The next ones."""
+        fitting, beyond = ids[: self.missing], ids[self.missing :]
+        first = len(self.tokens) - self.missing
+        self.tokens[first : first + len(fitting)] = fitting
+        self.missing -= len(fitting)
+        if len(beyond):
+            self._beyond.append(beyond.astype(np.int32))
+
+    def carry(self) -> torch.Tensor:
+        """From the last but one of the block on, (n,) int32."""
+        return torch.from_numpy(np.concatenate([self.tokens[-2:].astype(np.int32), *self._beyond]))
 
 
 class _Batch(NamedTuple):

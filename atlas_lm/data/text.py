@@ -5,10 +5,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from atlas_lm.data.interfaces import Document, Split, check_fractions, split_of
 from atlas_lm.data.packed import PackedSource, cut
+from atlas_lm.data.ranks import rank_zero_only
 from atlas_lm.data.reading import READABLE, read_documents, suffix_of
 from atlas_lm.data.tokenizers import Tokenizer
 

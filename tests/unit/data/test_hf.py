@@ -1,5 +1,6 @@
 import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,8 @@ def test_a_row_without_text(tmp_path) -> None:
 
 
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="chunksize=0 must be at least 1"):
+        HuggingFaceSource("x", streaming=True, chunksize=0)
     with pytest.raises(ValueError, match="held_out_documents=0 must be at least 1"):
         HuggingFaceSource("x", streaming=True, held_out_documents=0)
     with pytest.raises(ValueError, match="max_documents=0 must be at least 1"):
@@ -72,3 +75,9 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs the datasets library: pip install 'atlas-lm\[hf\]'"):
         HuggingFaceSource("x").setup()
+
+
+def test_chunks_are_of_formats_that_have_them(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="chunksize=100 is of JSON lines, text and CSV"):
+        HuggingFaceSource(str(tmp_path), streaming=True, chunksize=100).setup()

@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -23,6 +26,7 @@ from atlas_lm.data.stream_loader import StreamLoader
 from atlas_lm.data.streams import MixStream, SequenceStream, SetStream, TextStream
 from atlas_lm.data.text import TextSource
 from atlas_lm.data.tokenizers import ByteTokenizer
+from tests.support import ROOT
 
 LENGTH = 8
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -370,10 +374,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "d"
 
 
-def test_a_dataset_is_read_on_the_fly_and_resumed(folder: Path) -> None:
+@pytest.mark.parametrize("chunksize", [None, 300])
+def test_a_dataset_is_read_on_the_fly_and_resumed(folder: Path, chunksize: int | None) -> None:
     def module() -> TokenDataModule:
         return TokenDataModule(
-            HuggingFaceSource(str(folder), streaming=True, validation_fraction=0.2, held_out_documents=60),
+            HuggingFaceSource(
+                str(folder), streaming=True, validation_fraction=0.2, held_out_documents=60, chunksize=chunksize
+            ),
             batch_size=2, seq_len=LENGTH, seed=4,
         )  # fmt: skip
 
@@ -388,6 +395,31 @@ def test_a_dataset_is_read_on_the_fly_and_resumed(folder: Path) -> None:
         again = module().train_dataloader()
         again.load_state_dict(state)
         assert [batch["input_ids"].tolist() for batch in islice(again, 20)] == whole[n : n + 20]
+
+
+def test_a_place_is_counted_in_chunks(folder: Path) -> None:
+    """So another size of them is another data set: its state would name other rows."""
+
+    def loader(chunksize: int | None) -> StreamLoader:
+        source = HuggingFaceSource(str(folder), streaming=True, held_out_documents=60, chunksize=chunksize)
+        return StreamLoader(source.stream(LENGTH, 0), 4, 1, 0)
+
+    state = loader(None).state_dict()
+    with pytest.raises(ValueError, match="cannot resume exactly: data was"):
+        loader(300).load_state_dict(state)
+    loader(None).load_state_dict(state)
+
+
+def test_what_a_stream_takes_of_memory() -> None:
+    """Of a process that reads and mixes and does nothing else; 27 MB of text, of which no reader holds a tenth."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.streaming", "--gigabytes", "0.03"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"([\d,]+) MB beyond imports", done.stdout)
+    assert found, done.stdout
+    assert int(found[1]) < 120, done.stdout
 
 
 def test_held_out_rows_are_not_trained_on(folder: Path) -> None:
