@@ -79,6 +79,8 @@ class BoardLogger(TensorBoardLogger):
             if not self._files():
                 self._kwargs["purge_step"] = 0  # TensorBoard takes a second beginning for a restart, if it saw a first
         writer = super().experiment
+        if writer.all_writers is None:  # closed by `finalize`: what comes now goes into another file
+            self._keep_order()
         if is_new:
             writer.purge_step = None  # what is logged after `finalize` goes into another file, and is no restart
             if self.layout and not self._kwargs.get("purge_step"):  # a resumed run has it, before that step
@@ -90,8 +92,9 @@ class BoardLogger(TensorBoardLogger):
         return sorted(Path(self.log_dir).glob(f"{EVENTS}*"))
 
     def _keep_order(self) -> None:
-        """Let the files of processes before this one come before its own: their names begin with the time, and where a
-        clock was set back TensorBoard would drop what is written from now on."""
+        """Let the files before the next one come before it. Their names begin with the time and end with a number, as
+        text: where a clock was set back, or the tenth or hundredth writer of a process comes within a second of the
+        one before it, TensorBoard would drop what is written from now on."""
         files = self._files()
         if files and files[-1].name >= f"{EVENTS}{int(time.time()):010d}":
             for number, file in enumerate(files):

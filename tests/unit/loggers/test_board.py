@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     from tensorboard.plugins.hparams.backend_context import Context
     from tensorboard.plugins.hparams.list_session_groups import Handler
     from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
+    from tensorboard.summary.writer import event_file_writer
 
 LAYOUT = {
     "Safeguards": {"perplexity": ["spike_rollback/ppl", "spike_rollback/ema"], "needle": ["niah_probe/accuracy"]},
@@ -154,8 +155,13 @@ def test_no_placeholder_value_is_written(tmp_path: Path) -> None:
     assert session.sessions[0].status == api_pb2.STATUS_UNKNOWN
 
 
-def test_what_is_written_after_the_end_keeps_one_layout(tmp_path: Path) -> None:
-    """train.py validates once more after fit, and Lightning closes the logger in between."""
+@pytest.mark.parametrize("writers", [0, 9, 99])
+def test_what_is_written_after_the_end_keeps_one_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: int
+) -> None:
+    """train.py validates once more after fit, and Lightning closes the logger in between. A sweep in one process may
+    have had `writers` before, and their number is part of a file's name."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(writers))
     logger = BoardLogger(str(tmp_path), LAYOUT)
     logger.log_hyperparams(PARAMS)
     logger.finalize("success")

@@ -43,6 +43,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[str], Sender]:
     return MAKERS[request.param]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("answers", [False, None], ids=["nobody listens", "nothing is answered"])
 def test_a_dead_sink_costs_one_line(
     make: Callable[[str], Sender], answers: bool | None, caplog: pytest.LogCaptureFixture
