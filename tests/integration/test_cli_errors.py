@@ -189,6 +189,7 @@ def test_a_missing_dependency_is_not_taken_for_a_misspelling(in_tmp: Path, monke
         find_target("needs_something.C", "data")
 
 
+@pytest.mark.long
 def test_a_process_is_left_without_taking_the_interpreter_apart(tmp_path: Path) -> None:
     """What is to be written at the end is written; an abort while Python ends changes no exit code."""
     script = """

@@ -50,6 +50,7 @@ def test_generate(basic_run: Path, key: str) -> None:
         assert line == "" or is_one_line(line), (key, value)
 
 
+@pytest.mark.long
 def test_compare_calibrate_and_gates(basic_run: Path) -> None:
     for value in ODD:
         for main, arguments in (

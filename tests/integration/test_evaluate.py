@@ -22,6 +22,7 @@ def arguments(*runs: Path, **changes: Any) -> list[str]:
     return [f"{name}={value}" for name, value in {**given, **changes}.items()]
 
 
+@pytest.mark.long
 def test_all_suites_of_two_runs(
     guarded_run: Path, basic_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_optimizers(in_tmp: Path, name: str) -> None:
     finished(in_tmp, "data=text", corpus, f"optim={name}", *SMALL_MODEL, *SMALL_DATA, *TWO_STEPS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", names("data"))
 def test_data(in_tmp: Path, name: str) -> None:
     corpus = write_corpus(in_tmp / "corpus")

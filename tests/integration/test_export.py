@@ -78,6 +78,7 @@ def greedily(model: Any, tokens: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(found, dim=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "tokenizer"), [("as the default", "python"), ("quadratic", "bytes"), ("without memory", "bytes")]
 )

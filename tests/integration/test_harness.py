@@ -46,6 +46,7 @@ def found_in(out: Path, table: str) -> dict[str, Any]:
     return next(iter(runs.values()))
 
 
+@pytest.mark.long
 def test_bits_per_byte_are_those_of_our_own_loss(guarded_run: Path, tmp_path: Path) -> None:
     evaluate.main([f"run={guarded_run}", "suite=lm_eval", "sequences=3", "length=64", f"out={tmp_path}"])
     found = found_in(tmp_path, "lm_eval held_out")
@@ -64,6 +65,7 @@ def test_bits_per_byte_are_those_of_our_own_loss(guarded_run: Path, tmp_path: Pa
     assert found["byte_perplexity"]["mean"] == pytest.approx(math.exp(total / size), rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_task_of_ones_own_with_choices(guarded_run: Path, tmp_path: Path) -> None:
     model, tokenizer = load(guarded_run)
     questions = [{"q": "the quick brown", "choices": [" fox jumps", " zzqq", " dog over"]},
@@ -160,6 +162,7 @@ def test_pieces_change_nothing(guarded_run: Path, monkeypatch: pytest.MonkeyPatc
         assert ours._score(tokens[:30], tokens[30:])[0] == pytest.approx(whole[0], abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -174,6 +174,7 @@ def test_reports_that_are_none(tmp_path: Path, written: Path) -> None:
             inspect.main(["compare", str(written), str(tmp_path / f"{name}.json")])
 
 
+@pytest.mark.long
 def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
     code = """
 import sys

@@ -45,6 +45,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("experiment", ["latent_p2", "latent_memory"])
 @pytest.mark.parametrize(
     "batch", [pytest.param(9, marks=pytest.mark.slow), 23, pytest.param(31, marks=pytest.mark.slow)]
@@ -130,6 +131,7 @@ def test_what_cannot_recover_ends_with_1_and_a_verdict(in_tmp: Path, monkeypatch
     assert report_of(only_run(in_tmp / "outputs"))["verdict"].startswith("FAILED")
 
 
+@pytest.mark.long
 def test_forced_drift_takes_the_guards_away(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second epoch on the head predicts the frame before the context: nothing that the guards could mend."""
     found = LatentModule.offset_cosines
@@ -147,6 +149,7 @@ def test_forced_drift_takes_the_guards_away(in_tmp: Path, monkeypatch: pytest.Mo
     assert report_of(only_run(in_tmp / "outputs"))["drift"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_no_clean_run_backs_off(in_tmp: Path, seed: int) -> None:
     assert fit(in_tmp, "latent_p2", *OFTEN, *GUARDED, f"seed={seed}", "optim.total_steps=110") == 0
@@ -221,6 +224,7 @@ def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "work"
 
 
+@pytest.mark.long
 def test_runs_are_tested_beside_the_oracle_and_the_baselines(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:  # ridge knows the rotation
         latent.main(["five_cat", "run=p2,memory", "samples=200"])

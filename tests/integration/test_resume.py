@@ -317,6 +317,7 @@ def test_folders_of_a_sweep(in_tmp: Path) -> None:
     assert folder("auto", "optim.lr=1", "resume=auto", "name=x") == "x/0", "the newest counts"
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_preempted_resumes_where_it_was(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_corpus(in_tmp / "corpus")
 

@@ -405,6 +405,7 @@ def test_settings_of_the_optimizer_apply_where_parameters_are_sharded(
     assert report_of(run)["validated_at_step"] == 8
 
 
+@pytest.mark.long
 def test_strategy(folders: tuple[Path, Path, str], in_tmp: Path) -> None:
     shutil.copytree(folders[0].parents[1], in_tmp / "outputs")
     assert in_processes(in_tmp, folders[2], "trainer.strategy=ddp") == [0]

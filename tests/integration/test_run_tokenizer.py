@@ -181,6 +181,7 @@ def test_another_tokenizer_is_refused(
     assert [path.stat().st_mtime_ns for path in own] == before, "the run is as it was"
 
 
+@pytest.mark.long
 def test_the_same_tokenizer_under_another_name_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
     run = trained(folders)
     Path("tok.json").rename("moved.json")

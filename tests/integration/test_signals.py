@@ -7,6 +7,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from atlas_lm.data.worker_signals import TO_A_GROUP, outlive_signals, signals_held
 from tests.support.launching import only_run, report_of
 from tests.support.preempting import preempt, start, wait_for_rows, wait_until_it_listens
@@ -30,6 +32,7 @@ def test_ctrl_c_before_training_is_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "output").read_text()
 
 
+@pytest.mark.long
 def test_in_training(tmp_path: Path) -> None:
     process = start(tmp_path, 1000)
     wait_for_rows(process, tmp_path, 2)

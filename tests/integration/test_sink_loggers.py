@@ -91,6 +91,7 @@ def test_datadog_and_otlp_have_what_the_run_logged(tmp_path: Path, monkeypatch: 
     assert "secret" not in "".join(path.read_text(errors="ignore") for path in run.rglob("*") if path.is_file())
 
 
+@pytest.mark.long
 def test_dead_sinks_change_nothing_but_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datadog_api_client")
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")

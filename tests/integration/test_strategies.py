@@ -69,6 +69,7 @@ def test_torchrun_in_an_allocation_of_slurm(runs: dict[str, Path], tmp_path: Pat
     assert ours == theirs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_on_two_ranks_has_one_report(runs: dict[str, Path], strategy: str) -> None:
     report = report_of(runs[strategy])
@@ -77,6 +78,7 @@ def test_a_run_on_two_ranks_has_one_report(runs: dict[str, Path], strategy: str)
     assert report["tokens"] == 4 * 2 * 2 * 32  # steps, ranks, sequences, tokens
 
 
+@pytest.mark.long
 def test_shards_become_one_file_in_a_run_folder(runs: dict[str, Path], tmp_path: Path) -> None:
     export.main([f"run={runs['fsdp']}", "to=checkpoint", f"out={tmp_path / 'whole'}"])
     path = tmp_path / "whole" / "checkpoints" / "step-0000004.ckpt"
@@ -90,6 +92,7 @@ def test_shards_become_one_file_in_a_run_folder(runs: dict[str, Path], tmp_path:
     assert (tmp_path / "whole" / "config.yaml").read_bytes() == (runs["fsdp"] / "config.yaml").read_bytes()
 
 
+@pytest.mark.long
 def test_a_broken_one_is_not_exported(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["fsdp"], tmp_path / "run", symlinks=True)
     shard = next((tmp_path / "run" / "checkpoints").glob("*.shards/__1_*"))

@@ -186,6 +186,7 @@ def test_init_takes_the_weights_and_starts_again(finished: Path, in_tmp: Path, c
         assert torch.equal(tensor, weights(second)[name])
 
 
+@pytest.mark.long
 def test_init_from_means_the_newest_finished_run_of_the_same_model(in_tmp: Path, capsys: Any) -> None:
     for name, changes in (("a", []), ("b", ["model.memory_hidden=9"])):  # b is newer, and another model
         assert small_run(in_tmp, "name=first", f"hydra.run.dir=outputs/first/2024_{name}", *changes) == 0

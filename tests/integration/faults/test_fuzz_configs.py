@@ -236,6 +236,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("count", [20, pytest.param(40, marks=pytest.mark.slow)])
 def test_wrong_command_lines(count: int, capsys: pytest.CaptureFixture[str]) -> None:

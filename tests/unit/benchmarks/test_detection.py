@@ -40,6 +40,7 @@ def written(subject, ids, **plan):
     return inspect_ids(subject, ids, "", Plan(tokens=80, **plan), Thresholds(), "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [ours, theirs])
 def test_every_fault_shows_and_leaves_the_model_as_it_was(make):
     subject, ids = make(), make_tokens(20, batch=1)[0].tolist()

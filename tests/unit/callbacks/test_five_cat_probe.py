@@ -195,6 +195,7 @@ def drift_on_one() -> Any:
     return module.used
 
 
+@pytest.mark.long
 def test_two_ranks_back_off_together() -> None:
     [(first, second)] = run_on_two_ranks(drift_on_one)
     assert first == second

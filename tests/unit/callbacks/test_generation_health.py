@@ -143,6 +143,7 @@ def stopped_on_one_rank() -> str:
     return "finished"
 
 
+@pytest.mark.long
 def test_a_flag_on_one_rank_stops_both() -> None:
     [(first, second)] = run_on_two_ranks(stopped_on_one_rank)
     assert "nonfinite" in second

@@ -391,6 +391,7 @@ def survivors(run: dict[str, Any]) -> tuple[dict[str, Any], str, float]:
     return run[f"outcome{other}"], run[f"stderr{other}"], run["seconds"][other]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", ["stop1", "stop0"])
 def test_a_stopped_rank_ends_the_run(results: dict[str, Any], scenario: str) -> None:
     run = results[scenario]
@@ -407,12 +408,14 @@ def test_a_stopped_rank_ends_the_run(results: dict[str, Any], scenario: str) -> 
     assert run["codes"][victim] == -signal.SIGKILL, "it would keep its memory for ever"
 
 
+@pytest.mark.long
 def test_the_way_for_exceptions_is_gone_in_full(results: dict[str, Any]) -> None:
     outcome, _, _ = survivors(results["stop1"])
     assert outcome["saw"] == "RuntimeError"
     assert outcome["logger"] == "failed"
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_named_though_gloo_notices_first(results: dict[str, Any]) -> None:
     outcome, _, seconds = survivors(results["kill1"])
     assert outcome["type"] == "RankSilent"
@@ -421,6 +424,7 @@ def test_a_killed_rank_is_named_though_gloo_notices_first(results: dict[str, Any
     assert seconds < TIMEOUT_S + SLACK_S
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_alone_is_named_with_its_error(results: dict[str, Any]) -> None:
     run = results["error1"]
     outcome, _, _ = survivors(run)
@@ -430,6 +434,7 @@ def test_a_rank_that_fails_alone_is_named_with_its_error(results: dict[str, Any]
     assert run["outcome1"]["type"] == "ValueError", "its own error stays what it was"
 
 
+@pytest.mark.long
 def test_a_stall_ends_both(results: dict[str, Any]) -> None:
     run = results["stall1"]
     outcome, stderr, seconds = survivors(run)

@@ -114,6 +114,7 @@ def the_second_rank_is_preempted() -> Any:
     return "ran to the end"
 
 
+@pytest.mark.long
 def test_ranks_stop_together() -> None:
     (found,) = run_on_two_ranks(the_second_rank_is_preempted)
     assert found == [(75, 3, True), (75, 3, True)]

@@ -234,6 +234,7 @@ def used_on_both() -> Any:
     return judged_together(1.0)
 
 
+@pytest.mark.long
 def test_two_ranks_judge_the_sequences_of_both() -> None:
     unused, used = run_on_two_ranks(unused_on_both, used_on_both)
     assert unused[0] == unused[1], unused

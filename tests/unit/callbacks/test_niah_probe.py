@@ -164,6 +164,7 @@ def fsdp() -> Any:
     return differences(plain(ours.state_dict()), plain(theirs.state_dict())), accuracy.probes
 
 
+@pytest.mark.long
 def test_two_ranks() -> None:
     (first, second), sharded = run_on_two_ranks(both_ranks, fsdp)
     assert first == second, "the ranks judge the same numbers"

@@ -127,6 +127,7 @@ def one_rank_gets_garbage() -> Any:
     return watching.outliers, torch.equal(module.before[3], module.before[4]), module.layer.weight.tolist()
 
 
+@pytest.mark.long
 def test_ranks_skip_together() -> None:
     ((first, second),) = run_on_two_ranks(one_rank_gets_garbage)
     assert first == second

@@ -220,6 +220,7 @@ def results() -> dict[str, list[Any]]:
     return {s.__name__: both for s, both in zip(SCENARIOS, run_on_two_ranks(*SCENARIOS), strict=True)}
 
 
+@pytest.mark.long
 def test_both_stop_before_the_checkpoint_that_would_hold_it(results: dict[str, list[Any]]) -> None:
     for message, batches, written in results["diverges_in_training"]:
         assert message == (
@@ -230,6 +231,7 @@ def test_both_stop_before_the_checkpoint_that_would_hold_it(results: dict[str, l
         assert written == ["step=2.ckpt"]
 
 
+@pytest.mark.long
 def test_what_training_starts_from_is_compared(results: dict[str, list[Any]]) -> None:
     for run in results["diverges_at_the_start"]:
         assert run["raised"].startswith("RanksDiverged: at step 0 rank 1 (first in layer.bias) differs from rank 0; ")
@@ -237,28 +239,33 @@ def test_what_training_starts_from_is_compared(results: dict[str, list[Any]]) ->
         assert run["batches"] == 0
 
 
+@pytest.mark.long
 def test_what_it_ends_with_is_compared(results: dict[str, list[Any]]) -> None:
     for run in results["diverges_at_the_end"]:
         assert "at step 8 rank 1 (first in layer.bias)" in run["raised"]
         assert "at step 5: resume" in run["raised"]
 
 
+@pytest.mark.long
 def test_a_buffer_counts(results: dict[str, list[Any]]) -> None:
     for run in results["diverges_in_a_buffer"]:
         assert "at step 4 rank 1 (first in constant)" in run["raised"]
 
 
+@pytest.mark.long
 def test_it_compares_between_two_steps_only(results: dict[str, list[Any]]) -> None:
     for run in results["diverges_within_a_window"]:
         assert "at step 2 rank 1" in run["raised"]
         assert run["batches"] == 8
 
 
+@pytest.mark.long
 def test_of_shards_there_is_nothing_to_compare(results: dict[str, list[Any]]) -> None:
     said = "rank_agreement: every parameter and buffer is sharded, there is nothing to compare"
     assert results["shards"] == [(None, [said]), (None, [])]
 
 
+@pytest.mark.long
 def test_healthy_ranks_train_as_without_it(results: dict[str, list[Any]]) -> None:
     for ours, theirs, agreed in results["healthy"]:
         assert ours == theirs

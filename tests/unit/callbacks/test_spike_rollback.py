@@ -99,6 +99,7 @@ def two_ranks() -> dict[str, list[Any]]:
     return dict(zip((s.__name__ for s in scenarios), run_on_two_ranks(*scenarios), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("scenario", "rollbacks"),
     [("ddp_once", 1), ("ddp_twice", 2), ("fsdp_once", 1), ("fsdp_twice", 2), ("ddp_stage_2", 2)],
@@ -109,6 +110,7 @@ def test_two_ranks(two_ranks: dict[str, list[Any]], scenario: str, rollbacks: in
         assert_bitwise(found, rollbacks)
 
 
+@pytest.mark.long
 def test_ranks_that_hold_the_same_keep_a_share_each(two_ranks: dict[str, list[Any]]) -> None:
     """One copy per job, not one per rank: of eight ranks with 82 GB each, a machine has no such memory."""
     alone = oracle(1)["facts"]["held"]
@@ -117,6 +119,7 @@ def test_ranks_that_hold_the_same_keep_a_share_each(two_ranks: dict[str, list[An
             assert 0.45 * alone < found["facts"]["held"] < 0.6 * alone
 
 
+@pytest.mark.long
 def test_two_ranks_stop_together(two_ranks: dict[str, list[Any]]) -> None:
     first, second = two_ranks["ddp_stops"]
     assert first["raised"] == second["raised"]

@@ -259,6 +259,7 @@ def results() -> dict[str, list[Any]]:
     return {scenario.__name__: both for scenario, both in zip(SCENARIOS, found, strict=True)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_both_ranks_did_the_same(results: dict[str, list[Any]], scenario: Any) -> None:
     first, second = results[scenario.__name__]
@@ -267,6 +268,7 @@ def test_both_ranks_did_the_same(results: dict[str, list[Any]], scenario: Any) -
     assert first == second
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", [guard_skips_a_gradient, guard_skips_a_loss])
 def test_the_guard_skips_on_both(results: dict[str, list[Any]], scenario: Any) -> None:
     for run in results[scenario.__name__]:
@@ -277,6 +279,7 @@ def test_the_guard_skips_on_both(results: dict[str, list[Any]], scenario: Any) -
         assert all(map(math.isfinite, run["steps"]))
 
 
+@pytest.mark.long
 def test_the_guard_stops_both_and_names_the_rank(results: dict[str, list[Any]]) -> None:
     for run in results["guard_stops"]:
         assert run["raised"].startswith(
@@ -285,18 +288,21 @@ def test_the_guard_stops_both_and_names_the_rank(results: dict[str, list[Any]]) 
         assert run["batches"] == 3
 
 
+@pytest.mark.long
 def test_chunks_are_the_schedules_on_both(results: dict[str, list[Any]]) -> None:
     for run in results["chunks_agree"]:
         assert run["used"] == HALVING
         assert run["transitions"] == 5
 
 
+@pytest.mark.long
 def test_both_clip_when_one_loss_is_large(results: dict[str, list[Any]]) -> None:
     for run in results["clipping_agrees"]:
         assert run["clips"] == 2
         assert run["kappa"] == 1e3
 
 
+@pytest.mark.long
 def test_gates_of_one_rank_stop_both(results: dict[str, list[Any]]) -> None:
     for run in results["gates_stop"]:
         assert run["raised"].startswith("GateFailure: gates of layer 0 are NaN or infinite at step 3")
@@ -308,6 +314,7 @@ def test_gates_of_one_rank_stop_both(results: dict[str, list[Any]]) -> None:
         assert run["baseline"] == pytest.approx([0.01, 0.01])
 
 
+@pytest.mark.long
 def test_a_metric_of_one_rank_rests_the_weights_of_both(results: dict[str, list[Any]]) -> None:
     for run in results["loss_weights_rest"]:
         assert run["used"] == [2, 2, 2, 0, 0, 1, 1, 1]
@@ -315,6 +322,7 @@ def test_a_metric_of_one_rank_rests_the_weights_of_both(results: dict[str, list[
         assert run["used"] == [2, 2, 2, 2, 2, 0, 0, 1]
 
 
+@pytest.mark.long
 def test_a_memory_that_differs_stops_both(results: dict[str, list[Any]]) -> None:
     for run in results["memories_differ"]:
         assert run["raised"].startswith("PersistentMemoryDiffers: the persistent memory differs between ranks: rank 0 ")
@@ -322,6 +330,7 @@ def test_a_memory_that_differs_stops_both(results: dict[str, list[Any]]) -> None
         assert run["batches"] == 0
 
 
+@pytest.mark.long
 def test_memories_are_compared_with_the_checkpoint(results: dict[str, list[Any]]) -> None:
     for first, fine, wrong in results["memories_are_resumed"]:
         assert first["raised"] is fine["raised"] is None
@@ -330,6 +339,7 @@ def test_memories_are_compared_with_the_checkpoint(results: dict[str, list[Any]]
         assert wrong["batches"] == 0
 
 
+@pytest.mark.long
 def test_shards_are_judged_together(results: dict[str, list[Any]]) -> None:
     for run in results["shards_agree"]:
         assert run["raised"] is None
@@ -338,6 +348,7 @@ def test_shards_are_judged_together(results: dict[str, list[Any]]) -> None:
         assert all(map(math.isfinite, run["weights"]))
 
 
+@pytest.mark.long
 def test_a_healthy_run_is_bitwise_the_same_with_all_six(results: dict[str, list[Any]]) -> None:
     for with_all, without in results["healthy_with_and_without"]:
         assert with_all["raised"] is without["raised"] is None

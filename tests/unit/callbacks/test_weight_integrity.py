@@ -328,6 +328,7 @@ def healthy_both() -> Any:
     return ours, theirs, guard.corruptions
 
 
+@pytest.mark.long
 def test_two_ranks_do_the_same() -> None:
     stopped, rolled, shards, healthy = run_on_two_ranks(stops_both, rolls_both_back, shards_stop, healthy_both)
     reason = "weights changed outside the optimizer before step 3"

@@ -214,6 +214,7 @@ def whole(folder: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.long
 def test_killed_at_every_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """a.ckpt is replaced and b.ckpt is new, and what the dead left does not hinder the next."""
     seen, call, ending = set(), 0, -9

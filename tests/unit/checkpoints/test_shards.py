@@ -309,6 +309,7 @@ def two_ranks() -> dict[str, list[Any]]:
     return dict(zip((s.__name__ for s in scenarios), run_on_two_ranks(*scenarios), strict=True))
 
 
+@pytest.mark.long
 def test_each_rank_writes_its_part_and_the_newest_are_kept(two_ranks: dict[str, list[Any]]) -> None:
     found = two_ranks["saves"][0]  # rank zero removes the oldest
     files = [name for name in found if not name.endswith(shards.ENDING)]
@@ -316,24 +317,29 @@ def test_each_rank_writes_its_part_and_the_newest_are_kept(two_ranks: dict[str, 
     assert [name[:12] for name in found if name.endswith(shards.ENDING)] == ["step-0000004", "step-0000005"]
 
 
+@pytest.mark.long
 def test_training_may_wait_for_it(two_ranks: dict[str, list[Any]]) -> None:
     assert two_ranks["waits"][0] == {"last.ckpt": 3, "step-0000002.ckpt": 2, "step-0000003.ckpt": 3}
 
 
+@pytest.mark.long
 def test_resumed_it_is_bitwise_the_whole_run(two_ranks: dict[str, list[Any]]) -> None:
     assert two_ranks["resumes"] == [(True, True, True)] * 2
 
 
+@pytest.mark.long
 def test_a_rollback_leaves_no_shards_behind(two_ranks: dict[str, list[Any]]) -> None:
     assert two_ranks["rolls_back"][0] == (1, True, True)  # rank zero removes what is left
 
 
+@pytest.mark.long
 def test_a_rank_without_room_stops_all(two_ranks: dict[str, list[Any]]) -> None:
     for found in two_ranks["a_rank_has_no_room"]:
         assert "free space" in found[0]
         assert found[1] is None
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_alone_tells_the_others(two_ranks: dict[str, list[Any]]) -> None:
     for found in two_ranks["a_rank_cannot_read_its_files"]:
         assert "Input/output error" in found[0]

@@ -11,6 +11,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_it_prints_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.main(SMALL)
     shown = capsys.readouterr().out
@@ -20,6 +21,7 @@ def test_it_prints_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None
     assert "sequences of 128 tokens at most" in shown
 
 
+@pytest.mark.long
 def test_a_batch_that_fits_no_card_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CARDS", (1e6, 2e6))
     with pytest.raises(

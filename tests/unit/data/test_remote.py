@@ -121,6 +121,7 @@ def test_who_waits_for_another_process_reads_so(
     assert not waiting.is_alive()
 
 
+@pytest.mark.long
 def test_processes_that_ask_at_once_fetch_once(shards: Path, address: str, tmp_path: Path) -> None:
     code = (
         f"from atlas_lm.data.tokens import TokensSource; TokensSource({address!r}, {str(tmp_path / 'cache')!r}).setup()"

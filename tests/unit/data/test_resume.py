@@ -89,6 +89,7 @@ def test_set_epoch_chooses_the_epoch() -> None:
     assert epochs(train, 2) == orders[1:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_batches_of_one_rank(ranks: int) -> None:
     alone = [tokens(batch) for batch in loader(batch_size=8)]
@@ -239,6 +240,7 @@ def ranks() -> dict[bool, list[dict[str, list[list[int]]]]]:
     return dict(zip((True, False), run_on_two_ranks(with_injection, without_injection), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("injected", [True, False])
 def test_two_ranks_in_lightning(ranks: dict[bool, list[dict[str, list[list[int]]]]], injected: bool) -> None:
     """With use_distributed_sampler on and off: the samplers stay ours, and each rank continues exactly."""

@@ -410,6 +410,7 @@ def test_a_place_is_counted_in_chunks(folder: Path) -> None:
     loader(None).load_state_dict(state)
 
 
+@pytest.mark.long
 def test_what_a_stream_takes_of_memory() -> None:
     """Of a process that reads and mixes and does nothing else; 27 MB of text, of which no reader holds a tenth."""
     done = subprocess.run(

@@ -260,6 +260,7 @@ def tensor_bytes():
     return sum(x.numel() * x.element_size() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [400, pytest.param(2000, marks=pytest.mark.slow)])
 def test_what_is_kept_does_not_grow_with_the_steps(model, ids, steps):
     held = []

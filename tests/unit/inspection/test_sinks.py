@@ -223,6 +223,7 @@ def test_opentelemetry_gets_each_figure_once(tmp_path: Path) -> None:
 # Sinks that are down
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("answers", [False, None], ids=["nobody listens", "nothing is answered"])
 def test_dead_sinks_cost_no_generation_and_no_report(
     answers: bool | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ def path(request, monkeypatch):
         assert compiled.library() is not None, "no C++ compiler: the compiled code is not tested"
 
 
+@pytest.mark.long
 def test_pairs_of_models_and_states():
     assert "40 pairs" in pairs("40", "0")
 

@@ -207,6 +207,7 @@ def run_script(**environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_without_a_compiler_it_runs_and_says_so(tmp_path):
     done = run_script(CXX="/nonexistent/g++", XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout.split() == ["not", "built", "True"], done.stderr
@@ -214,6 +215,7 @@ def test_without_a_compiler_it_runs_and_says_so(tmp_path):
     assert "install g++ 9 or newer" in done.stderr
 
 
+@pytest.mark.long
 def test_a_compiler_that_fails_is_quoted(tmp_path):
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'x.cpp:1: error: no luck' >&2\nexit 1\n")

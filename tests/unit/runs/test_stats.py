@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import lightning
+import pytest
 
 from atlas_lm.runs.stats import RunStats
 from tests.support.toys import Line, loader
@@ -32,6 +33,7 @@ def one_begins() -> str:
     return fit(None if os.environ["RANK"] == "1" else "run/step-2.ckpt")
 
 
+@pytest.mark.long
 def test_all_ranks_resume_one_checkpoint() -> None:
     same, *others = run_on_two_ranks(alike, differing, one_begins)
     assert same == ["begun", "begun"]

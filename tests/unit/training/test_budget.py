@@ -53,6 +53,7 @@ def kept(config: ModelConfig) -> int:
     return sum(size for size, _ in seen.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "triton"),
     [(name, triton) for name in SMALL for triton in (True, False) if (name, triton) != ("newton_schulz", True)],
@@ -86,6 +87,7 @@ def test_fast_weights_that_are_kept_are_counted():
     assert found.kept_states < one * chunks / 2
 
 
+@pytest.mark.long
 def test_checkpointing_keeps_less():
     whole, less = (
         budget(dataclasses.replace(small(layers=3), checkpoint=kind), optim_config(), VOCABULARY, ROWS, LENGTH)
