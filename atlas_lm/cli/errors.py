@@ -48,6 +48,10 @@ REMEDIES = {
 }
 
 
+class Refused(Exception):
+    """What a run of a sweep says to the process that started it, which may be another one than the run's."""
+
+
 def run(main: Callable[[], Any], overrides: Sequence[str] | None = None) -> int:
     """Call a `hydra.main` function; the exit code. `overrides` take the place of the command line's."""
     if overrides is not None:
@@ -104,7 +108,9 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             if hydra.mode == RunMode.MULTIRUN:
                 what = line or "".join(traceback.format_exception_only(error)).strip()
                 print(f"error in {' '.join(hydra.overrides.task)}: {what}", file=sys.stderr)
-                raise
+                if line is None or os.environ.get(SHOW_ALL) == "1":
+                    raise
+                raise Refused(line) from error
             if line is None or os.environ.get(SHOW_ALL) == "1":
                 raise
             print(f"error: {line}", file=sys.stderr)
@@ -137,9 +143,13 @@ def explain(error: BaseException) -> str | None:
         return _one_line(error)
     if type(error).__module__.startswith("wandb."):
         return f"wandb: {_one_line(error)}; or logger.wandb.offline=true"
+    if type(error).__module__.startswith("submitit."):
+        return _submitit(error)
     if _is_short_of_memory(error):
         first = _one_line((str(error) or type(error).__name__).splitlines()[0])
         return f"memory is short ({first}): lower data.batch_size, data.seq_len or the model's sizes"
+    if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):
+        return "launcher=slurm: there is no SLURM on this machine: submit from a login node, or launcher=local"
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return f"{_one_line(error)}: name a file of conf/, e.g. model=tiny"
     if isinstance(error, ValueError | TypeError) and _is_of_the_trainer(error):
@@ -185,6 +195,16 @@ def _missing_config(error: MissingConfigException) -> str:
         return f"{group}={name} is not installed: {EXTRAS[group, name]}"
     plus = "+" if group == "experiment" else ""
     return f"there is no {plus}{group}={name}{nearest(name, options)}; choose one of {', '.join(options)}"
+
+
+def _submitit(error: BaseException) -> str | None:
+    """What SLURM refuses, or a job that left nothing; None for the rest."""
+    if type(error).__name__ == "FailedJobError":
+        said = _one_line(str(error).replace("sbatch: error: ", ""))
+        return f"sbatch refused the job ({said}): correct hydra.launcher, or trainer.num_nodes and trainer.devices"
+    if type(error).__name__ == "UncompletedJobError":
+        return f"{_one_line(str(error).partition('-' * 40)[0])}; python -m atlas_lm runs says how far it came"
+    return None
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:

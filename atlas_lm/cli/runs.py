@@ -88,7 +88,10 @@ def main(arguments: list[str]) -> None:
     console = Console()
     base = outputs.resolve()
     inside = all(base in entry.folder.parents for entry in entries)
-    console.print(table(entries, base if inside else Path.cwd()))
+    shown = table(entries, base if inside else Path.cwd())
+    if not console.is_terminal:  # a pipe has no width; a line is a run
+        console = Console(width=Console(width=10_000).measure(shown).maximum)
+    console.print(shown)
     for entry in entries:
         if entry.error:
             name = os.path.relpath(entry.folder, base)

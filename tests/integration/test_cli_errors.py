@@ -161,6 +161,40 @@ def test_a_sweep_names_every_run_that_failed(in_tmp: Path, capsys: pytest.Captur
     assert len({path.resolve() for path in finished}) == 1
 
 
+# Jobs of SLURM
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lr=-1"], "error: optim.lr=-1.0 must be at least 0"),
+        (["model.layers=0", "optim.lr=1e-3,2e-3"], "error: model.layers=0 must be at least 1"),
+        (["trainer=ddp"], "error: trainer.devices=auto: a job is given its tasks before it sees a node"),
+    ],
+)
+def test_what_all_jobs_would_refuse_is_not_submitted(
+    in_tmp: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    assert launch("+experiment=stage1", "launcher=slurm", "hydra.mode=MULTIRUN", *words) == 1
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert "squeue" not in captured.out
+    assert not (in_tmp / "outputs").exists()
+
+
+def test_a_machine_without_slurm(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(in_tmp))
+    assert launch("+experiment=stage1", "launcher=slurm", "hydra.mode=MULTIRUN") == 1
+    captured = capfd.readouterr()
+    assert "error: launcher=slurm: there is no SLURM on this machine" in captured.err
+    assert "Traceback" not in captured.err
+
+
 # What is no user's mistake
 
 

@@ -55,6 +55,25 @@ def test_a_job_that_finds_two_runs_of_its_own(slurm: Path, tmp_path: Path) -> No
     assert (files_of(run), files_of(copy)) == before
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("hydra.launcher.partition=nosuch", "error: sbatch refused the job (invalid partition specified: nosuch"),
+        (
+            "data.source.tokenizer=nosuch.json",
+            "error: no tokenizer at 'nosuch.json': give 'bytes'",
+        ),
+    ],
+)
+def test_what_only_slurm_or_the_job_finds(slurm: Path, tmp_path: Path, word: str, message: str) -> None:
+    """The command that waits for the job says it in one line, as the job did."""
+    assert submit(tmp_path, "name=wrong", word).wait(120) == 1
+    printed = log_of(tmp_path).read_text()
+    assert message in [line[: len(message)] for line in printed.splitlines()]
+    assert "Traceback" not in printed
+    assert "squeue lists them" in printed
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     """What a run has come to: its records, checkpoints and identity."""
     files = [run / "metrics.jsonl", run / "run.json", run / "config.yaml", *(run / "checkpoints").iterdir()]

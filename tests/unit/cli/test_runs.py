@@ -126,3 +126,10 @@ def test_no_runs_and_no_such_state_are_said(tmp_path: Path) -> None:
 )
 def test_ages_in_words(seconds: float | None, words: str) -> None:
     assert command.duration(seconds) == words
+
+
+def test_a_line_of_a_pipe_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "an_experiment_of_a_long_name_with_all_that_makes_it_other_than_the_rest"
+    make_run(tmp_path, name)
+    command.main([f"outputs={tmp_path}"])
+    assert any(line.split()[0] == f"{name}/2026-01-01_00-00-00" for line in capsys.readouterr().out.splitlines())

@@ -1,0 +1,39 @@
+"""What the command that submits jobs says before it does."""
+
+import sys
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from atlas_lm.cli.errors import explain
+from atlas_lm.config.validate import check_config
+
+
+class BeforeJobs(Callback):
+    """Of Hydra: what every job would refuse is refused at once, not hours later at the end of a queue."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """`config` has no value of what a sweep varies; each job finds those by itself."""
+        logs = OmegaConf.select(config, "hydra.launcher.submitit_folder")
+        cfg = config.copy()
+        with open_dict(cfg):
+            del cfg["hydra"]
+            cfg.paths.run = ""  # each job has its own
+        try:
+            check_config(cfg)
+            if not isinstance(cfg.trainer.devices, int):
+                raise ValueError(
+                    f"trainer.devices={cfg.trainer.devices}: a job is given its tasks before it sees a node: give the "
+                    "number of each node, one a GPU"
+                )
+        except Exception as error:
+            line = explain(error)
+            if line is None:  # the job says what it is
+                return
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(1) from error  # Hydra makes a warning of everything else
+        print(
+            f"jobs of SLURM: squeue lists them, {str(logs).replace('%j', '<job>')}/ has what they print; "
+            "Ctrl-C ends this command, scancel <job> a job"
+        )
