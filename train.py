@@ -16,23 +16,10 @@ from atlas_lm.config.schema import TrainConfig
 from atlas_lm.config.validate import check_config
 from atlas_lm.data.run_tokenizer import keep_tokenizer
 from atlas_lm.files import ROOT
-from atlas_lm.runs.lifecycle import (
-    close_run_folder,
-    is_sweep,
-    open_run_folder,
-    result_so_far,
-    resume_own_run,
-    stats_of,
-)
+from atlas_lm.runs.lifecycle import close_run_folder, is_sweep, open_run_folder, result_so_far, resume_own_run, stats_of
 from atlas_lm.runs.report import Report, judge
 from atlas_lm.runs.resume import load_starting_weights, rewind_loggers
-from atlas_lm.training.trainer import (
-    build_module,
-    build_trainer,
-    prepare_process,
-    requeue_exit_code,
-    warn_unusual_settings,
-)
+from atlas_lm.training.trainer import build_module, build_trainer, prepare_process, requeue_exit_code, warn_unusual
 
 
 def train(cfg: DictConfig) -> Report:
@@ -41,14 +28,10 @@ def train(cfg: DictConfig) -> Report:
     config, done = check_config(cfg), result_so_far(cfg)
     if done is not None:
         return done
-    try:
-        with preemption.preemptible(requeue_exit_code(cfg)):
-            with open_run_folder(cfg) as resumes:
-                report = fit(cfg, config, resumes)
-            close_run_folder(cfg, report)
-    except SystemExit as ending:
-        preemption.requeue(getattr(ending, "signal", None), begun=not isinstance(ending, preemption.EndedBySignal))
-        raise
+    with preemption.preemptible(requeue_exit_code(cfg)):
+        with open_run_folder(cfg) as resumes:
+            report = fit(cfg, config, resumes)
+        close_run_folder(cfg, report)
     return report
 
 
@@ -57,7 +40,7 @@ def fit(cfg: DictConfig, config: TrainConfig, resumes: bool) -> Report:
     prepare_process(config.seed)
     dm = instantiate(cfg.data)
     dm.setup("fit")  # a bad corpus fails here, before a model is built for it
-    warn_unusual_settings(config, dm)
+    warn_unusual(config, dm)
     module = build_module(config, dm)
     point = load_starting_weights(config, module)
     keep_tokenizer(Path(config.paths.run), dm.tokenizer)

@@ -90,7 +90,18 @@ def _slurm(*command: str) -> tuple[str, str]:
 
 @contextmanager
 def preemptible(code: int = REQUEUE) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost."""
+    """SIGTERM and SIGUSR1 end the process with `code` where training has not taken them over: nothing is lost. Whoever
+    took them, SLURM is asked to queue the job again."""
+    try:
+        with _handled(code):
+            yield
+    except SystemExit as ending:
+        requeue(getattr(ending, "signal", None), begun=not isinstance(ending, EndedBySignal))
+        raise
+
+
+@contextmanager
+def _handled(code: int) -> Iterator[None]:
     global _nothing_is_left
     _nothing_is_left = False
 

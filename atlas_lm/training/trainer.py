@@ -154,7 +154,7 @@ def build_module(config: TrainConfig, dm: TokenDataModule) -> LightningModule:
 
 
 @rank_zero_only
-def warn_unusual_settings(config: TrainConfig, dm: TokenDataModule) -> None:
+def warn_unusual(config: TrainConfig, dm: TokenDataModule) -> None:
     """Log what is legal and hardly meant."""
     model = config.model
     chunk = model.global_chunk if model.memory == "atlas" and model.update != "delta" else None

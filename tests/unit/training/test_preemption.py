@@ -1,6 +1,7 @@
 """SLURM is asked to queue a job again when its time is up, and by nobody else; by a stand-in for scontrol."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,34 @@ def test_a_limit_below_the_start_does_not_go_round_for_ever(
     assert "before it trained" in capsys.readouterr().err
     preemption.requeue(signal.SIGUSR1, begun=True)
     assert asked.exists(), "a long run may be started again as often as it takes"
+
+
+def signalled() -> None:
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def saved() -> None:
+    """As `callbacks.interrupt` ends."""
+    ending = SystemExit(preemption.REQUEUE)
+    ending.signal = signal.SIGUSR1  # type: ignore[attr-defined]
+    raise ending
+
+
+@pytest.mark.parametrize("ends", [signalled, saved])
+def test_whoever_took_the_signal_slurm_is_asked(
+    asked: Path, monkeypatch: pytest.MonkeyPatch, ends: Callable[[], None]
+) -> None:
+    """An attempt that has trained may be started again as often as it takes."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(preemption.ATTEMPTS))
+    with pytest.raises(SystemExit) as ended, preemption.preemptible():
+        ends()
+    assert ended.value.code == preemption.REQUEUE
+    assert asked.exists() == (ends is saved)
+
+
+def test_other_endings_ask_for_nothing(asked: Path) -> None:
+    with pytest.raises(SystemExit), preemption.preemptible():
+        raise SystemExit(75)
+    with pytest.raises(ValueError, match="x"), preemption.preemptible():
+        raise ValueError("x")
+    assert not asked.exists()
