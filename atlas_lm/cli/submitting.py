@@ -1,5 +1,6 @@
-"""What the command that submits jobs says before it does."""
+"""What the command that submits jobs says before it does, and after."""
 
+import logging
 import sys
 from typing import Any
 
@@ -33,7 +34,15 @@ class BeforeJobs(Callback):
                 return
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(1) from error  # Hydra makes a warning of everything else
+        import submitit  # noqa: F401  # sets the level of its logger
+
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting, three warnings at each look
         print(
             f"jobs of SLURM: squeue lists them, {str(logs).replace('%j', '<job>')}/ has what they print; "
             "Ctrl-C ends this command, scancel <job> a job"
         )
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Where all of them have finished."""
+        outputs = "" if config.paths.outputs == "outputs" else f" outputs={config.paths.outputs}"
+        print(f"what became of them: python -m atlas_lm runs {config.name}{outputs}")
