@@ -199,6 +199,11 @@ def _missing_config(error: MissingConfigException) -> str:
 
 def _submitit(error: BaseException) -> str | None:
     """What SLURM refuses, or a job that left nothing; None for the rest."""
+    failed = re.search(
+        r"failed during processing with trace:\n-+\n(.*?)\n-{20,}\n(?:.*\n)*?  - (.*)", str(error), re.DOTALL
+    )
+    if failed is not None:  # before the run began, or what only Hydra knows
+        return f"{failed[1].strip().splitlines()[-1]} (in a job; all of it is in {failed[2].splitlines()[0]})"
     if type(error).__name__ == "FailedJobError":
         said = _one_line(str(error).replace("sbatch: error: ", ""))
         return f"sbatch refused the job ({said}): correct hydra.launcher, or trainer.num_nodes and trainer.devices"

@@ -17,9 +17,16 @@ from rich.table import Table
 from atlas_lm.cli.arguments import parse
 from atlas_lm.cli.compare import find_runs
 from atlas_lm.config.parsing import CONFIG
-from atlas_lm.runs.listing import KILLED, RUNNING, Entry, examine
+from atlas_lm.runs.listing import KILLED, QUEUED, RUNNING, Entry, examine, with_queue
 
-COLOURS = {"finished": "green", RUNNING: "cyan", "failed": "red", KILLED: "red", "interrupted": "yellow"}
+COLOURS = {
+    "finished": "green",
+    RUNNING: "cyan",
+    QUEUED: "cyan",
+    "failed": "red",
+    KILLED: "red",
+    "interrupted": "yellow",
+}
 
 
 @dataclass
@@ -31,7 +38,7 @@ class Options:
     outputs: str = "outputs"
     """Folder of all runs."""
     state: str = ""
-    """Only runs in this state: running, finished, stopped early, interrupted, failed, killed or not begun."""
+    """Only runs in this state: running, queued, finished, stopped early, interrupted, failed, killed or not begun."""
 
 
 def duration(seconds: float | None) -> str:
@@ -79,7 +86,8 @@ def main(arguments: list[str]) -> None:
     if not options.runs and not any(outputs.glob(f"*/*/{CONFIG}")) and not any(outputs.glob(f"*/*/*/{CONFIG}")):
         raise ValueError(f"{str(outputs)!r} holds no runs: train one, or give outputs=<folder of runs>")
     folders = find_runs(options.runs or [str(outputs)], options.outputs)
-    entries = sorted((examine(folder) for folder in folders), key=lambda e: float("inf") if e.age is None else e.age)
+    entries = with_queue([examine(folder) for folder in folders])
+    entries.sort(key=lambda e: float("inf") if e.age is None else e.age)
     if options.state:
         states = sorted({entry.state for entry in entries})
         entries = [entry for entry in entries if entry.state == options.state]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 from atlas_lm.config.parsing import CONFIG, is_number, read_config
+from atlas_lm.runs.folder import job_of
+from atlas_lm.runs.job import still_known
 from atlas_lm.runs.lock import is_held
 
 RUNNING, KILLED, NOT_BEGUN = "running", "killed", "not begun"  # what has no report; the others are a report's words
+QUEUED = "queued"  # one of a job that SLURM starts again
 TAIL = 64 * 1024  # bytes of the end of metrics.jsonl: many lines
 
 
@@ -21,7 +25,7 @@ class Entry(NamedTuple):
     """One run; None where its folder does not say."""
 
     folder: Path
-    state: str  # finished, stopped early, interrupted, failed, running, killed, not begun
+    state: str  # finished, stopped early, interrupted, failed, running, killed, not begun, queued
     step: int | None
     steps: int | None  # of the whole run
     loss: float | None  # of validation, nats per token; of training where none is known
@@ -59,6 +63,20 @@ def examine(folder: Path, now: float | None = None) -> Entry:
         None if last is None else max(0.0, now - last),
         report.get("error") if isinstance(report.get("error"), str) else None,
     )
+
+
+def with_queue(entries: Sequence[Entry]) -> list[Entry]:
+    """The same, where SLURM still has the job of a run that stands still: it is queued. SLURM is asked as long as it
+    answers."""
+    found, answers = [], True
+    for entry in entries:
+        job = job_of(entry.folder) if answers and entry.state in (KILLED, NOT_BEGUN, "interrupted") else None
+        if job is not None and job.startswith("slurm-"):
+            known = still_known(job)
+            answers = known is not None
+            entry = entry._replace(state=QUEUED) if known else entry
+        found.append(entry)
+    return found
 
 
 def _report(folder: Path) -> dict[str, Any]:

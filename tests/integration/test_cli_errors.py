@@ -184,6 +184,22 @@ def test_what_all_jobs_would_refuse_is_not_submitted(
     assert not (in_tmp / "outputs").exists()
 
 
+def test_what_submitit_says_of_a_job_is_one_line() -> None:
+    utils = pytest.importorskip("submitit.core.utils")
+    trace = "Traceback (most recent call last):\n  File x\nValueError: 'o/1' is the run of job 3: scancel 3\n"
+    line = "-" * 22
+    said = cli.explain(utils.FailedJobError(
+        f"Job (task=0) failed during processing with trace:\n{line}\n{trace}\n{line}\nYou can check full logs with "
+        "'job.stderr(0)' and 'job.stdout(0)'or at paths:\n  - o/.slurm/3/3_0_log.out\n  - o/.slurm/3/3_0_log.out"
+    ))  # fmt: skip
+    assert said == "ValueError: 'o/1' is the run of job 3: scancel 3 (in a job; all of it is in o/.slurm/3/3_0_log.out)"
+    left = f"Job 3 (task: 0) has not produced any output (state: CANCELLED)\nError stream produced:\n{'-' * 40}\nx\ny"
+    said = cli.explain(utils.UncompletedJobError(left))
+    assert said is not None
+    assert "state: CANCELLED" in said
+    assert "\n" not in said
+
+
 def test_a_machine_without_slurm(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

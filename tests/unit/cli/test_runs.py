@@ -133,3 +133,32 @@ def test_a_line_of_a_pipe_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
     make_run(tmp_path, name)
     command.main([f"outputs={tmp_path}"])
     assert any(line.split()[0] == f"{name}/2026-01-01_00-00-00" for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_run_whose_job_comes_back_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`resume=auto` would be refused for it. By a stand-in for squeue, which knows job 7 alone, and later nothing."""
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(
+        f'#!/bin/sh\necho "$4" >> {tmp_path}/asked\n[ "$3" = 7 ] && echo "7 main PD" && exit 0\n'
+        '[ "$3" = 9 ] && echo "cannot reach the controller" >&2 && exit 1\necho "Invalid job id" >&2; exit 1\n'
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:/bin:/usr/bin")
+    outputs = tmp_path / "outputs"
+    for name, job in (("waits", "slurm-7"), ("gone", "slurm-8"), ("other", "pbs-7")):
+        run = make_run(outputs, name, ROWS)
+        (run / "run.json").write_text(json.dumps({"number": 1, "overrides": [], "job": job}))
+    command.main([f"outputs={outputs}"])
+    shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    for name, state in (("waits", "queued"), ("gone", "killed"), ("other", "killed")):
+        assert [f"{name}/2026-01-01_00-00-00", state] in shown
+    assert len((tmp_path / "asked").read_text().splitlines()) == 2
+    for i in range(3):
+        run = make_run(outputs, f"unknown{i}", ROWS)
+        (run / "run.json").write_text(json.dumps({"number": 1, "overrides": [], "job": "slurm-9"}))
+    (tmp_path / "asked").unlink()
+    command.main([f"outputs={outputs}", *(f"unknown{i}" for i in range(3))])
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1, "a controller that does not answer is asked once"
