@@ -100,9 +100,15 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
     @functools.wraps(function)
     def reported(cfg: DictConfig) -> Any:
+        is_job = "SUBMITIT_EXECUTOR" in os.environ
+        if is_job:
+            failed = threading.Event()
+            atexit.register(_end_as_failed, failed)  # now, so that it runs after what is registered while training
         try:
             return function(cfg)
         except Exception as error:
+            if is_job:
+                failed.set()
             line = explain(error)
             hydra = HydraConfig.get()
             if hydra.mode == RunMode.MULTIRUN:
@@ -117,6 +123,15 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             raise SystemExit(1) from error
 
     return reported
+
+
+def _end_as_failed(failed: threading.Event) -> None:
+    """submitit hands a run's error to the command that waits, and the job would end well, for SLURM and `sacct`."""
+    if failed.is_set():
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
 
 
 def explain(error: BaseException) -> str | None:

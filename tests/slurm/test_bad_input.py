@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import SMALL, ended, killed_at, log_of, submit
+from tests.slurm.jobs import SMALL, ended, killed_at, log_of, slurm_says, submit, wait_for
 from tests.support import ROOT
 
 pytestmark = pytest.mark.slurm
@@ -55,6 +55,12 @@ def test_a_job_that_finds_two_runs_of_its_own(slurm: Path, tmp_path: Path) -> No
     assert (files_of(run), files_of(copy)) == before
 
 
+def ended_as(job: str) -> str:
+    """What SLURM says of a job that has ended."""
+    shown = slurm_says("scontrol", "show", "job", job)
+    return "" if "JobState=RUNNING" in shown or "JobState=COMPLETING" in shown else shown
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -72,6 +78,11 @@ def test_what_only_slurm_or_the_job_finds(slurm: Path, tmp_path: Path, word: str
     assert message in [line[: len(message)] for line in printed.splitlines()]
     assert "Traceback" not in printed
     assert "squeue lists them" in printed
+    if "sbatch" not in message:
+        (job,) = [path.name for path in (tmp_path / ".slurm").iterdir() if path.is_dir()]
+        shown = wait_for(lambda: ended_as(job), 30)
+        assert "JobState=FAILED" in shown, "sacct would call it a success"
+        assert "ExitCode=1:0" in shown
 
 
 def files_of(run: Path) -> dict[str, bytes]:
