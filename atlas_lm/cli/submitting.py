@@ -34,6 +34,13 @@ class BeforeJobs(Callback):
                 return
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(1) from error  # Hydra makes a warning of everything else
+        setup = OmegaConf.select(config, "hydra.launcher.setup") or []
+        if not any("scontrol requeue" in line for line in setup):
+            print(
+                "warning: hydra.launcher.setup has no line that queues a killed process again: keep those of "
+                "conf/launcher/slurm.yaml beside your own",
+                file=sys.stderr,
+            )
         import submitit  # noqa: F401  # sets the level of its logger
 
         logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting, three warnings at each look

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from atlas_lm.cli import errors as cli
+from atlas_lm.cli.submitting import BeforeJobs
 from atlas_lm.config.validate import find_target
 from tests.support import ROOT
 from tests.support.launching import FEW_STEPS, SMALL_DATA, SMALL_MODEL, launch, small_run, write_corpus
@@ -182,6 +185,22 @@ def test_what_all_jobs_would_refuse_is_not_submitted(
     assert "Traceback" not in captured.err + captured.out
     assert "squeue" not in captured.out
     assert not (in_tmp / "outputs").exists()
+
+
+@pytest.mark.parametrize("setup", [["module load cuda"], None])
+def test_a_setup_that_queues_nothing_again_is_said(setup: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A list replaces a list, so a `launcher=mine` with lines of its own had lost those of ours, and nobody knew."""
+    pytest.importorskip("submitit")
+    words = ["+experiment=stage1", "launcher=slurm"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("train", overrides=words, return_hydra_config=True)
+    OmegaConf.update(cfg, "hydra.launcher.submitit_folder", "o/%j")
+    if setup is not None:
+        OmegaConf.update(cfg, "hydra.launcher.setup", setup)
+    BeforeJobs().on_multirun_start(cfg)
+    captured = capsys.readouterr()
+    assert ("has no line that queues a killed process again" in captured.err) == (setup is not None)
+    assert "o/<job>/ has what they print" in captured.out
 
 
 def test_what_submitit_says_of_a_job_is_one_line() -> None:
