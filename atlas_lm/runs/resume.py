@@ -83,7 +83,7 @@ def nothing_to_resume(outputs: Path, name: str) -> str:
     )
     left = unfinished_run(outputs / name)
     if left is None or job_of(left) is None:
-        return f"there is no unfinished run of {name!r}, a new one begins{hint}"
+        return f"no run of {name!r} waits to be continued (of several the newest counts), a new one begins{hint}"
     return f"a new run begins; {left} is unfinished, of job {job_of(left)}, which may come back: resume={left} takes it"
 
 
