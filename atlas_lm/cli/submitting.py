@@ -12,7 +12,7 @@ from atlas_lm.config.validate import check_config
 
 
 class BeforeJobs(Callback):
-    """Of Hydra: what every job would refuse is refused at once, not hours later at the end of a queue."""
+    """A callback of Hydra's: what every job would refuse is refused at once, not hours later at the end of a queue."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """`config` has no value of what a sweep varies; each job finds those by itself."""
@@ -25,8 +25,8 @@ class BeforeJobs(Callback):
             check_config(cfg)
             if not isinstance(cfg.trainer.devices, int):
                 raise ValueError(
-                    f"trainer.devices={cfg.trainer.devices}: a job is given its tasks before it sees a node: give the "
-                    "number of each node, one a GPU"
+                    f"trainer.devices={cfg.trainer.devices}: a job is given its tasks before it sees a node: give how "
+                    "many each node gets, one a GPU"
                 )
         except Exception as error:
             line = explain(error)
@@ -43,13 +43,13 @@ class BeforeJobs(Callback):
             )
         import submitit  # noqa: F401  # sets the level of its logger
 
-        logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting, three warnings at each look
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns each time it asks
         print(
             f"jobs of SLURM: squeue lists them, {str(logs).replace('%j', '<job>')}/ has what they print; "
             "Ctrl-C ends this command, scancel <job> a job"
         )
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Where all of them have finished."""
+        """Say where to see what became of them; Hydra asks for it only where none has failed."""
         outputs = "" if config.paths.outputs == "outputs" else f" outputs={config.paths.outputs}"
         print(f"what became of them: python -m atlas_lm runs {config.name}{outputs}")

@@ -412,7 +412,7 @@ def test_a_place_is_counted_in_chunks(folder: Path) -> None:
 
 @pytest.mark.long
 def test_what_a_stream_takes_of_memory() -> None:
-    """Of a process that reads and mixes and does nothing else; 27 MB of text, of which no reader holds a tenth."""
+    """Of a process that reads and mixes and does nothing else; with pieces of 10 MB it is twice as much."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.streaming", "--gigabytes", "0.03"],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
