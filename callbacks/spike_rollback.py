@@ -5,6 +5,8 @@ Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, agains
           takes the mean training loss in between instead.
 Acts:     returns to the second most recent of the last `keep_last` snapshots (model, optimizer, schedulers, scaler,
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
+          A resumed run takes the snapshots that lie in the folder for its own, and judges when the run before would
+          have: where no snapshot is there, a checkpoint that was written in a spike is refused.
           `mode: observe` only records. Other callbacks may call `request_rollback`; while one has `blocks_snapshot`
           true, no snapshot is taken.
 Logs:     spike_rollback/ppl, spike_rollback/ema, spike_rollback/ppl_delta, spike_rollback/threshold,
@@ -29,12 +31,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from callbacks.support.checkpoint_order import Position, by_step, position, position_now
-from callbacks.support.collectives import mean_over_ranks
+from callbacks.support.collectives import any_rank, mean_over_ranks
 from callbacks.support.lightning_internals import accumulates, is_logging_step, logging_step
 from callbacks.support.probing import begins, held_out_batch, record, record_start, undisturbed
 from callbacks.support.ranges import above, at_least, check, one_of, share
 from callbacks.support.rollback_request import blocks_snapshot
-from callbacks.support.snapshots import Snapshot, restore, take
+from callbacks.support.snapshots import Snapshot, restore, restore_file, take
 from callbacks.support.step_end import after_writing, flush_records, open_step_ends, wait_for_files
 from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
 from callbacks.support.step_vote import enter, loss_not_finite, vote
@@ -60,10 +62,10 @@ class TrainingUnstable(FloatingPointError):
 class StoredSnapshot(NamedTuple):
     """A snapshot in memory, its file, and the moving average at that moment."""
 
-    snapshot: Snapshot
+    snapshot: Snapshot | None  # None: the file alone, of a process before this one
     path: Path | None  # None: of the state that a sharded run starts from
     position: Position  # of the file; until the step is complete it is not there yet
-    ema: float | None
+    ema: float | None  # None with the file alone: it is in there
 
 
 class SpikeRollback(Checkpoint):
@@ -155,7 +157,10 @@ class SpikeRollback(Checkpoint):
         open_step_ends(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate once, and keep the state that training starts from."""
+        """Evaluate once; take over the snapshots of a resumed run, or keep the state that training starts from.
+
+        TrainingUnstable: these weights are broken, or were saved in a spike, and there is nothing to go back to.
+        """
         begin_step_losses(trainer)
         enter(trainer, loss_not_finite=loss_not_finite)
         self._losses, self._requested = [], None
@@ -167,27 +172,55 @@ class SpikeRollback(Checkpoint):
         if self.ema_of not in ("", measured):
             self.ema = None  # another text, or the training loss: not to be compared with
         self.ema_of = measured
+        self.snapshots = [] if self.mode == "observe" or begins(trainer) else self._snapshots_in_folder(trainer)
         if self.watch == "held_out":
             perplexity = self._perplexity(trainer, pl_module)
-            if not math.isfinite(perplexity):
-                raise TrainingUnstable(
-                    f"the held-out perplexity is {perplexity} before the first step: "
-                    "the weights that this run starts from are broken, start from others"
-                )
             delta = self.delta(perplexity)
             record_start(trainer, self._values(perplexity, delta))
-            if self.mode == "act" and self.judge(delta):  # of a resumed run: a new one has no average yet
-                raise TrainingUnstable(
-                    f"the held-out perplexity is {perplexity:.4g}, {delta:+.1%} above its average, before any step: "
-                    "this checkpoint was written in a spike, resume an earlier one"
-                )
-            if self.ema is None:
+            self._judge_start(trainer, perplexity, delta)
+            if self.ema is None and math.isfinite(perplexity):
                 self.update_ema(perplexity)
         record_start(trainer, self._counters())
-        if self.mode == "act":
-            self.snapshots = []
+        if self.mode == "act" and not self.snapshots:
             self._keep(trainer, pl_module)
             self._write_newest(trainer)
+
+    def _judge_start(self, trainer: Trainer, perplexity: float, delta: float) -> None:
+        """A resumed run that can go back is judged when it would have been, had it not been interrupted: a checkpoint
+        between two evaluations may lie above the average in a run that is healthy at both."""
+        finite = math.isfinite(perplexity)
+        if not self.judge(delta) or (self.mode == "observe" and finite):
+            return
+        found = f"the held-out perplexity is {perplexity:.4g}" + (f", {delta:+.1%} above its average" if finite else "")
+        if self.snapshots:
+            if trainer.is_global_zero:
+                log.warning(
+                    "%s, where this run is resumed: if that is still so at the next evaluation, it goes back to %s",
+                    found, self.snapshots[-2:][0].path,
+                )  # fmt: skip
+        elif begins(trainer):  # which has no average yet
+            raise TrainingUnstable(
+                f"{found} before the first step: the weights that this run starts from are broken, start from others"
+            )
+        else:
+            raise TrainingUnstable(
+                f"{found}, before any step: this checkpoint was written in a spike, and {str(self.folder)!r} has no "
+                f"snapshot to go back to: {self._earlier(trainer)}"
+            )
+
+    def _earlier(self, trainer: Trainer) -> str:
+        """The snapshot beside the checkpoint that was resumed, as advice."""
+        resumed = trainer.ckpt_path
+        snapshots = by_step(Path(resumed).resolve().parent, "snapshot") if resumed else []
+        return f"resume an earlier one, {snapshots[-1]}" if snapshots else "resume an earlier one"
+
+    def _snapshots_in_folder(self, trainer: Trainer) -> list[StoredSnapshot]:
+        """The newest `keep_last` that the run had written by this moment, the oldest first; the same on all ranks."""
+        now, found = position_now(trainer), []
+        if trainer.is_global_zero:
+            positions = [(path, position(path)) for path in by_step(self.folder, "snapshot")]
+            found = [(path, at) for path, at in positions if at is not None and at <= now][-self.keep_last :]
+        return [StoredSnapshot(None, path, at, None) for path, at in trainer.strategy.broadcast(found)]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note it."""
@@ -261,7 +294,7 @@ class SpikeRollback(Checkpoint):
     # State that survives a resume
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and the average; snapshots are taken again from the state that a run resumes from."""
+        """The counters and the average; a run that is resumed finds its snapshots in the folder."""
         return {
             "ema": self.ema,
             "ema_of": self.ema_of,
@@ -352,15 +385,14 @@ class SpikeRollback(Checkpoint):
     def _roll_back(self, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
         """Return to the second most recent snapshot: the most recent may hold what led to the spike already."""
         wait_for_files(trainer)  # a file that comes after this would be taken for one of the new timeline
-        kept, later, seen = self.snapshots[-2:][0], self.snapshots[-2:][1:], trainer.global_step
+        seen, kept = trainer.global_step, self._return_to(trainer, pl_module)
+        later = [other for other in self.snapshots if other.position > kept.position]
         for spoiled in later:
             if spoiled.path is not None:
                 trainer.strategy.remove_checkpoint(spoiled.path)
         self.snapshots = self.snapshots[: len(self.snapshots) - len(later)]
         self._abandon(trainer, kept)
         trainer.strategy.barrier("spike_rollback")
-        restore(trainer, pl_module, kept.snapshot)
-        self.ema = kept.ema
         self.cooldown_until = self._now(trainer) + self.cool_down_steps
         if self.rollbacks >= self.max_rollbacks:
             self._write_newest(trainer)
@@ -377,6 +409,31 @@ class SpikeRollback(Checkpoint):
                 "spike: %s at step %d: back to step %d (rollback %d of at most %d), data continues",
                 why, seen, trainer.global_step, self.rollbacks, self.max_rollbacks,
             )  # fmt: skip
+
+    def _return_to(self, trainer: Trainer, pl_module: LightningModule) -> StoredSnapshot:
+        """Restore the second most recent snapshot that can be, and return it. TrainingUnstable: no file is readable."""
+        *older, kept = self.snapshots[:-1] or self.snapshots
+        for candidate in (kept, *reversed(older)):
+            if candidate.snapshot is not None:
+                restore(trainer, pl_module, candidate.snapshot)
+                self.ema = candidate.ema
+                return candidate
+            assert candidate.path is not None
+            error, state = None, {}
+            try:
+                state = restore_file(trainer, pl_module, candidate.path)
+            except Exception as caught:  # what a damaged file makes its readers raise has no end
+                error = caught
+            if any_rank(trainer, error is not None):
+                log.warning("cannot go back to %s: %s", candidate.path, error or "another rank cannot read it")
+                self.snapshots = [other for other in self.snapshots if other is not candidate]
+                continue
+            own = state["callbacks"].get(self.state_key, {})
+            self.ema = own.get("ema") if own.get("ema_of") == self.ema_of else self.ema
+            return candidate
+        raise TrainingUnstable(
+            f"{str(self.folder)!r} has no snapshot that can be read, see above: resume an earlier checkpoint"
+        )
 
     @rank_zero_only
     def _abandon(self, trainer: Trainer, kept: StoredSnapshot) -> None:

@@ -70,7 +70,7 @@ def with_queue(entries: Sequence[Entry]) -> list[Entry]:
     answers."""
     found, answers = [], True
     for entry in entries:
-        job = job_of(entry.folder) if answers and entry.state in (KILLED, NOT_BEGUN, "interrupted") else None
+        job = job_of(entry.folder) if answers and entry.state in (KILLED, NOT_BEGUN, "interrupted", "failed") else None
         if job is not None and job.startswith("slurm-"):
             known = still_known(job)
             answers = known is not None

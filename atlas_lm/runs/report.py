@@ -18,6 +18,7 @@ from rich.table import Table
 from atlas_lm.checkpoints.listing import newest_checkpoint
 from atlas_lm.data.datamodule import TokenDataModule
 from atlas_lm.files import write_atomically
+from atlas_lm.runs.folder import job_of
 from atlas_lm.runs.stats import RunStats
 
 log = logging.getLogger(__name__)
@@ -238,6 +239,21 @@ def show(report: Report) -> None:
     for name in paths:
         console.print(f"{name}: {report[name]}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"verdict: {report['verdict']}", soft_wrap=True, markup=False, highlight=False)
-    if report["status"] not in ("finished", "stopped early") and report["checkpoint"]:
-        hint = f"run the same command with resume=auto, or resume={report['checkpoint']}"
+    hint = how_to_continue(report, job_of(Path(report["run"])))
+    if hint:
         console.print(hint, soft_wrap=True, markup=False, highlight=False)
+
+
+def how_to_continue(report: Report, job: str | None) -> str | None:
+    """What the user does with an unfinished run; None where there is nothing to do or to continue from, or where its
+    error says from what. `job`: the scheduler's job that trains it."""
+    if report["status"] in ("finished", "stopped early") or not report["checkpoint"]:
+        return None
+    if report["status"] == "failed" and "resume" in (report["error"] or ""):
+        return None
+    if job is not None:
+        return (
+            f"if job {job} is started again, it continues by itself; if it is not, the same command with "
+            f"resume={report['run']}"
+        )
+    return f"run the same command with resume=auto, or resume={report['checkpoint']}"

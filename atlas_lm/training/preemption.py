@@ -27,6 +27,9 @@ class EndedBySignal(SystemExit):
         super().__init__(code)
         self.signal = number
 
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.signal).name}, there was nothing to save"
+
 
 def exit_when_preempted() -> None:
     """From now on a signal ends this process at once, Ctrl-C too: there is nothing yet that could be lost."""

@@ -11,6 +11,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer import call
 
+# names in a checkpoint's loop state
+OPTIMIZER_PROGRESS = "epoch_loop.automatic_optimization.optim_progress"
+SCHEDULER_PROGRESS = "epoch_loop.scheduler_progress"
 STEPPED = "_batches_that_stepped"  # the loop's name for the loggers' step, also in a checkpoint's loop state
 
 
@@ -40,6 +43,18 @@ def logged_steps(stepped: int, completed: int, processed: int) -> int:
 def load_checkpoint_hooks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Call every callback's `on_load_checkpoint`."""
     call._call_callbacks_on_load_checkpoint(trainer, checkpoint)
+
+
+def restore_all_but_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Model, precision, optimizers and schedulers from what the strategy has loaded, as at a resume."""
+    connector = trainer._checkpoint_connector
+    connector._loaded_checkpoint = checkpoint
+    try:
+        connector.restore_model()
+        connector.restore_precision_plugin_state()
+        connector.restore_optimizers_and_schedulers()
+    finally:
+        connector._loaded_checkpoint = {}
 
 
 def forget_last_save(callback: Any) -> None:

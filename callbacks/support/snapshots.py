@@ -9,6 +9,7 @@ Lightning has no public way to do this; what is private stands in `lightning_int
 """
 
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
@@ -26,7 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from callbacks.support.lightning_internals import forget_last_save, load_checkpoint_hooks
+from callbacks.support.lightning_internals import (
+    OPTIMIZER_PROGRESS,
+    SCHEDULER_PROGRESS,
+    forget_last_save,
+    load_checkpoint_hooks,
+    restore_all_but_loops,
+)
 from callbacks.support.probing import reshard
 from callbacks.support.shares import Share, in_main_memory, is_replicated, joined, shared
 
@@ -122,6 +129,30 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
     for callback in trainer.checkpoint_callbacks:  # the steps after this one will be saved again
         forget_last_save(callback)
     # batch_progress, epoch_progress, the loaders and the loggers' step stay: the data and the records move on
+
+
+def restore_file(trainer: Trainer, pl_module: LightningModule, path: Path) -> dict[str, Any]:
+    """Go back to the moment of a checkpoint, as `restore` does; on every rank, between two optimizer steps.
+
+    Returns the checkpoint's content. Raises what the strategy does where it cannot be read: nothing was changed then,
+    except where shards had been filled in already.
+    """
+    reshard(pl_module)
+    checkpoint = trainer.strategy.load_checkpoint(path)
+    load_checkpoint_hooks(trainer, checkpoint)
+    restore_all_but_loops(trainer, checkpoint)
+    for callback in _rewound(trainer):
+        state = checkpoint["callbacks"].get(callback.state_key)
+        if state:
+            callback.load_state_dict(copied(state))
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loop, saved = trainer.fit_loop.epoch_loop, checkpoint["loops"]["fit_loop"]
+    loop.automatic_optimization.optim_progress.load_state_dict(saved[OPTIMIZER_PROGRESS])
+    loop.scheduler_progress.load_state_dict(saved[SCHEDULER_PROGRESS])
+    for callback in trainer.checkpoint_callbacks:
+        forget_last_save(callback)
+    return checkpoint
 
 
 def _rewound(trainer: Trainer) -> list[Any]:

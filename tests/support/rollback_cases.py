@@ -6,7 +6,7 @@ the same batches but for those between the snapshot and the evaluation that foun
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ def train(
     """Train and return everything that the oracle compares, and what the safeguard did."""
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
+        home.mkdir(parents=True, exist_ok=True)
         module = Faulty(bad, value)
         weights = LossWeightSchedule({"polarisation": 0.1}, total_steps=40, watch="train/loss", tolerance=1e9)
         others: list[Any] = [Steps(), weights, GateMonitor(baseline_step=3, check_step=1000, every_n_steps=1)]
@@ -140,9 +141,9 @@ def train(
             "clip": trainer.gradient_clip_val,
         }
         facts = {
-            "rollbacks": guard.rollbacks, "spikes": guard.spikes, "raised": raised,
+            "rollbacks": guard.rollbacks, "spikes": guard.spikes, "raised": raised, "ema": guard.ema,
             "files": sorted(path.name for path in home.iterdir()),
-            "held": held(guard.snapshots[-1].snapshot) if guard.snapshots else 0,
+            "held": next((held(kept.snapshot) for kept in guard.snapshots[::-1] if kept.snapshot), 0),
         }  # fmt: skip
         return {"state": found, "facts": facts}
 
@@ -202,6 +203,23 @@ def oracle(rollbacks: int, accumulate: int = 1, **changes: Any) -> dict[str, Any
         "facts": ours["facts"],
         "different": differences(ours["state"], theirs["state"]),
         "step": ours["state"]["step"],
+    }
+
+
+def interrupted(
+    at: int, steps: int, bad: tuple[int, ...], folder: Path, between: Callable[[Path], None] = lambda folder: None,
+    **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A run, beside one that ends after `at` steps and is resumed; `between` is called with the folder in between."""
+    order, parts = [*range(2 * steps)], folder / "parts"
+    whole = train(order, steps, bad, folder=folder / "whole", **changes)
+    train(order, at, bad, folder=parts, **changes)
+    between(parts)
+    again = train(order[at:], steps, bad, folder=parts, ckpt_path=parts / f"step-{at:07d}.ckpt", **changes)
+    return {
+        "whole": whole["facts"],
+        "again": again["facts"],
+        "different": differences(whole["state"], again["state"]),
     }
 
 

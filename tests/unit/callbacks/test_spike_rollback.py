@@ -206,18 +206,6 @@ def test_a_run_that_dies_after_a_rollback_resumes_knowing_of_it(tmp_path: Path) 
     assert batches == 3, "the three dropped batches do not come again"
 
 
-def test_a_checkpoint_of_a_spike_is_not_resumed(tmp_path: Path) -> None:
-    """Written between two evaluations, it would become the snapshot to go back to."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    train([*range(20)], 5, bad=(4,), folder=first)
-    spoiled = first / "step-0000005.ckpt"
-    assert read_checkpoint(spoiled)["state_dict"]["model.norm.weight"].abs().max() > 5
-    again = train([*range(20)], 9, folder=second, ckpt_path=spoiled)
-    assert "this checkpoint was written in a spike, resume an earlier one" in again["facts"]["raised"]
-
-
 def test_a_healthy_run_is_bitwise_left_alone() -> None:
     ours, theirs = train([*range(10)], 10), train([*range(10)], 10, rollback=False)
     assert ours["facts"]["rollbacks"] == 0

@@ -151,11 +151,13 @@ def test_a_run_whose_job_comes_back_is_queued(
     for name, job in (("waits", "slurm-7"), ("gone", "slurm-8"), ("other", "pbs-7")):
         run = make_run(outputs, name, ROWS)
         (run / "run.json").write_text(json.dumps({"number": 1, "overrides": [], "job": job}))
+    lost = make_run(outputs, "lost", ROWS, status="failed")  # another rank was killed: its job is queued again
+    (lost / "run.json").write_text(json.dumps({"number": 1, "overrides": [], "job": "slurm-7"}))
     command.main([f"outputs={outputs}"])
     shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    for name, state in (("waits", "queued"), ("gone", "killed"), ("other", "killed")):
+    for name, state in (("waits", "queued"), ("lost", "queued"), ("gone", "killed"), ("other", "killed")):
         assert [f"{name}/2026-01-01_00-00-00", state] in shown
-    assert len((tmp_path / "asked").read_text().splitlines()) == 2
+    assert len((tmp_path / "asked").read_text().splitlines()) == 3
     for i in range(3):
         run = make_run(outputs, f"unknown{i}", ROWS)
         (run / "run.json").write_text(json.dumps({"number": 1, "overrides": [], "job": "slurm-9"}))

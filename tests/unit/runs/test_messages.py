@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from atlas_lm.runs.lifecycle import changed_keys
+from atlas_lm.runs.report import how_to_continue
 from atlas_lm.runs.resume import nothing_to_resume
 from tests.unit.runs.test_runs import make_run
 
@@ -44,3 +45,24 @@ def test_a_run_of_a_job_that_may_come_back_is_named(tmp_path: Path) -> None:
     assert nothing_to_resume(tmp_path, "stage1").endswith(
         f"{run} is unfinished, of job pbs-7, which may come back: resume={run} takes it"
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "job", "says"),
+    [
+        ("interrupted", "KeyboardInterrupt:", None, "run the same command with resume=auto, or resume=r/check"),
+        ("failed", "OSError: the disk is full", None, "the same command with resume=auto, or resume="),
+        ("interrupted", "Preempted: SIGTERM", "slurm-7", "if job slurm-7 is started again, it continues by itself"),
+        ("interrupted", "Preempted: SIGTERM", "slurm-7", "if it is not, the same command with resume=r"),
+        ("failed", "TrainingUnstable: resume an earlier one", None, None),
+        ("finished", None, None, None),
+        ("stopped early", None, "slurm-7", None),
+    ],
+)  # fmt: skip
+def test_the_last_line_says_how_to_continue(status: str, error: str | None, job: str | None, says: str | None) -> None:
+    """Where the error names a checkpoint itself, another advice would contradict it."""
+    found = how_to_continue(
+        {"status": status, "error": error, "run": "r", "checkpoint": "r/checkpoints/last.ckpt"}, job
+    )
+    assert found is None if says is None else says in str(found)
+    assert how_to_continue({"status": status, "error": error, "run": "r", "checkpoint": None}, job) is None
