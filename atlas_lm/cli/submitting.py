@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from atlas_lm.cli.errors import explain
 from atlas_lm.config.validate import check_config
+from atlas_lm.training.preemption import only_wait_from_now_on
 
 
 class BeforeJobs(Callback):
@@ -41,6 +42,7 @@ class BeforeJobs(Callback):
                 "conf/launcher/slurm.yaml beside your own",
                 file=sys.stderr,
             )
+        only_wait_from_now_on()
         import submitit  # noqa: F401  # sets the level of its logger
 
         logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns each time it asks

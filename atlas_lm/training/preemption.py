@@ -46,10 +46,22 @@ def ignore_from_now_on() -> None:
     _nothing_is_left = True
 
 
+_waits = False  # for jobs, which do the work
+
+
+def only_wait_from_now_on() -> None:
+    """Jobs of SLURM were submitted: a process that is ended by a signal and started again would submit them again."""
+    global _waits
+    _waits = True
+
+
 def _exit_at_once(number: int, frame: Any) -> None:
     if _nothing_is_left and number in SIGNALS:
         return
     sys.stdout.flush()
+    if _waits:
+        print(f"{signal.Signals(number).name}: this command ends, the jobs stay", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     requeue(number)
     os._exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)  # an exception may be swallowed within an import
 

@@ -81,6 +81,9 @@ def test_a_cancelled_job_is_saved_and_stays_ended(slurm: Path, tmp_path: Path) -
         slurm_says("scancel", job)
         wait_for(lambda: read_json(run / "report.json").get("status") == "interrupted", 60)
         wait_for(lambda: not slurm_says("squeue", "--noheader", "--format=%A"), 60)
+        process.terminate()  # without accounting it would wait on; whoever starts it again at 75 would submit again
+        assert process.wait(30) == 130
+        assert "SIGTERM: this command ends, the jobs stay" in log_of(tmp_path).read_text()
     finally:
         process.kill()
         process.wait()

@@ -1,6 +1,8 @@
 """SLURM is asked to queue a job again when its time is up, and by nobody else; by a stand-in for scontrol."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,3 +92,29 @@ def test_other_endings_ask_for_nothing(asked: Path) -> None:
     with pytest.raises(ValueError, match="x"), preemption.preemptible():
         raise ValueError("x")
     assert not asked.exists()
+
+
+WAITING = """
+from atlas_lm.training import preemption
+preemption.exit_when_preempted()
+{then}
+print("ready", flush=True)
+import time
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "says"),
+    [("", preemption.REQUEUE, ""), ("preemption.only_wait_from_now_on()", preemption.INTERRUPTED, "the jobs stay")],
+    ids=["at its start", "waiting for jobs"],
+)
+def test_who_waits_for_jobs_does_not_ask_to_be_started_again(then: str, code: int, says: str) -> None:
+    """It would submit them a second time."""
+    command = [sys.executable, "-c", WAITING.format(then=then)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, says in err) == (code, True)
