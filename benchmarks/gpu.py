@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from benchmarks.gpu_kernels import kernels
+from benchmarks.gpu_runs import faults, peers, safeguards
 from benchmarks.kernels import table as kernel_table
 
 ROOT = Path(__file__).parents[1]
@@ -315,6 +316,9 @@ PARTS: dict[str, tuple[Callable[[Setting], Figures], float]] = {  # and seconds 
     "steps": (steps, 150),
     "run": (a_run, 200),
     "correctness": (correctness, 90),
+    "safeguards": (safeguards, 120),
+    "faults": (faults, 120),
+    "peers": (peers, 90),
     "launches": (launches, 90),
 }
 
@@ -396,6 +400,38 @@ SHOWN_ON_A_CPU = {
 }  # fmt: skip
 
 
+# What is asked of a card, and the part and figure by which a run shows it; None: by another command
+ASKED: dict[str, tuple[str, str] | None] = {
+    "memory against float64: below 1e-5 in fp32, 5e-2 in bf16, also with TF32 allowed; three runs bitwise equal": (
+        "correctness", "chunk 64 bf16"),
+    "the same by the Triton kernels": ("correctness_of_kernels", "chunk 64 bf16"),
+    "microseconds of a chunk by the Triton kernels, chunks of 1 to 64": ("kernels", "chunk 1: triton"),
+    "SIGTERM and SIGKILL, then `resume=auto`: bit for bit": ("run", "killed"),
+    "a forced spike is rolled back bit for bit": ("faults", "spike, bf16-mixed"),
+    "a flipped bit on the device is found": ("faults", "BitFlip"),
+    "43m, 2 × 8,192 tokens, through train.py with all safeguards: 200,000 tokens/s, 12 % of 989 TFLOP/s": (
+        "safeguards", "through train.py"),
+    "safeguards: 3 % of the step at most": ("safeguards", "share_by_blocks"),
+    "the host waits for the device once a step": ("safeguards", "waits_a_step"),
+    "43m at 0.25 of its twin's speed and more, beside full attention and a gated delta net": (
+        "peers", "43m, gated delta net"),
+    "ten times titans-pytorch; beside FLA's gated delta rule": ("peers", "layer: titans-pytorch"),
+    "125m trains on 4 × 8,192 tokens": ("steps", "125m: 4 x 8k"),
+    "memory of a step within 10 % of what is predicted": ("steps", "43m: 2 x 8k"),
+    "43m below its same-window twin in every bin beyond the window, at equal tokens (`benchmarks.worth`)": None,
+    "two cards and more: NCCL's abort, scaling": None,
+}  # fmt: skip
+
+
+def shown_by(runs: list[Figures], where: tuple[str, str] | None) -> str:
+    """The runs that have this figure."""
+    if where is None:
+        return "**not measured**"
+    part, name = where
+    there = [n for n, figures in enumerate(runs, 1) if figures.get(part, {}).get(name) is not None]
+    return f"run {', '.join(map(str, there))}" if there else "**not measured**"
+
+
 def predicted(name: str) -> Figures:
     """What the budget says of a training step: bytes on the card at most, and for one sequence's activations."""
     from atlas_lm.config.model import ModelConfig
@@ -414,11 +450,17 @@ def draw(runs: list[Figures]) -> str:
     """docs/gpu.md: a column for each run. A part that a run did not reach is empty there."""
     lines = [
         "# On a GPU", "", "`python -m benchmarks.gpu --out docs/results/gpu.json` measures, and "
-        "`python -m benchmarks.gpu --draw` writes this page, with a column for each run there is.", "",
+        "`python -m benchmarks.gpu --draw` writes this page, with a column for each run there is. Where a card is "
+        "without a network, carry the wheels of hydra-core, omegaconf and antlr4-python3-runtime, and for the peers "
+        "those of fla-core and titans-pytorch with what they need: `pip download --no-deps --python-version 3.12 "
+        "--only-binary :all: <names>`.", "",
         "## Shown on a CPU", "", "What went wrong on CUDA, or would have, each with the test that fails without its "
         "remedy.", "", "| what | test |", "|---|---|",
         *(f"| {what} | `{path}`: {', '.join(f'`{name}`' for name in names)} |"
           for what, (path, names) in SHOWN_ON_A_CPU.items()), "",
+        "## Asked of a card", "", "The tables below say what came; most parts are newer than the runs.", "",
+        "| what | part | measured |", "|---|---|---|",
+        *(f"| {what} | {where[0] if where else ''} | {shown_by(runs, where)} |" for what, where in ASKED.items()), "",
         "## Kernels", "", "Local memories with chunks of up to 64 tokens run as Triton kernels "
         "(`atlas_lm/memory/kernels/triton`), each kind after a trial: where it does not agree with PyTorch's "
         "operations on this card, those run and the log says why. Tests run them by Triton's interpreter in float64 "

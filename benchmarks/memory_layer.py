@@ -156,18 +156,23 @@ def step_of(name: str, case: Case) -> Callable[[], None]:
 
 def useful(case: Case) -> float:
     """Multiply-adds of one token, forward and backward: the docstring above."""
-    network, C = build_network(case.network, False), min(case.chunk, case.length)
-    F = build_features(case.features, HEAD_DIM, RANK).dim_out
-    shapes = network.shapes(HEAD_DIM, F, case.hidden)
+    F, C = build_features(case.features, HEAD_DIM, RANK).dim_out, min(case.chunk, case.length)
+    return HEADS * useful_of_head(case.network, F, HEAD_DIM, case.hidden, C, case.rule) + 12 * DIM * DIM
+
+
+def useful_of_head(kind: str, features: int, head_dim: int, hidden: int, C: int, rule: str) -> float:
+    """Multiply-adds of a memory's head for one token, forward and backward."""
+    network = build_network(kind, False)
+    shapes = network.shapes(head_dim, features, hidden)
     (R, P), second = shapes[0], shapes[1:]
     forward = 4 * R * P + sum(5 * E * D for E, D in second)
-    total = 3 * forward + C * (F + sum(E for E, _ in second))
-    if case.rule == "newton_schulz":
+    total = 3 * forward + C * (R + sum(E for E, _ in second))
+    if rule == "newton_schulz":
         width = 1 if network.activation is None else network.activation.width
         matrices = [(R, P // width)] * width + second
         sides = [(min(shape), max(shape)) for shape in matrices]
         total += 3 * 5 * sum(2 * M * M * L + M**3 for M, L in sides) / C
-    return HEADS * total + 12 * DIM * DIM
+    return total
 
 
 def measure(names: list[str], case: Case, repeats: int) -> list[dict[str, Any]]:

@@ -126,8 +126,10 @@ def standard_error(ratios: list[float], repetitions: int = 4000) -> float:
     return statistics.stdev(medians)
 
 
-def train(overrides: list[str], steps: int, switched: bool = False) -> dict[str, Any]:
-    """One fit of `steps` steps from the start; its times."""
+def train(
+    overrides: list[str], steps: int, switched: bool = False, more: Iterable[lightning.Callback] = ()
+) -> dict[str, Any]:
+    """One fit of `steps` steps from the start, with `more` callbacks; its times."""
     with tempfile.TemporaryDirectory() as folder:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*overrides, f"paths.run={folder}", "hydra.job.chdir=false"])
@@ -145,7 +147,7 @@ def train(overrides: list[str], steps: int, switched: bool = False) -> dict[str,
             accelerator=cfg.trainer.accelerator, devices=1, max_steps=steps, max_epochs=-1,
             precision=resolve_precision(config.precision, str(cfg.trainer.accelerator)),  # type: ignore[arg-type]
             log_every_n_steps=cfg.trainer.log_every_n_steps, gradient_clip_val=config.optim.clip,
-            callbacks=[*callbacks, whole, *([switch] if switched else [])],
+            callbacks=[*callbacks, whole, *([switch] if switched else []), *more],
             logger=[instantiate(c) for c in cfg.logger.values()], limit_val_batches=1,
             val_check_interval=10**6, check_val_every_n_epoch=None, num_sanity_val_steps=0,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks), enable_progress_bar=False,
