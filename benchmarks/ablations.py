@@ -43,12 +43,17 @@ VARIANTS = {
 }
 
 
+Interval = tuple[float, float | None]  # mean over seeds, and half the interval of 95 %; None for one seed
+
+
 class Row(NamedTuple):
-    """Bits per byte: mean over seeds, and half the interval of 95 %; null for one seed."""
+    """Bits per byte, and what they differ by from the first variant's of the same seeds."""
 
     variant: str
-    before: tuple[float, float | None]
-    after: tuple[float, float | None]
+    before: Interval
+    after: Interval
+    differs_before: Interval
+    differs_after: Interval
     gain: float | None  # nats per token of Stage 1 from beyond attention's reach, mean over seeds; None: not measured
 
 
@@ -64,23 +69,42 @@ def train(out: Path, variant: str, seed: int, extra: list[str], quick: bool, job
 
 def summary(found: dict[str, list[tuple[Any, Any]]]) -> list[Row]:
     """One row a variant."""
-    rows = []
-    for variant, pairs in found.items():
-        means = [worth.interval([worth.figure_of(report) for report in stage]) for stage in zip(*pairs, strict=True)]
-        before, after = ((mean, half if len(pairs) > 1 else None) for mean, half in means)
-        gains = [first["context_gain"] for first, _ in pairs]
-        rows.append(Row(variant, before, after, None if None in gains else sum(gains) / len(gains)))
+    rows: list[Row] = []
+    figures = {
+        variant: [[worth.figure_of(report) for report in stage] for stage in zip(*pairs, strict=True)]
+        for variant, pairs in found.items()
+    }
+    base = next(iter(figures.values()))
+    for variant, stages in figures.items():
+        differences = [[a - b for a, b in zip(*both, strict=True)] for both in zip(stages, base, strict=True)]
+        gains = [first["context_gain"] for first, _ in found[variant]]
+        mean = None if None in gains else sum(gains) / len(gains)
+        rows.append(Row(variant, *(interval(values) for values in (*stages, *differences)), mean))
     return rows
+
+
+def interval(values: list[float]) -> Interval:
+    """Over seeds."""
+    mean, half = worth.interval(values)
+    return mean, half if len(values) > 1 else None
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = ["| variant | after Stage 1: bits per byte | after Stage 2 | context gain after Stage 1, nats |",
-             "|---|---|---|---|"]  # fmt: skip
+    lines = ["| variant | bits per byte after Stage 1 | after Stage 2 | against the first row, same seeds: Stage 1 "
+             "| Stage 2 | context gain after Stage 1, nats |", "|---|---|---|---|---|---|"]  # fmt: skip
     for r in rows:
         gain = "–" if r.gain is None else f"{r.gain:+.3f}"
-        lines.append(f"| {r.variant} | {worth.shown(r.before)} | {worth.shown(r.after)} | {gain} |")
+        differs = ("", "") if r is rows[0] else (difference(r.differs_before), difference(r.differs_after))
+        cells = (r.variant, worth.shown(r.before), worth.shown(r.after), *differs, gain)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def difference(found: Interval) -> str:
+    """With its sign."""
+    mean, half = found
+    return f"{mean:+.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:

@@ -39,18 +39,32 @@ def test_stage_2_starts_from_its_own_stage_1_and_reads_another_order(
         ("stage2", (*second, "init_from=runs/stage1 no local memory 0"), 440, 100),
     ]
     assert [seed for *_, seed in made] == [0, 100, 1, 101, 2, 102]
-    assert "| no local memory | 1.100 ± 0.248 | 1.050 ± 0.248 | +0.100 |" in capsys.readouterr().out
+    assert "| no local memory | 1.100 ± 0.248 | 1.050 ± 0.248 |  |  | +0.100 |" in capsys.readouterr().out
 
 
 def test_one_seed_has_no_interval() -> None:
     pair = ({"val_bits_per_byte": 1.2, "context_gain": 0.1}, {"val_bits_per_byte": 1.1})
     (row,) = ablations.summary({"as it is": [pair]})
-    assert ablations.table([row]).splitlines()[-1] == "| as it is | 1.200 | 1.100 | +0.100 |"
+    assert ablations.table([row]).splitlines()[-1] == "| as it is | 1.200 | 1.100 |  |  | +0.100 |"
+
+
+def test_differences_are_those_of_the_same_seeds() -> None:
+    """Seeds differ by far more than the variants do, and always by the same."""
+
+    def pairs(*values: float) -> list[tuple[dict[str, float], dict[str, float]]]:
+        return [({"val_bits_per_byte": x, "context_gain": 0.1}, {"val_bits_per_byte": x - 0.1}) for x in values]
+
+    _, row = ablations.summary({"as it is": pairs(1.0, 2.0, 3.0), "no local memory": pairs(1.01, 2.02, 3.03)})
+    mean, half = row.differs_before
+    assert mean == pytest.approx(0.02)
+    assert half == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert row.differs_after == pytest.approx(row.differs_before)
+    assert "| +0.0200 ± 0.0248 | +0.0200 ± 0.0248 |" in ablations.table([row._replace(variant="as it is"), row])
 
 
 def test_a_gain_that_was_not_measured_is_a_dash() -> None:
     pair = ({"val_bits_per_byte": 1.2, "context_gain": None}, {"val_bits_per_byte": 1.1})
-    assert ablations.table(ablations.summary({"as it is": [pair]})).endswith("| 1.100 | – |")
+    assert ablations.table(ablations.summary({"as it is": [pair]})).endswith("| 1.100 |  |  | – |")
 
 
 def test_settings_are_composed_in_several_threads_at_once() -> None:
