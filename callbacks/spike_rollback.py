@@ -36,7 +36,7 @@ from callbacks.support.lightning_internals import accumulates, is_logging_step, 
 from callbacks.support.probing import begins, held_out_batch, record, record_start, undisturbed
 from callbacks.support.ranges import above, at_least, check, one_of, share
 from callbacks.support.rollback_request import blocks_snapshot
-from callbacks.support.snapshots import Snapshot, restore, restore_file, take
+from callbacks.support.snapshots import Snapshot, constants, restore, restore_file, take
 from callbacks.support.step_end import after_writing, flush_records, open_step_ends, wait_for_files
 from callbacks.support.step_loss import begin_step_losses, note_loss, step_losses
 from callbacks.support.step_vote import enter, loss_not_finite, vote
@@ -115,6 +115,8 @@ class SpikeRollback(Checkpoint):
         self.spikes: list[int] = []  # optimizer steps at which one was seen
         self.cooldown_until = 0  # logging step
         self.snapshots: list[StoredSnapshot] = []
+        self._ring: list[tuple[str, int, int]] | None = None  # those of the run that is resumed: name, position
+        self._constants: dict[str, Tensor] = {}
         self._requested: str | None = None
         self._unwritten = False  # the newest snapshot has no file yet, or an old one
         self._batch: Any = None
@@ -166,13 +168,16 @@ class SpikeRollback(Checkpoint):
         self._losses, self._requested = [], None
         if begins(trainer):
             self.ema = None  # also of a run that is resumed from before its first step
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         if self.watch == "held_out":
             self._batch = held_out_batch(trainer, self.rows, "spike_rollback")
         measured = self._what_is_measured(trainer)
         if self.ema_of not in ("", measured):
             self.ema = None  # another text, or the training loss: not to be compared with
         self.ema_of = measured
-        self.snapshots = [] if self.mode == "observe" or begins(trainer) else self._snapshots_in_folder(trainer)
+        self.snapshots, self._constants = [], {}
+        if self.mode == "act" and not begins(trainer):
+            self.snapshots, self._constants = self._snapshots_in_folder(trainer), constants(pl_module)
         if self.watch == "held_out":
             perplexity = self._perplexity(trainer, pl_module)
             delta = self.delta(perplexity)
@@ -181,7 +186,7 @@ class SpikeRollback(Checkpoint):
             if self.ema is None and math.isfinite(perplexity):
                 self.update_ema(perplexity)
         record_start(trainer, self._counters())
-        if self.mode == "act" and not self.snapshots:
+        if self.mode == "act" and (not self.snapshots or self._has_lost_the_newest(trainer)):
             self._keep(trainer, pl_module)
             self._write_newest(trainer)
 
@@ -196,31 +201,49 @@ class SpikeRollback(Checkpoint):
             if trainer.is_global_zero:
                 log.warning(
                     "%s, where this run is resumed: if that is still so at the next evaluation, it goes back to %s",
-                    found, self.snapshots[-2:][0].path,
+                    found, (self.snapshots[:-1] or self.snapshots)[-1].path,
                 )  # fmt: skip
         elif begins(trainer):  # which has no average yet
             raise TrainingUnstable(
                 f"{found} before the first step: the weights that this run starts from are broken, start from others"
             )
         else:
+            why = (
+                ""
+                if self.mode == "observe"
+                else f", and {str(self.folder)!r} has no snapshot of this run to go back to"
+            )
             raise TrainingUnstable(
-                f"{found}, before any step: this checkpoint was written in a spike, and {str(self.folder)!r} has no "
-                f"snapshot to go back to: {self._earlier(trainer)}"
+                f"{found}, before any step: this checkpoint was written in a spike{why}: {self._earlier(trainer)}"
             )
 
     def _earlier(self, trainer: Trainer) -> str:
-        """The snapshot beside the checkpoint that was resumed, as advice."""
-        resumed = trainer.ckpt_path
-        snapshots = by_step(Path(resumed).resolve().parent, "snapshot") if resumed else []
-        return f"resume an earlier one, {snapshots[-1]}" if snapshots else "resume an earlier one"
+        """The newest snapshot beside the checkpoint that was resumed, of an earlier moment, as advice."""
+        beside = by_step(Path(trainer.ckpt_path).resolve().parent, "snapshot") if trainer.ckpt_path else []
+        now = position_now(trainer)
+        earlier = [path for path in beside if (at := position(path)) is not None and at < now]
+        return f"resume an earlier one, {earlier[-1]}" if earlier else "resume an earlier one"
 
     def _snapshots_in_folder(self, trainer: Trainer) -> list[StoredSnapshot]:
-        """The newest `keep_last` that the run had written by this moment, the oldest first; the same on all ranks."""
+        """Those that the resumed run had at this moment and that are still there, the oldest first; alike on all ranks.
+
+        Of a checkpoint that does not say which: the newest in the folder that are not later.
+        """
         now, found = position_now(trainer), []
         if trainer.is_global_zero:
-            positions = [(path, position(path)) for path in by_step(self.folder, "snapshot")]
-            found = [(path, at) for path, at in positions if at is not None and at <= now][-self.keep_last :]
+            if self._ring is None:
+                there = [(path, position(path)) for path in by_step(self.folder, "snapshot")]
+                found = [(path, at) for path, at in there if at is not None and at <= now][-self.keep_last :]
+            else:
+                ring = [(self.folder / name, (stepped, step)) for name, stepped, step in self._ring]
+                found = [(path, at) for path, at in ring if path.is_file() and position(path) == at]
         return [StoredSnapshot(None, path, at, None) for path, at in trainer.strategy.broadcast(found)]
+
+    def _has_lost_the_newest(self, trainer: Trainer) -> bool:
+        """Whether a snapshot was taken of this very moment, and the process ended before its file was there."""
+        if not self._ring:
+            return False
+        return self._ring[-1][1:] == position_now(trainer) and self.snapshots[-1].position != position_now(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note it."""
@@ -301,6 +324,7 @@ class SpikeRollback(Checkpoint):
             "rollbacks": self.rollbacks,
             "spikes": list(self.spikes),
             "quiet_until": self.cooldown_until,
+            "ring": [[kept.path.name, *kept.position] for kept in self.snapshots if kept.path is not None],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -308,6 +332,8 @@ class SpikeRollback(Checkpoint):
         self.ema, self.rollbacks = state_dict["ema"], state_dict["rollbacks"]
         self.ema_of = state_dict.get("ema_of", "")  # older checkpoints do not say
         self.spikes, self.cooldown_until = list(state_dict["spikes"]), state_dict["quiet_until"]
+        ring = state_dict.get("ring")
+        self._ring = None if ring is None else [(str(name), int(stepped), int(step)) for name, stepped, step in ring]
 
     # Parts
 
@@ -392,6 +418,7 @@ class SpikeRollback(Checkpoint):
                 trainer.strategy.remove_checkpoint(spoiled.path)
         self.snapshots = self.snapshots[: len(self.snapshots) - len(later)]
         self._abandon(trainer, kept)
+        self.snapshots[-1] = kept._replace(position=position_now(trainer))  # of the file that is about to be written
         trainer.strategy.barrier("spike_rollback")
         self.cooldown_until = self._now(trainer) + self.cool_down_steps
         if self.rollbacks >= self.max_rollbacks:
@@ -411,20 +438,27 @@ class SpikeRollback(Checkpoint):
             )  # fmt: skip
 
     def _return_to(self, trainer: Trainer, pl_module: LightningModule) -> StoredSnapshot:
-        """Restore the second most recent snapshot that can be, and return it. TrainingUnstable: no file is readable."""
-        *older, kept = self.snapshots[:-1] or self.snapshots
-        for candidate in (kept, *reversed(older)):
+        """Restore the second most recent snapshot, or else one before it, or else the most recent, and return it.
+
+        TrainingUnstable: none can be read.
+        """
+        *before, newest = self.snapshots
+        for candidate in (*reversed(before), newest):
             if candidate.snapshot is not None:
                 restore(trainer, pl_module, candidate.snapshot)
                 self.ema = candidate.ema
                 return candidate
             assert candidate.path is not None
-            error, state = None, {}
-            try:
-                state = restore_file(trainer, pl_module, candidate.path)
-            except Exception as caught:  # what a damaged file makes its readers raise has no end
-                error = caught
-            if any_rank(trainer, error is not None):
+            error: Any = None if position(candidate.path) else "it is not there, or damaged"
+            state: dict[str, Any] = {}
+            fails = any_rank(trainer, error is not None)  # before a load in which ranks wait for each other
+            if not fails:
+                try:
+                    state = restore_file(trainer, pl_module, candidate.path, self._constants)
+                except Exception as caught:  # what a damaged file makes its readers raise has no end
+                    error = caught
+                fails = any_rank(trainer, error is not None)
+            if fails:
                 log.warning("cannot go back to %s: %s", candidate.path, error or "another rank cannot read it")
                 self.snapshots = [other for other in self.snapshots if other is not candidate]
                 continue

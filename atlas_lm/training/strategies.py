@@ -114,10 +114,18 @@ class FullySharded(ModelParallelStrategy):
         verified = isinstance(plugin, AtomicCheckpointIO) and plugin.verified == path
         if isinstance(plugin, AtomicCheckpointIO):
             plugin.verified = None  # once: later the bytes may be others
-        wrong = self.broadcast(manifest.verify(path) if self.is_global_zero and not verified else None)
-        if wrong:
-            raise CheckpointError(f"{str(path)!r} is damaged, {wrong}: use an older one")
-        content = read_checkpoint(path, lazily=True)
+        content: dict[str, Any] = {}
+
+        def read() -> None:
+            wrong = manifest.verify(path) if self.is_global_zero and not verified else None
+            if wrong:
+                raise CheckpointError(f"{str(path)!r} is damaged, {wrong}: use an older one")
+            content.update(read_checkpoint(path, lazily=True))
+
+        try:  # a rank that cannot read it must not leave the others waiting for it below
+            _on_all_ranks(read, self._group())
+        except OSError as error:
+            raise CheckpointError(f"{error}") from error
         if shards.SHARDS in content:
             self._load_shards(content, path)
         elif content.get("sharded", True):  # one file that rank 0 wrote for all; older checkpoints do not say

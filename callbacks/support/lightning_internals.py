@@ -46,11 +46,13 @@ def load_checkpoint_hooks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_all_but_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Model, precision, optimizers and schedulers from what the strategy has loaded, as at a resume."""
+    """Model, precision, optimizers and schedulers from what the strategy has loaded, in the order of a resume: the
+    callbacks' `on_load_checkpoint` comes after the model, as averaged weights are in its place in the file."""
     connector = trainer._checkpoint_connector
     connector._loaded_checkpoint = checkpoint
     try:
         connector.restore_model()
+        load_checkpoint_hooks(trainer, checkpoint)
         connector.restore_precision_plugin_state()
         connector.restore_optimizers_and_schedulers()
     finally:

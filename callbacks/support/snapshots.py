@@ -106,10 +106,10 @@ def take(trainer: Trainer, pl_module: LightningModule) -> Snapshot:
 def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) -> None:
     """Go back to `snapshot`, which stays usable; to be called on every rank, between two optimizer steps."""
     checkpoint = joined(trainer, copied(snapshot.checkpoint))
-    load_checkpoint_hooks(trainer, checkpoint)
     pl_module.on_load_checkpoint(checkpoint)
     reshard(pl_module)
     set_model_state_dict(pl_module, checkpoint["state_dict"])
+    load_checkpoint_hooks(trainer, checkpoint)  # as at a resume: averaged weights are in the model's place there
     for callback in _rewound(trainer):
         state = checkpoint["callbacks"].get(callback.state_key)
         if state:
@@ -131,20 +131,32 @@ def restore(trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot) ->
     # batch_progress, epoch_progress, the loaders and the loggers' step stay: the data and the records move on
 
 
-def restore_file(trainer: Trainer, pl_module: LightningModule, path: Path) -> dict[str, Any]:
+def constants(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Copies of the buffers that no state dict has: what a process has computed for itself."""
+    stored = pl_module.state_dict(keep_vars=True).keys()
+    return {name: copied(buffer) for name, buffer in pl_module.named_buffers() if name not in stored}
+
+
+def restore_file(
+    trainer: Trainer, pl_module: LightningModule, path: Path, constants: dict[str, Tensor]
+) -> dict[str, Any]:
     """Go back to the moment of a checkpoint, as `restore` does; on every rank, between two optimizer steps.
 
-    Returns the checkpoint's content. Raises what the strategy does where it cannot be read: nothing was changed then,
-    except where shards had been filled in already.
+    A file holds the callbacks' state of rank zero: one that has another state on each rank has a method
+    `after_restored_file`. Returns the checkpoint's content. Raises what the strategy does where it cannot be read:
+    nothing was changed then, except where shards had been filled in already.
     """
     reshard(pl_module)
     checkpoint = trainer.strategy.load_checkpoint(path)
-    load_checkpoint_hooks(trainer, checkpoint)
     restore_all_but_loops(trainer, checkpoint)
     for callback in _rewound(trainer):
         state = checkpoint["callbacks"].get(callback.state_key)
         if state:
             callback.load_state_dict(copied(state))
+    buffers = dict(pl_module.named_buffers())
+    with torch.no_grad():
+        for name, buffer in constants.items():
+            buffers[name].copy_(buffer)
     for optimizer in trainer.optimizers:
         optimizer.zero_grad(set_to_none=True)
     loop, saved = trainer.fit_loop.epoch_loop, checkpoint["loops"]["fit_loop"]
@@ -152,6 +164,10 @@ def restore_file(trainer: Trainer, pl_module: LightningModule, path: Path) -> di
     loop.scheduler_progress.load_state_dict(saved[SCHEDULER_PROGRESS])
     for callback in trainer.checkpoint_callbacks:
         forget_last_save(callback)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        after = getattr(callback, "after_restored_file", None)
+        if after is not None:
+            after(trainer, pl_module)
     return checkpoint
 
 

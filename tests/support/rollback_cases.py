@@ -6,7 +6,7 @@ the same batches but for those between the snapshot and the evaluation that foun
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from callbacks.loss_weight_schedule import LossWeightSchedule
 from callbacks.proactive_clipping import ProactiveClipping
 from callbacks.spike_rollback import SpikeRollback
 from callbacks.step_checkpoint import StepCheckpoint
+from callbacks.support.rollback_request import who_can_roll_back
 from callbacks.support.shares import Share
 from callbacks.support.snapshots import Snapshot
 
@@ -81,6 +82,19 @@ class Faulty(AtlasModule):
         return super().training_step(batch, batch_idx)
 
 
+class Asks(lightning.Callback):
+    """Requests a rollback at step 6, once in a process."""
+
+    asked = False
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6 and not self.asked:
+            self.asked = True
+            able = who_can_roll_back(trainer)
+            assert able is not None
+            able.request_rollback("asked")
+
+
 class Steps(lightning.Callback):
     """A callback of somebody else's, with state."""
 
@@ -100,9 +114,9 @@ class Steps(lightning.Callback):
 def train(
     order: list[int], steps: int, bad: tuple[int, ...] = (), rollback: bool = True, stage2: bool = False,
     value: float = 30.0, folder: Path | None = None, max_rollbacks: int = 3, ckpt_path: Path | None = None,
-    **changes: Any,
+    more: Sequence[Callable[[], lightning.Callback]] = (), mode: str = "act", **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train and return everything that the oracle compares, and what the safeguard did."""
+    """Train and return everything that the oracle compares, and what the safeguard did. `more`: makers of callbacks."""
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
         home.mkdir(parents=True, exist_ok=True)
@@ -111,7 +125,8 @@ def train(
         others: list[Any] = [Steps(), weights, GateMonitor(baseline_step=3, check_step=1000, every_n_steps=1)]
         if stage2:
             others += [ChunkSizeScheduler(start=6, total_steps=40, gamma=0.8), ProactiveClipping(transition_steps=2)]
-        guard = SpikeRollback(str(home), every_n_steps=EVALUATE_EVERY, max_rollbacks=max_rollbacks, rows=2)
+        others += [make() for make in more]
+        guard = SpikeRollback(str(home), every_n_steps=EVALUATE_EVERY, max_rollbacks=max_rollbacks, rows=2, mode=mode)
         saver = StepCheckpoint(str(home), every_n_steps=3)
         settings: dict[str, Any] = {
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_model_summary": False,
