@@ -413,9 +413,10 @@ ASKED: dict[str, tuple[str, str] | None] = {
         "safeguards", "through train.py"),
     "safeguards: 3 % of the step at most": ("safeguards", "share_by_blocks"),
     "the host waits for the device once a step": ("safeguards", "waits_a_step"),
-    "43m at 0.25 of its twin's speed and more, beside full attention and a gated delta net": (
+    "43m at 0.4 of its twin's speed and more, beside full attention and a gated delta net": (
         "peers", "43m, gated delta net"),
     "ten times titans-pytorch; beside FLA's gated delta rule": ("peers", "layer: titans-pytorch"),
+    "speed and memory of 43m at local chunks of 1 to 64": ("steps", "43m, local chunks [1]: 8k"),
     "125m trains on 4 × 8,192 tokens": ("steps", "125m: 4 x 8k"),
     "memory of a step within 10 % of what is predicted": ("steps", "43m: 2 x 8k"),
     "43m below its same-window twin in every bin beyond the window, at equal tokens (`benchmarks.worth`)": None,

@@ -84,7 +84,9 @@ def nothing_to_resume(outputs: Path, name: str) -> str:
     left = unfinished_run(outputs / name)
     if left is None or job_of(left) is None:
         return f"no run of {name!r} waits to be continued (of several the newest counts), a new one begins{hint}"
-    return f"a new run begins; {left} is unfinished, of job {job_of(left)}, which may come back: resume={left} takes it"
+    job = job_of(left)
+    first = "cancel the job, then " if str(job).startswith("slurm-") else ""  # SLURM is asked; other jobs are not
+    return f"a new run begins; {left} is unfinished, of job {job}, which may come back: {first}resume={left} takes it"
 
 
 def rank() -> int:

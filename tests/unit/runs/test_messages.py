@@ -45,6 +45,8 @@ def test_a_run_of_a_job_that_may_come_back_is_named(tmp_path: Path) -> None:
     assert nothing_to_resume(tmp_path, "stage1").endswith(
         f"{run} is unfinished, of job pbs-7, which may come back: resume={run} takes it"
     )
+    (run / "run.json").write_text('{"job": "slurm-7"}')
+    assert nothing_to_resume(tmp_path, "stage1").endswith(f"come back: cancel the job, then resume={run} takes it")
 
 
 @pytest.mark.parametrize(
