@@ -153,7 +153,6 @@ def flops_per_token(config: ModelConfig, vocabulary: int) -> dict[str, float]:
 def faults(setting: Any) -> Figures:
     """A spike is rolled back bit for bit, on this device; a run through train.py with a flipped bit, and one with a NaN
     gradient: who notices, after how many steps, how it ends."""
-    sys.path.insert(0, str(ROOT))
     from tests.support.rollback_cases import oracle
 
     found: Figures = {}

@@ -5,8 +5,8 @@ Watches:  the perplexity of a fixed held-out batch every `every_n_steps`, agains
           takes the mean training loss in between instead.
 Acts:     returns to the second most recent of the last `keep_last` snapshots (model, optimizer, schedulers, scaler,
           callbacks, step counter), on all ranks together; the data moves on. More than `max_rollbacks` stop the run.
-          A resumed run takes the snapshots that lie in the folder for its own, and judges when the run before would
-          have: where no snapshot is there, a checkpoint that was written in a spike is refused.
+          A resumed run continues with the snapshots that its checkpoint names, from their files, and judges when the
+          run before would have: where none is there, a checkpoint that was written in a spike is refused.
           `mode: observe` only records. Other callbacks may call `request_rollback`; while one has `blocks_snapshot`
           true, no snapshot is taken.
 Logs:     spike_rollback/ppl, spike_rollback/ema, spike_rollback/ppl_delta, spike_rollback/threshold,
@@ -317,7 +317,7 @@ class SpikeRollback(Checkpoint):
     # State that survives a resume
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and the average; a run that is resumed finds its snapshots in the folder."""
+        """The counters, the average, and of each snapshot the name of its file and its position."""
         return {
             "ema": self.ema,
             "ema_of": self.ema_of,

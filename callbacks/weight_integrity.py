@@ -126,7 +126,8 @@ class WeightIntegrity(Callback):
         self._sums = BitSums()  # its views would keep the moments that are being replaced alive for another step
 
     def after_restored_file(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The file has the sums of rank zero; where weights are sharded, each rank has others."""
+        """The file has the sums of rank zero; where weights are sharded, each rank has others. It may have none."""
+        self._requested, self._sums = None, BitSums()
         self._expected = self._fingerprint(trainer)
 
     # Parts

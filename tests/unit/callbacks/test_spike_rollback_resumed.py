@@ -130,6 +130,24 @@ def test_resumed_right_after_a_rollback(tmp_path: Path) -> None:
     assert_same(interrupted(7, 16, bad=(6, 12), folder=tmp_path, between=only_saved), rollbacks=2)
 
 
+class Spoils(lightning.Callback):
+    """A weight changes outside the optimizer before the batches 6 and 14 are trained on."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        if int(batch["number"]) in (6, 14):
+            with torch.no_grad():
+                pl_module.model.norm.weight[0] += 1e-3  # too little for a spike
+
+
+def test_a_safeguard_that_no_file_knows_watches_on_after_a_rollback(tmp_path: Path) -> None:
+    """weight_integrity was added at the resume: the file that it goes back to has no sums of its."""
+    train([*range(20)], 5, folder=tmp_path)
+    found = train(
+        [*range(5, 40)], 14, folder=tmp_path, ckpt_path=tmp_path / "step-0000005.ckpt", more=[WeightIntegrity, Spoils]
+    )["facts"]
+    assert (found["rollbacks"], found["raised"]) == (2, None)
+
+
 class Healthy(lightning.Callback):
     """No snapshot is taken at step 12."""
 
